@@ -1,0 +1,116 @@
+"""enwik8: the first 10**8 bytes of an English Wikipedia dump, cut 90/5/5 MB as all published results do."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pooch
+
+from data.bytes import ByteCorpus
+from data.files import existing_path, read_file
+
+URL = "http://mattmahoney.net/dc/enwik8.zip"
+NUM_BYTES = 100_000_000
+SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"  # of the decompressed bytes
+FILE_NAMES = ("enwik8", "enwik8.zip", "enwik8.gz")
+HOW_TO_SUPPLY = (
+    "Give a copy (enwik8, enwik8.zip or enwik8.gz) by data.path=..., "
+    "or train without a download on Python's own source by data=pystdlib"
+)
+
+
+def enwik8(
+    path: str | None = None,
+    cache_dir: str = "data/cache",
+    download: bool = True,
+    expected_bytes: int = NUM_BYTES,
+    expected_sha256: str | None = SHA256,
+    url: str = URL,
+) -> ByteCorpus:
+    """Find enwik8 or download it, verify the decompressed bytes, and split them 90/5/5 percent.
+
+    path: the raw, .zip or .gz file, or a folder that holds one; None looks in cache_dir, then downloads.
+    cache_dir: where a download is kept, decompressed. Processes that start at once may share it: each
+        downloads into a folder of its own, and the finished file is moved into place whole.
+    expected_bytes: a shorter head of the file has to be asked for by its size.
+    expected_sha256: of the decompressed bytes. None skips the check; it has to be asked for, too.
+    url: a .zip file; a mirror can be named here.
+    Raises ValueError for bytes that are not the expected ones, FileNotFoundError where there are none, and
+    RuntimeError if the download fails.
+    """
+    _check_expected(expected_bytes, expected_sha256)
+    place = Path(cache_dir).expanduser() if path is None else existing_path(path)
+    source = place if place.is_file() else _find_in_folder(place)
+    if source is not None:
+        return _verified(read_file(source), str(source), expected_bytes, expected_sha256)
+    if path is None and download:
+        return _download(url, place, expected_bytes, expected_sha256)
+    raise FileNotFoundError(
+        f"{place} holds none of {', '.join(FILE_NAMES)}{' and download=False' if path is None else ''}. "
+        f"{HOW_TO_SUPPLY}"
+    )
+
+
+def _check_expected(expected_bytes: int, expected_sha256: str | None) -> None:
+    if isinstance(expected_bytes, bool) or not isinstance(expected_bytes, int) or expected_bytes < 40:
+        raise ValueError(
+            f"expected_bytes must be an integer of at least 40 (2 bytes in 5 percent), got {expected_bytes!r}"
+        )
+    if expected_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(expected_sha256)):
+        raise ValueError(
+            f"expected_sha256 must be 64 lower-case hexadecimal digits or null, got {expected_sha256!r}"
+        )
+    if expected_bytes != NUM_BYTES and expected_sha256 == SHA256:
+        raise ValueError(
+            f"expected_sha256 must be null or the hash of the {expected_bytes} bytes that expected_bytes "
+            f"asks for, got that of the full {NUM_BYTES} bytes"
+        )
+
+
+def _find_in_folder(folder: Path) -> Path | None:
+    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+
+
+def _verified(data: np.ndarray, source: str, num_bytes: int, sha256: str | None) -> ByteCorpus:
+    """Split the bytes if they are the expected ones: at 0.1-0.3 s to hash 100 MB, no start goes without."""
+    if len(data) != num_bytes:
+        raise ValueError(
+            f"{source} has {len(data)} bytes once decompressed, expected {num_bytes}: it is cut short or "
+            "another file. To use a head of enwik8, set expected_bytes to its size and expected_sha256 to "
+            "null or its hash"
+        )
+    corpus = ByteCorpus.cut(
+        "enwik8", data, num_val=num_bytes // 20, num_test=num_bytes // 20, provenance={"source": source}
+    )
+    got = corpus.provenance["sha256"]
+    if sha256 is not None and got != sha256:
+        raise ValueError(
+            f"{source} is corrupted or another file: its bytes have SHA-256 {got}, expected {sha256}"
+        )
+    # A result on other bytes must not pass for one on enwik8.
+    return corpus if got == SHA256 else replace(corpus, name=f"enwik8-custom-{num_bytes}")
+
+
+def _download(url: str, cache_dir: Path, num_bytes: int, sha256: str | None) -> ByteCorpus:
+    if url == URL and num_bytes != NUM_BYTES:
+        raise ValueError(
+            f"expected_bytes must be {NUM_BYTES} to download from {URL}, got {num_bytes}; "
+            "give the shorter file by data.path=..."
+        )
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # Everything unfinished lives in the temporary folder, which goes whatever happens.
+        with TemporaryDirectory(prefix="download-", dir=cache_dir) as folder:
+            archive, unpacked = Path(folder, "enwik8.zip"), Path(folder, "enwik8")
+            pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16)(url, str(archive), None)
+            corpus = _verified(read_file(archive), url, num_bytes, sha256)
+            np.concatenate([corpus.train, corpus.val, corpus.test]).tofile(unpacked)
+            os.replace(unpacked, cache_dir / "enwik8")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        raise RuntimeError(
+            f"could not download enwik8 from {url}: {error}\nNothing was kept. {HOW_TO_SUPPLY}"
+        ) from error
+    return corpus

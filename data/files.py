@@ -1,0 +1,132 @@
+"""Any file or folder as a corpus, and the reading of raw, .gz and .zip files that the other corpora share."""
+
+import gzip
+import io
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from data.bytes import ByteCorpus
+
+# What gzip, zipfile and its decompressors raise for flipped or missing bytes; RuntimeError: a password.
+DECOMPRESSION_ERRORS = (
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+
+def file(
+    path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pattern: str = "*"
+) -> ByteCorpus:
+    """Make a corpus of one file (raw, .gz, or .zip with one member) or of the files in a folder.
+
+    A folder's files are those at any depth whose name matches `pattern` (shell wildcards, case-sensitive),
+    without links and hidden files and folders; each is read as a single file would be, and they are joined
+    in the byte order of their relative POSIX paths. The whole is cut into train, val and test, in that
+    order and wherever the fractions fall. A raw single file is mapped, not loaded.
+    Raises FileNotFoundError or ValueError with the path and the reason.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"pattern must be a file name pattern such as '*.txt', got {pattern!r}")
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not isinstance(fraction, float) or not 0 < fraction < 1:
+            raise ValueError(f"{name} must be a float between 0 and 1, got {fraction!r}")
+    if val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"val_fraction + test_fraction must be less than 1, got {val_fraction} + {test_fraction}: "
+            "nothing would be left to train on"
+        )
+    source = existing_path(path)
+    if source.is_dir():
+        data, num_files = _read_folder(source, pattern)
+    else:
+        data, num_files = read_file(source), 1
+    return ByteCorpus.cut(
+        source.resolve().name,
+        data,
+        num_val=round(len(data) * val_fraction),
+        num_test=round(len(data) * test_fraction),
+        provenance={"source": str(path), "files": num_files},
+    )
+
+
+def existing_path(path: str) -> Path:
+    """Expand ~ and insist that the path is there; what it is, is up to the caller."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise ValueError(f"path must name a file or a folder, got {path!r}")
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(f"path {path!r} does not exist (looked in {Path.cwd()})")
+    return source
+
+
+def read_file(path: Path) -> np.ndarray:
+    """Return the bytes of a raw, .gz or one-member .zip file, decompressed, as a 1-D uint8 array.
+
+    A raw file is mapped. Raises ValueError for an empty or corrupted file, naming it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    suffix = path.suffix.lower()
+    if suffix not in (".gz", ".zip"):
+        # Mode "c" writes to memory only, never to the file; "r" would make torch warn of read-only memory.
+        return np.memmap(path, dtype=np.uint8, mode="c")
+    packed = path.read_bytes()
+    try:
+        content = gzip.decompress(packed) if suffix == ".gz" else _unzip(packed)
+    except DECOMPRESSION_ERRORS as error:
+        raise ValueError(f"{path} is not a sound {suffix} file (cut short or corrupted?): {error}") from error
+    if not content:
+        raise ValueError(f"{path} holds no bytes once decompressed")
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def list_files(root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]) -> list[str]:
+    """List the regular files below `root`, as relative POSIX paths sorted by their bytes, following no links.
+
+    keep_folder and keep_file decide by bare name. Raises OSError for a folder that cannot be read, instead of
+    leaving part of a corpus out.
+    """
+    paths = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        subfolders[:] = filter(keep_folder, subfolders)
+        files = [Path(folder, name) for name in filter(keep_file, names)]
+        paths += [path.relative_to(root).as_posix() for path in files if _is_regular(path)]
+    return sorted(paths, key=os.fsencode)
+
+
+def _read_folder(root: Path, pattern: str) -> tuple[np.ndarray, int]:
+    paths = list_files(
+        root,
+        keep_folder=lambda name: not name.startswith("."),
+        keep_file=lambda name: not name.startswith(".") and fnmatchcase(name, pattern),
+    )
+    filled = [root / path for path in paths if (root / path).stat().st_size > 0]
+    if not filled:
+        raise ValueError(f"folder {root} holds no file with content that matches pattern {pattern!r}")
+    return np.concatenate([read_file(path) for path in filled]), len(filled)
+
+
+def _unzip(packed: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            names = [member.filename for member in members[:5]]
+            raise ValueError(f"it must hold exactly one file, got {len(members)}: {names}")
+        return archive.read(members[0])
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _raise(error: OSError) -> None:
+    raise error
