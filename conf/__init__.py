@@ -1,0 +1,1 @@
+"""The configuration: one YAML file an option, and the schema that checks them."""

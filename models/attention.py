@@ -1,0 +1,187 @@
+"""Self-attention around an inner module: ``CosineAttention`` or ``RegularAttention``.
+
+``SelfAttention`` owns the projections, the rotary embedding and the key/value cache; the inner module turns
+q, k, v into o. A new variant of attention is one more inner module and one file in conf/attention/.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+
+# Without a shift the largest exponential is exp(scale * groups); 40 is the library's documented range, in which
+# bf16 and fp32 probabilities neither overflow nor lose the row sum to flushed subnormals.
+MAX_LOGIT = 40.0
+MAX_HEAD_DIM = 256
+
+
+class CosineAttention(nn.Module):
+    """o = softmax(scale * cos(q, k)) v, causal (query-key normalisation, Henry et al. 2020, arXiv:2010.04245).
+
+    Args:
+        num_heads: query heads.
+        head_dim: a multiple of 8 up to 256, what the library's back ends serve.
+        scale: the fixed temperature, or the initial one of every head if ``learned_scale``.
+        learned_scale: one temperature per head, learned as its logarithm and held below 40 / groups.
+        groups: l2-normalise the head dimension in this many equal parts; logits then reach scale * groups.
+        backend: "auto", "cuda", "sdpa" or "reference", as in ``flash_cosine_sim_attention``.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        scale: float,
+        learned_scale: bool,
+        groups: int,
+        backend: str,
+    ):
+        super().__init__()
+        if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"model.width / model.num_heads is the head_dim; attention=cosine accepts a multiple of 8 up to "
+                f"{MAX_HEAD_DIM}, got {head_dim}"
+            )
+        if groups < 1 or head_dim % groups:
+            raise ValueError(f"attention.groups must divide the head_dim {head_dim}, got {groups}")
+        if not 0 < scale * groups <= MAX_LOGIT:
+            raise ValueError(
+                f"attention.scale * attention.groups bounds the logits and must be in (0, {MAX_LOGIT:g}], "
+                f"got {scale:g} * {groups}"
+            )
+        if backend not in ("auto", "cuda", "sdpa", "reference"):
+            raise ValueError(f"attention.backend must be auto, cuda, sdpa or reference, got {backend!r}")
+        self.fixed_scale = scale
+        self.groups = groups
+        self.backend = backend
+        self.max_scale = MAX_LOGIT / groups
+        # The logarithm keeps the scale positive and makes a step of the optimizer a relative change of it.
+        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale))) if learned_scale else None
+
+    def scale(self) -> float | Tensor:
+        """The temperature: a number, or a float32 tensor (num_heads,)."""
+        if self.log_scale is None:
+            return self.fixed_scale
+        return self.log_scale.float().exp().clamp(max=self.max_scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (batch, num_heads, seq_len_q, head_dim), k and v (batch, num_kv_heads, seq_len_k, head_dim) -> like q."""
+        return flash_cosine_sim_attention(
+            q, k, v, scale=self.scale(), groups=self.groups, causal=True, backend=self.backend
+        )
+
+
+class RegularAttention(nn.Module):
+    """o = softmax(q k^T / sqrt(head_dim)) v, causal: PyTorch's scaled_dot_product_attention (Vaswani et al. 2017)."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Shapes as in ``CosineAttention``; seq_len_q is 1 (decoding) or seq_len_k (everything at once)."""
+        seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+        if seq_len_q not in (1, seq_len_k):
+            # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
+            raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34) of adjacent pairs of channels.
+
+    Adjacent pairs (2i, 2i + 1) never straddle a group of even size, so that rotating before the library's
+    normalisation equals rotating after it, grouped or not. The half-split pairing has that only for one group.
+    """
+
+    def __init__(self, head_dim: int, seq_len: int, base: float = 10_000.0):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"model.positions=rotary needs an even head_dim, got {head_dim}")
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # (seq_len, head_dim / 2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Rotates x (batch, heads, n, head_dim) as positions start .. start + n - 1."""
+        positions = slice(start, start + x.shape[-2])
+        cos, sin = self.cos[positions], self.sin[positions]  # (n, head_dim / 2)
+        even, odd = rearrange(x, "b h n (d two) -> two b h n d", two=2)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return rearrange(rotated, "b h n d two -> b h n (d two)").to(x.dtype)
+
+
+class KVCache:
+    """Rotated keys and values of one layer, filled from the left: two (batch, num_kv_heads, seq_len, head_dim)."""
+
+    def __init__(self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype):
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds k, v (batch, num_kv_heads, n, head_dim) and returns views of all that is held."""
+        end = self.length + k.shape[-2]
+        if end > self.k.shape[-2]:
+            raise ValueError(f"the cache holds {self.k.shape[-2]} positions, got {end}")
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    """Projections, rotary embedding and cache around an inner attention module.
+
+    Args:
+        width: channels of the residual stream.
+        num_heads: query heads; head_dim = width / num_heads.
+        num_kv_heads: key/value heads; divides num_heads (grouped-query attention), 1 is multi-query.
+        inner: the attention itself, q, k, v -> o.
+        rotary: position embedding of q and k, or None when positions are added to the embedding.
+        dropout: probability of dropping an output channel of the layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        inner: nn.Module,
+        rotary: Rotary | None,
+        dropout: float,
+    ):
+        super().__init__()
+        self.head_dim = width // num_heads
+        self.sizes = (width, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)  # channels of q, k, v
+        self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.inner = inner
+        self.rotary = rotary
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (batch, n, width) -> (batch, n, width); with a cache, x continues what the cache holds."""
+        q, k, v = self.project(x, start=cache.length if cache else 0)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        o = self.inner(q, k, v)  # (batch, num_heads, n, head_dim)
+        return self.dropout(self.out(rearrange(o, "b h n d -> b n (h d)")))
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q (batch, num_heads, n, head_dim) and k, and v (batch, num_kv_heads, n, head_dim)."""
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", d=self.head_dim) for part in parts)
+        if self.rotary is None:
+            return q, k, v
+        return self.rotary(q, start), self.rotary(k, start), v

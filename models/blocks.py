@@ -1,0 +1,90 @@
+"""Transformer blocks: where the normalisation sits, how the residual is scaled, how the weights start."""
+
+import math
+
+from torch import Tensor, nn
+
+from models.attention import KVCache, SelfAttention
+
+
+class MLP(nn.Module):
+    """width -> 4 width -> width with GELU, the predecessor's feed-forward layer."""
+
+    def __init__(self, width: int, *, dropout: float):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU()
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, n, width) -> (batch, n, width)."""
+        return self.dropout(self.down(self.activation(self.up(x))))
+
+
+class PreNormBlock(nn.Module):
+    """x + f(norm(x)) for attention and MLP, started as GPT-2 does.
+
+    The projections back into the residual stream start smaller by sqrt(2 num_layers), so that the stream's
+    variance does not grow with depth at the start (Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.mlp = mlp
+        self._start(num_layers)
+
+    @staticmethod
+    def final_norm(width: int) -> nn.Module:
+        """The norm between the last block and the head: the stream itself is never normalised before it."""
+        return nn.LayerNorm(width, bias=False)
+
+    def _start(self, num_layers: int) -> None:
+        for linear in (self.attention.qkv, self.mlp.up):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.attention.out, self.mlp.down):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * num_layers))
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (batch, n, width) -> (batch, n, width)."""
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class PostNormBlock(nn.Module):
+    """norm(alpha x + f(x)) for attention and MLP: DeepNorm (Wang et al. 2022, arXiv:2203.00555, section 4).
+
+    For a decoder of N layers alpha = (2N)^(1/4) and the weights of values, outputs and MLP start as Xavier with
+    gain beta = (8N)^(-1/4); queries and keys with gain 1.
+    """
+
+    def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
+        super().__init__()
+        self.alpha = (2 * num_layers) ** 0.25
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.mlp = mlp
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self._start(num_layers)
+
+    @staticmethod
+    def final_norm(width: int) -> nn.Module:
+        """Nothing: the last block's output is normalised already."""
+        del width
+        return nn.Identity()
+
+    def _start(self, num_layers: int) -> None:
+        beta = (8 * num_layers) ** -0.25
+        q, k, v = self.attention.qkv.weight.detach().split(self.attention.sizes)  # views of the fused weight
+        for weight, gain in ((q, 1.0), (k, 1.0), (v, beta)):
+            nn.init.xavier_normal_(weight, gain=gain)
+        for linear in (self.attention.out, self.mlp.up, self.mlp.down):
+            nn.init.xavier_normal_(linear.weight, gain=beta)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (batch, n, width) -> (batch, n, width)."""
+        x = self.attention_norm(self.alpha * x + self.attention(x, cache))
+        return self.mlp_norm(self.alpha * x + self.mlp(x))

@@ -1,0 +1,195 @@
+"""What is recorded while training: loss, throughput, memory, and a sample of text at each validation."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import psutil
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from models.lightning import DivergedError, GPTModule
+
+GIB = 2**30
+
+# Dense bf16 tensor-core peaks in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first
+# match counts, so the more specific name stands first. Lightning's table has no entry for the H200.
+PEAK_BF16_FLOPS = (
+    ("B200", 2250e12),
+    ("B300", 2250e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None when it is not known (and for a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
+
+
+class TrainingMetrics(lightning.Callback):
+    """Every ``log_every`` steps: loss, learning rate, gradient norm, throughput and memory of the interval.
+
+    Columns: train/loss (nats a byte), train/bpc (bits a byte), train/lr, train/grad_norm (before clipping),
+    train/tokens, throughput/tokens_per_s, throughput/model_tflops_per_s, throughput/mfu (of the dense bf16 peak,
+    where that is known), memory/peak_allocated_gib and memory/peak_reserved_gib (GPU) or memory/rss_gib (CPU).
+    Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
+    """
+
+    def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
+        if log_every < 1:
+            raise ValueError(f"trainer.log_every must be at least 1, got {log_every}")
+        self.log_every = log_every
+        self.max_steps = max_steps
+        self.tokens_per_step = tokens_per_step
+        self.seq_len = seq_len
+        self._clock: float | None = None  # running since, or None while stopped
+        self._elapsed_s = 0.0
+        self._timed_steps = 0
+        self._seen_first_step = False
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._clock is None and self._seen_first_step:
+            self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        self._timed_steps += self._clock is not None
+        self._seen_first_step = True
+        if step % self.log_every == 0 or step >= self.max_steps:
+            self._report(trainer, module)
+        if step >= self.max_steps:
+            trainer.should_stop = True  # a validation follows, wherever the last step falls in its interval
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        _wait_for(module.device)
+        self._stop_clock()
+        del trainer
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._elapsed_s += time.perf_counter() - self._clock
+            self._clock = None
+
+    def _report(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        loss = module.take_loss()  # waits for the device, so that the clock below is honest
+        self._stop_clock()
+        metrics = {
+            "train/loss": loss,
+            "train/bpc": loss / math.log(2),
+            "train/lr": module.optimizer.lr_at(trainer.global_step - 1),  # the scheduler is one step ahead
+            "train/grad_norm": module.grad_norm.item(),
+            "train/tokens": trainer.global_step * self.tokens_per_step,
+            **self._throughput(trainer, module),
+            **_memory(module.device),
+        }
+        module.report(metrics, progress_bar=("train/bpc", "throughput/tokens_per_s"))
+        self._elapsed_s, self._timed_steps = 0.0, 0
+        if not math.isfinite(loss):
+            raise DivergedError(f"the training loss is {loss} at step {trainer.global_step}")
+
+    def _throughput(self, trainer: lightning.Trainer, module: GPTModule) -> dict[str, float]:
+        if not self._timed_steps:
+            return {}
+        tokens_per_s = self._timed_steps * self.tokens_per_step / self._elapsed_s
+        flops_per_s = tokens_per_s * module.gpt.flops_per_token(self.seq_len)
+        metrics = {
+            "throughput/tokens_per_s": tokens_per_s,
+            "throughput/model_tflops_per_s": flops_per_s / 1e12,
+        }
+        peak = peak_flops(module.device)
+        if peak is not None:
+            metrics["throughput/mfu"] = flops_per_s / (peak * trainer.world_size)
+        return metrics
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Memory of the interval that ends now, in GiB; starts the next interval."""
+    if device.type != "cuda":
+        return {"memory/rss_gib": psutil.Process().memory_info().rss / GIB}
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory/peak_allocated_gib": allocated / GIB, "memory/peak_reserved_gib": reserved / GIB}
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar over the optimizer steps' micro-batches, without the epochs, which mean nothing here."""
+
+    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
+        return "training"
+
+    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The metrics shown: not the logger's version number, and no digits that nobody reads."""
+        shown = {"train/bpc": "{:.3f}", "val/bpc": "{:.4f}", "throughput/tokens_per_s": "{:,.0f}"}
+        metrics = super().get_metrics(*args, **kwargs)
+        return {key.split("/")[-1] if key.startswith("through") else key: form.format(float(metrics[key]))
+                for key, form in shown.items() if key in metrics}
+
+
+class TextSample(lightning.Callback):
+    """At each validation continues the first bytes of the validation split and keeps the text.
+
+    Written to ``run_dir/samples.txt`` and, where the logger takes text, logged as a table.
+    """
+
+    def __init__(self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int):
+        if num_bytes < 0:
+            raise ValueError(f"trainer.sample_bytes must be at least 0, got {num_bytes}")
+        self.path = Path(run_dir) / "samples.txt"
+        self.prompt = prompt
+        self.num_bytes = num_bytes
+        self.seed = seed
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if not self.num_bytes or trainer.state.fn != "fit":
+            return
+        text = self.sample(trainer, module)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"--- step {trainer.global_step} ---\n{text}\n")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                logger.log_text(
+                    "sample", columns=["step", "text"], data=[[trainer.global_step, text]], step=trainer.global_step
+                )
+
+    def sample(self, trainer: lightning.Trainer, module: GPTModule) -> str:
+        """The prompt and its continuation, with its own random numbers: training's are not touched."""
+        device = module.device
+        prompt = torch.tensor(list(self.prompt), device=device)[None]  # (1, n)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        with trainer.precision_plugin.forward_context():
+            new = module.gpt.generate(prompt, self.num_bytes, temperature=0.8, generator=generator)
+        return decode(self.prompt + bytes(new[0].tolist()))
+
+
+def decode(text: bytes) -> str:
+    """Bytes as text; what is not UTF-8 shows as the replacement character."""
+    return text.decode("utf-8", errors="replace")

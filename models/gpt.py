@@ -1,0 +1,217 @@
+"""A GPT over bytes: embedding, blocks, logits, and generation with a key/value cache."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import KVCache, Rotary, SelfAttention
+from models.blocks import MLP
+
+VOCABULARY = 256  # one token a byte
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over bytes.
+
+    Args:
+        num_layers: blocks.
+        width: channels of the residual stream; a multiple of num_heads.
+        num_heads: attention heads.
+        num_kv_heads: key/value heads, dividing num_heads; None for num_heads.
+        seq_len: the longest context, in bytes.
+        attention: builds the inner attention from num_heads and head_dim.
+        block: builds a block from width, num_layers, attention and mlp; says how the stream is normalised.
+        positions: "rotary" (relative, in q and k) or "learned" (absolute, added to the embedding).
+        tied_head: share the embedding's weights with the head.
+        dropout: probability, after the embedding, each attention and each MLP.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        seq_len: int,
+        attention: Callable[..., nn.Module],
+        block: Callable[..., nn.Module],
+        positions: str,
+        tied_head: bool,
+        dropout: float,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_sizes(num_layers, width, num_heads, num_kv_heads, seq_len, positions, dropout)
+        head_dim = width // num_heads
+        self.seq_len = seq_len
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(seq_len, width) if positions == "learned" else None
+        rotary = Rotary(head_dim, seq_len) if positions == "rotary" else None
+        self.dropout = nn.Dropout(dropout)
+
+        def layer() -> nn.Module:
+            inner = attention(num_heads=num_heads, head_dim=head_dim)
+            around = SelfAttention(
+                width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout
+            )
+            return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))
+
+        self.blocks = nn.ModuleList(layer() for _ in range(num_layers))
+        self.norm = self.blocks[0].final_norm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self._start(tied_head)
+
+    def _start(self, tied_head: bool) -> None:
+        # DeepNorm's predecessor here starts embeddings at 1e-5, where only LayerNorm's epsilon saves the first
+        # block; 0.02 keeps both block kinds away from that.
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+        if tied_head:
+            self.head.weight = self.embedding.weight
+        else:
+            nn.init.zeros_(self.head.weight)  # every byte equally likely: the first loss is exactly 8 bits
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
+    ) -> Tensor:
+        """Logits, or the mean loss when targets are given.
+
+        Args:
+            tokens: (batch, n) integers below 256, n <= seq_len less what the cache holds.
+            targets: (batch, n) the byte after each token, -100 where nothing is scored.
+            cache: one ``KVCache`` a block, filled by the earlier tokens; tokens continue them.
+
+        Returns:
+            float32 logits (batch, n, 256), or the mean of -ln p over scored targets, a float32 scalar in nats.
+        """
+        start = cache[0].length if cache else 0
+        if start + tokens.shape[1] > self.seq_len:
+            raise ValueError(
+                f"tokens reach position {start + tokens.shape[1]}, accepted: up to seq_len = {self.seq_len}"
+            )
+        x = self.embedding(tokens)  # (batch, n, width)
+        if self.positions is not None:
+            x = x + self.positions.weight[start : start + tokens.shape[1]]
+        x = self.dropout(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cache[index] if cache else None)
+        logits = self.head(self.norm(x)).float()  # (batch, n, 256)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> list[KVCache]:
+        """An empty cache for every block; dtype defaults to the weights'."""
+        weight = self.embedding.weight
+        shape = (batch, self.num_kv_heads, self.seq_len, self.head_dim)
+        return [KVCache(shape, device=weight.device, dtype=dtype or weight.dtype) for _ in self.blocks]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        num_bytes: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continues prompt (batch, n >= 1) by num_bytes sampled bytes and returns them, (batch, num_bytes).
+
+        When seq_len positions are full, the oldest half of the context is dropped and the rest starts again at
+        position 0; with and without the cache alike, so that both give the same bytes.
+
+        Args:
+            temperature: divides the logits; 0 takes the most likely byte.
+            top_k: sample among the k most likely bytes only.
+            generator: source of randomness on the model's device.
+            use_cache: keep keys and values instead of computing the context anew for each byte.
+        """
+        _check_sampling(prompt, num_bytes, temperature, top_k)
+        was_training = self.training
+        self.eval()
+        context = prompt[:, -self.seq_len :]
+        cache, generated = None, []
+        for _ in range(num_bytes):
+            if context.shape[1] > self.seq_len:
+                context, cache = context[:, -max(1, self.seq_len // 2) :], None
+            if use_cache and cache is None:
+                cache, new = self.new_cache(len(prompt), self._activation_dtype()), context
+            else:
+                new = context[:, -1:] if use_cache else context
+            # forward, not __call__: a compiled model would be compiled again for every length
+            logits = self.forward(new, cache=cache)[:, -1]
+            generated.append(_sample(logits, temperature, top_k, generator))
+            context = torch.cat((context, generated[-1]), dim=1)
+        self.train(was_training)
+        return torch.cat(generated, dim=1) if generated else prompt[:, :0]
+
+    def _activation_dtype(self) -> torch.dtype:
+        device_type = self.embedding.weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.embedding.weight.dtype
+
+    def num_parameters(self) -> int:
+        """All parameters, a shared one counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations a token of one training step, forward and backward.
+
+        6 a weight of every matrix product (the embedding is a look-up), and for attention 6 * num_layers * width *
+        seq_len: QK^T and PV are 4 * width * seq_len a token forward, twice that backward, and a causal token sees
+        half of the keys (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
+        """
+        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        width = self.embedding.embedding_dim
+        return 6.0 * weights + 6.0 * len(self.blocks) * width * seq_len
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One byte a row of logits (batch, 256) -> (batch, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, VOCABULARY)).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+
+
+def _check_sizes(
+    num_layers: int, width: int, num_heads: int, num_kv_heads: int, seq_len: int, positions: str, dropout: float
+) -> None:
+    for name, value in (
+        ("model.num_layers", num_layers),
+        ("model.width", width),
+        ("model.num_heads", num_heads),
+        ("model.num_kv_heads", num_kv_heads),
+        ("seq_len", seq_len),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if width % num_heads:
+        raise ValueError(f"model.num_heads must divide model.width = {width}, got {num_heads}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"model.num_kv_heads must divide model.num_heads = {num_heads}, got {num_kv_heads}")
+    if positions not in ("rotary", "learned"):
+        raise ValueError(f"model.positions must be rotary or learned, got {positions!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
+
+
+def _check_sampling(prompt: Tensor, num_bytes: int, temperature: float, top_k: int | None) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] < 1:
+        raise ValueError(f"prompt must be (batch, n) with n >= 1, got {tuple(prompt.shape)}")
+    if num_bytes < 0:
+        raise ValueError(f"num_bytes must be at least 0, got {num_bytes}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")

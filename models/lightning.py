@@ -1,0 +1,140 @@
+"""GPTModule: what one step of training and of evaluation is."""
+
+import math
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.bytes import IGNORE_INDEX
+from models.gpt import GPT
+from models.optimizer import AdamW
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+class GPTModule(lightning.LightningModule):
+    """Trains a GPT on windows of bytes.
+
+    Every random choice of a step, which windows and which dropout masks, is a pure function of
+    (seed, step, micro-step, rank). A resumed run therefore repeats the uninterrupted one without any loader state;
+    the Lightning data loader merely counts.
+
+    Args:
+        gpt: the model.
+        optimizer: builds optimizer and schedule.
+        seed: of windows and dropout.
+        clip_norm: the gradient is scaled down to this l2 norm; None leaves it.
+        compile: run the model through torch.compile.
+    """
+
+    def __init__(self, gpt: GPT, optimizer: AdamW, *, seed: int, clip_norm: float | None, compile: bool):
+        super().__init__()
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"trainer.clip_norm must be positive or null, got {clip_norm}")
+        self.gpt = gpt
+        self.optimizer = optimizer
+        self.seed = seed
+        self.clip_norm = clip_norm
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping
+        self._loss_sum: Tensor | None = None  # over micro-batches since the last take_loss, on the device
+        self._loss_count = 0
+        if compile:
+            # In place and on the inner module: a wrapper would write _orig_mod into every checkpoint key.
+            self.gpt.compile(dynamic=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002 (the loader only counts)
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        step, rank = self.global_step, self.global_rank
+        torch.manual_seed(_mix(self.seed, step, micro_step, rank))  # dropout
+        tokens = self.trainer.datamodule.train_batch(step, micro_step, rank, self.device)
+        loss = self.gpt(tokens[:, :-1], tokens[:, 1:])  # tokens (micro_batch_size, seq_len + 1)
+        self._add_loss(loss.detach())
+        return loss
+
+    def _add_loss(self, loss: Tensor) -> None:
+        # Summed on the device: reading a loss every step would make the host wait for the GPU.
+        self._loss_sum = loss.double() if self._loss_sum is None else self._loss_sum + loss
+        self._loss_count += 1
+
+    def take_loss(self) -> float:
+        """The mean training loss since the last call, in nats a byte, over all ranks. Waits for the device."""
+        if self._loss_sum is None:
+            return math.nan
+        mean = self.trainer.strategy.reduce(self._loss_sum / self._loss_count, reduce_op="mean").item()
+        self._loss_sum, self._loss_count = None, 0
+        return mean
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+        gradient_clip_val: float | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        # Clipped here, not by the Trainer: it refuses a fused optimizer under bf16-mixed, and would compute the
+        # norm that is logged a second time.
+        max_norm = math.inf if self.clip_norm is None else self.clip_norm
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), max_norm)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, scheduler = self.optimizer.build(self.gpt)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        loss_sum = None if self._loss_sum is None else self._loss_sum.item()
+        checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["loss_since_last_log"]
+        self._loss_count = saved["count"]
+        if saved["sum"] is not None:
+            self._loss_sum = torch.tensor(saved["sum"], dtype=torch.float64, device=self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._scored = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        inputs, targets = batch  # (eval_batch_size, seq_len) each
+        scored = (targets != IGNORE_INDEX).sum()
+        mean = self.gpt(inputs, targets)  # not a number where nothing is scored
+        self._nats += torch.where(scored > 0, mean.double() * scored, 0.0)
+        self._scored += scored
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_bits_per_byte("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_bits_per_byte("test")
+
+    def _log_bits_per_byte(self, split: str) -> None:
+        # Sum of -ln p over scored bytes / (number of scored bytes * ln 2): never a mean of batch means.
+        nats = self.trainer.strategy.reduce(self._nats, reduce_op="sum")
+        scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum")
+        bits_per_byte = nats / (scored * math.log(2))
+        self.report({f"{split}/bpc": bits_per_byte.item()})
+
+    def report(self, metrics: dict[str, float], progress_bar: tuple[str, ...] = ("val/bpc",)) -> None:
+        """Sends metrics to the loggers, at the number of finished optimizer steps, and some to the progress bar.
+
+        Lightning's own route counts steps from 0 and costs host time at every step, logged or not.
+        """
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        for key, value in metrics.items():
+            self.log(key, value, logger=False, prog_bar=key in progress_bar)
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, without the collisions that adding them would have."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

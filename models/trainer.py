@@ -1,0 +1,150 @@
+"""Builds the Lightning Trainer, and says how a step's tokens are cut into micro-batches."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from omegaconf import DictConfig
+
+from models.callbacks import ProgressBar
+
+LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def micro_batches(
+    tokens_per_step: int, micro_batch_tokens: int, seq_len: int, devices: int
+) -> tuple[int, int]:
+    """Cuts a step of tokens_per_step tokens into equal micro-batches.
+
+    The step holds tokens_per_step // seq_len sequences, shared by the devices and accumulated over as few
+    micro-batches of at most micro_batch_tokens tokens (but at least one sequence) as divide them evenly.
+
+    Returns:
+        (sequences in a micro-batch of one device, micro-batches in a step).
+    """
+    if devices < 1:
+        raise ValueError(f"trainer.devices must be at least 1, got {devices}")
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
+    sequences = tokens_per_step // seq_len
+    if sequences < 1:
+        raise ValueError(
+            f"tokens_per_step must be at least seq_len = {seq_len}, one sequence a step, got {tokens_per_step}"
+        )
+    if sequences % devices:
+        raise ValueError(
+            f"tokens_per_step // seq_len = {sequences} sequences a step must be a multiple of trainer.devices = "
+            f"{devices}"
+        )
+    if micro_batch_tokens < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
+    per_device = sequences // devices
+    largest = max(1, micro_batch_tokens // seq_len)
+    size = next(size for size in range(min(largest, per_device), 0, -1) if per_device % size == 0)
+    return size, per_device // size
+
+
+def uses_cuda(accelerator: str) -> bool:
+    """Whether training will run on a GPU."""
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"trainer.accelerator must be auto, cpu or gpu, got {accelerator!r}")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=gpu needs a CUDA device, and PyTorch sees none")
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def choose_precision(precision: str | None, *, cuda: bool) -> str:
+    """Lightning's name of the precision: bf16 autocast over float32 weights on a GPU, float32 on a CPU."""
+    if precision is None:
+        return "bf16-mixed" if cuda else "32-true"
+    if precision not in PRECISIONS:
+        # fp16 would need its gradients unscaled before they are clipped and logged
+        raise ValueError(f"trainer.precision must be null or one of {PRECISIONS}, got {precision!r}")
+    return precision
+
+
+def build_trainer(
+    *,
+    run_dir: Path,
+    loggers: list[Logger],
+    callbacks: list[lightning.Callback],
+    max_steps: int,
+    accumulate: int,
+    options: DictConfig,
+) -> lightning.Trainer:
+    """The Trainer.
+
+    Checkpoints are written at the end of each validation: ``last.ckpt`` always, ``best.ckpt`` where val/bpc improved.
+
+    Args:
+        run_dir: the run's folder.
+        loggers: where metrics go.
+        callbacks: what is recorded.
+        max_steps: optimizer steps.
+        accumulate: micro-batches an optimizer step.
+        options: conf/trainer/.
+    """
+    if options.val_every < 1:
+        raise ValueError(f"trainer.val_every must be at least 1, got {options.val_every}")
+    cuda = uses_cuda(options.accelerator)
+    _silence_known_lines()
+    checkpoint_dir = run_dir / "checkpoints"
+    checkpoints = [  # best before last: what last.ckpt holds of the best score must be up to date
+        _checkpoint(checkpoint_dir, BEST_CHECKPOINT, monitor="val/bpc"),
+        _checkpoint(checkpoint_dir, LAST_CHECKPOINT, monitor=None),
+    ]
+    bar = [ProgressBar(refresh_rate=10)] if options.progress_bar else []
+    return lightning.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=options.devices,
+        strategy="auto" if options.devices == 1 else "ddp",
+        precision=choose_precision(options.precision, cuda=cuda),
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=options.val_every * accumulate,  # Lightning counts micro-batches
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # GPTModule.report decides when there is something to log
+        logger=loggers,
+        callbacks=[*callbacks, *bar, *checkpoints],
+        enable_progress_bar=options.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
+        deterministic=options.deterministic,
+        default_root_dir=run_dir,
+        # Started by hand or by this process, never by whatever scheduler the shell happens to run under.
+        plugins=[LightningEnvironment()] if options.devices == 1 else [],
+    )
+
+
+def _silence_known_lines() -> None:
+    # Advertisements, and warnings about choices made here on purpose; everything else still shows.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # the loader only counts
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        r".*ended before the epoch ended and your dataloader is not resumable.*",  # nothing to resume: see GPTModule
+        r".*configured with multiple `ModelCheckpoint` callbacks.*",  # the first is best.ckpt, which is meant
+        r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 against torch 2.13
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _checkpoint(folder: Path, filename: str, *, monitor: str | None) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename=filename.removesuffix(".ckpt"),
+        monitor=monitor,
+        mode="min",
+        save_top_k=1,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )

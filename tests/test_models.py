@@ -1,0 +1,251 @@
+"""The GPT: shapes, starts, causality, the cache, and that cosine and regular attention are what they claim."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from flash_cosine_sim_attention import plain_cosine_sim_attention
+from models.attention import CosineAttention, KVCache, RegularAttention, Rotary
+from models.blocks import PostNormBlock, PreNormBlock
+from models.gpt import GPT
+
+BLOCKS = [PreNormBlock, PostNormBlock]
+ATTENTIONS = ["cosine", "regular"]
+
+
+def attention_of(kind, **options):
+    if kind == "regular":
+        return RegularAttention
+    settings_ = {"scale": 12.0, "learned_scale": True, "groups": 1, "backend": "auto", **options}
+    return lambda num_heads, head_dim: CosineAttention(num_heads, head_dim, **settings_)
+
+
+def build(kind="cosine", block=PreNormBlock, **changes):
+    sizes = {
+        "num_layers": 2,
+        "width": 64,
+        "num_heads": 4,
+        "num_kv_heads": None,
+        "seq_len": 32,
+        "positions": "rotary",
+        "tied_head": False,
+        "dropout": 0.0,
+    }
+    torch.manual_seed(0)
+    return GPT(attention=attention_of(kind), block=block, **{**sizes, **changes})
+
+
+def randomise_head(gpt):
+    """The head starts at zero; most properties show only with one that is not."""
+    if gpt.head.weight is not gpt.embedding.weight:
+        torch.nn.init.normal_(gpt.head.weight, std=0.3)
+    return gpt
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_first_loss_is_eight_bits_and_a_step_lowers_it(kind, block):
+    gpt = build(kind, block)
+    tokens = torch.randint(0, 256, (4, 33))
+    loss = gpt(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() / math.log(2) == pytest.approx(8.0, abs=1e-5)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        gpt(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    assert gpt(tokens[:, :-1], tokens[:, 1:]).item() < loss.item() - 1.0
+    assert all(parameter.grad is not None for parameter in gpt.parameters())
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_logits_do_not_see_the_future(kind, block, positions):
+    gpt = randomise_head(build(kind, block, positions=positions))
+    tokens = torch.randint(0, 256, (1, 20))
+    before = gpt(tokens)
+    for position in (0, 7, 19):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % 256
+        after = gpt(changed)
+        torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-5)
+        assert (after[:, position:] - before[:, position:]).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"num_kv_heads": 1}, {"tied_head": True}])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_generation_with_cache_equals_generation_without(kind, block, changes):
+    gpt = randomise_head(build(kind, block, **changes)).double()
+    prompt = torch.randint(0, 256, (2, 5))
+    # 70 bytes run over the 32 positions twice
+    generated = [gpt.generate(prompt, 70, temperature=0, use_cache=use_cache) for use_cache in (True, False)]
+    assert generated[0].shape == (2, 70)
+    assert torch.equal(*generated)
+    sampled = [
+        gpt.generate(prompt, 70, top_k=20, temperature=2.0, generator=torch.Generator().manual_seed(1), use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*sampled)
+    assert not torch.equal(generated[0], sampled[0])
+
+
+def test_cached_logits_equal_the_whole_context_at_every_position():
+    gpt = randomise_head(build(num_kv_heads=2)).double()
+    tokens = torch.randint(0, 256, (2, 32))
+    cache = gpt.new_cache(2)
+    steps = [gpt(tokens[:, :9], cache=cache)] + [gpt(tokens[:, i : i + 1], cache=cache) for i in range(9, 32)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), gpt(tokens), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="seq_len = 32"):
+        gpt(tokens[:, :1], cache=cache)
+
+
+def test_a_long_prompt_is_cut_to_the_context():
+    gpt = randomise_head(build())
+    prompt = torch.randint(0, 256, (1, 100))
+    assert torch.equal(gpt.generate(prompt, 3, temperature=0), gpt.generate(prompt[:, -32:], 3, temperature=0))
+
+
+def test_generation_keeps_the_training_mode_and_draws_no_global_numbers():
+    gpt = build(dropout=0.5).train()
+    state = torch.get_rng_state()
+    gpt.generate(torch.zeros(1, 1, dtype=torch.int64), 4, generator=torch.Generator().manual_seed(0))
+    assert gpt.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_cosine_attention_is_the_librarys_with_one_learned_scale_a_head():
+    inner = attention_of("cosine", scale=10.0)(num_heads=3, head_dim=16)
+    q, k, v = torch.randn(3, 2, 3, 11, 16).unbind(0)
+    expected = plain_cosine_sim_attention(q, k, v, scale=10.0, causal=True)
+    torch.testing.assert_close(inner(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    inner(q, k, v).square().sum().backward()
+    assert inner.log_scale.grad.shape == (3,)
+    assert inner.log_scale.grad.abs().min() > 0
+    with torch.no_grad():
+        inner.log_scale.fill_(10.0)
+    assert inner.scale().tolist() == [40.0] * 3  # held in the range of the kernels
+    fixed = attention_of("cosine", learned_scale=False)(num_heads=3, head_dim=16)
+    assert not list(fixed.parameters())
+
+
+def test_regular_attention_scales_by_the_root_of_head_dim():
+    q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    expected = (q @ k.mT / 4).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(RegularAttention(2, 16)(q, k, v), expected)
+    with pytest.raises(ValueError, match="seq_len_q must be 1 or seq_len_k = 9"):
+        RegularAttention(2, 16)(q[:, :, :3], k, v)
+
+
+@given(groups=st.sampled_from([1, 2, 4, 8]), start=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_rotation_keeps_group_norms_and_depends_on_distance_only(groups, start):
+    rotary = Rotary(32, 256).double()
+    rotary.cos, rotary.sin = rotary.cos.double(), rotary.sin.double()
+    x = torch.randn(1, 1, 6, 32, dtype=torch.float64)
+    rotated = rotary(x, start)
+    norm = lambda t: t.unflatten(-1, (groups, -1)).norm(dim=-1)  # noqa: E731
+    torch.testing.assert_close(norm(rotated), norm(x))
+    again = rotary(x, start + 40)
+    torch.testing.assert_close(again @ again.mT, rotated @ rotated.mT, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(rotated @ rotated.mT, x @ x.mT)
+
+
+def test_deepnorm_scales_the_residual_and_starts_as_the_paper_says():
+    torch.manual_seed(0)
+    gpt = build("regular", PostNormBlock, num_layers=8, width=256, num_heads=4)
+    block = gpt.blocks[0]
+    beta = (8 * 8) ** -0.25
+    assert block.alpha == pytest.approx((2 * 8) ** 0.25)
+    q, k, v = block.attention.qkv.weight.split(256)
+    xavier = math.sqrt(2 / (256 + 256))
+    for weight, gain in ((q, 1), (k, 1), (v, beta), (block.attention.out.weight, beta)):
+        assert weight.std().item() == pytest.approx(gain * xavier, rel=0.05)
+    assert block.mlp.up.weight.std().item() == pytest.approx(beta * math.sqrt(2 / (256 + 1024)), rel=0.05)
+    x = torch.randn(2, 5, 256)
+    inside = F.layer_norm(block.alpha * x + block.attention(x), (256,))
+    expected = F.layer_norm(block.alpha * inside + block.mlp(inside), (256,))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_flops_of_a_token_count_every_matrix_product():
+    gpt = build("cosine", seq_len=64)
+    tokens = torch.randint(0, 256, (2, 65))
+    with FlopCounterMode(display=False) as counter:
+        gpt(tokens[:, :-1], tokens[:, 1:]).backward()
+    # attention's own products hide in an operator that PyTorch does not count on a CPU
+    attention = 6 * 2 * 64 * 64
+    assert gpt.flops_per_token(64) - attention == counter.get_total_flops() / (2 * 64)
+
+
+def test_tied_head_shares_the_embedding():
+    tied, untied = build(tied_head=True), build()
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.num_parameters() - tied.num_parameters() == 256 * 64
+
+
+def test_sizes_of_the_predecessor():
+    small = build(num_layers=8, width=512, num_heads=8, seq_len=1024)
+    assert small.head_dim == 64
+    assert small.num_parameters() == pytest.approx(25.4e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "model.num_heads must divide model.width = 64, got 5"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads must divide model.num_heads = 4, got 3"),
+        ({"num_layers": 0}, "model.num_layers must be at least 1, got 0"),
+        ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
+        ({"positions": "alibi"}, "model.positions must be rotary or learned, got 'alibi'"),
+        ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), got 1.0"),
+        ({"width": 48, "num_heads": 4}, "multiple of 8 up to 256, got 12"),
+        ({"width": 1056, "num_heads": 4}, "multiple of 8 up to 256, got 264"),
+    ],
+)
+def test_bad_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 50.0}, r"attention.scale \* attention.groups .* got 50 \* 1"),
+        ({"scale": 0.0}, "must be in"),
+        ({"groups": 3}, "attention.groups must divide the head_dim 16, got 3"),
+        ({"backend": "triton"}, "attention.backend must be auto, cuda, sdpa or reference, got 'triton'"),
+    ],
+)
+def test_bad_attention_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention_of("cosine", **options)(num_heads=4, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": torch.zeros(4, dtype=torch.int64)}, r"prompt must be \(batch, n\)"),
+        ({"num_bytes": -1}, "num_bytes must be at least 0, got -1"),
+        ({"temperature": -0.5}, "temperature must be at least 0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ],
+)
+def test_bad_sampling_is_refused(arguments, message):
+    defaults = {"prompt": torch.zeros(1, 1, dtype=torch.int64), "num_bytes": 1}
+    with pytest.raises(ValueError, match=message):
+        build().generate(**{**defaults, **arguments})
+
+
+def test_a_full_cache_refuses_more():
+    cache = KVCache((1, 1, 4, 8), device=torch.device("cpu"), dtype=torch.float32)
+    cache.append(*torch.zeros(2, 1, 1, 4, 8))
+    with pytest.raises(ValueError, match="holds 4 positions, got 5"):
+        cache.append(*torch.zeros(2, 1, 1, 1, 8))
