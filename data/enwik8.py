@@ -49,8 +49,7 @@ def enwik8(
     if path is None and download:
         return _download(url, place, expected_bytes, expected_sha256)
     raise FileNotFoundError(
-        f"{place} holds none of {', '.join(FILE_NAMES)}{' and download=False' if path is None else ''}. "
-        f"{HOW_TO_SUPPLY}"
+        f"{place} holds none of {', '.join(FILE_NAMES)}{' and download=False' if path is None else ''}. {HOW_TO_SUPPLY}"
     )
 
 
@@ -60,9 +59,7 @@ def _check_expected(expected_bytes: int, expected_sha256: str | None) -> None:
             f"expected_bytes must be an integer of at least 40 (2 bytes in 5 percent), got {expected_bytes!r}"
         )
     if expected_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(expected_sha256)):
-        raise ValueError(
-            f"expected_sha256 must be 64 lower-case hexadecimal digits or null, got {expected_sha256!r}"
-        )
+        raise ValueError(f"expected_sha256 must be 64 lower-case hexadecimal digits or null, got {expected_sha256!r}")
     if expected_bytes != NUM_BYTES and expected_sha256 == SHA256:
         raise ValueError(
             f"expected_sha256 must be null or the hash of the {expected_bytes} bytes that expected_bytes "
@@ -87,9 +84,7 @@ def _verified(data: np.ndarray, source: str, num_bytes: int, sha256: str | None)
     )
     got = corpus.provenance["sha256"]
     if sha256 is not None and got != sha256:
-        raise ValueError(
-            f"{source} is corrupted or another file: its bytes have SHA-256 {got}, expected {sha256}"
-        )
+        raise ValueError(f"{source} is corrupted or another file: its bytes have SHA-256 {got}, expected {sha256}")
     # A result on other bytes must not pass for one on enwik8.
     return corpus if got == SHA256 else replace(corpus, name=f"enwik8-custom-{num_bytes}")
 

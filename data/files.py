@@ -21,9 +21,7 @@ DECOMPRESSION_ERRORS = (
 )
 
 
-def file(
-    path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pattern: str = "*"
-) -> ByteCorpus:
+def file(path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pattern: str = "*") -> ByteCorpus:
     """Make a corpus of one file (raw, .gz, or .zip with one member) or of the files in a folder.
 
     A folder's files are those at any depth whose name matches `pattern` (shell wildcards, case-sensitive),

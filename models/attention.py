@@ -90,9 +90,7 @@ class RegularAttention(nn.Module):
         if seq_len_q not in (1, seq_len_k):
             # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
             raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Rotary(nn.Module):

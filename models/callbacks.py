@@ -149,8 +149,11 @@ class ProgressBar(RichProgressBar):
         """The metrics shown: not the logger's version number, and no digits that nobody reads."""
         shown = {"train/bpc": "{:.3f}", "val/bpc": "{:.4f}", "throughput/tokens_per_s": "{:,.0f}"}
         metrics = super().get_metrics(*args, **kwargs)
-        return {key.split("/")[-1] if key.startswith("through") else key: form.format(float(metrics[key]))
-                for key, form in shown.items() if key in metrics}
+        return {
+            key.split("/")[-1] if key.startswith("through") else key: form.format(float(metrics[key]))
+            for key, form in shown.items()
+            if key in metrics
+        }
 
 
 class TextSample(lightning.Callback):

@@ -54,9 +54,7 @@ class GPT(nn.Module):
 
         def layer() -> nn.Module:
             inner = attention(num_heads=num_heads, head_dim=head_dim)
-            around = SelfAttention(
-                width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout
-            )
+            around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
             return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))
 
         self.blocks = nn.ModuleList(layer() for _ in range(num_layers))
@@ -75,9 +73,7 @@ class GPT(nn.Module):
         else:
             nn.init.zeros_(self.head.weight)  # every byte equally likely: the first loss is exactly 8 bits
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
         """Logits, or the mean loss when targets are given.
 
         Args:

@@ -1,6 +1,7 @@
 """Metrics on disk: one CSV a run that survives being killed and resumed."""
 
 import csv
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 
@@ -126,6 +129,13 @@ def wandb_and_csv(
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, without the cells that are empty."""
+    """The rows of a metrics file, without the cells that are empty.
+
+    A last line that does not end is left out, with a warning: its run was killed while writing, or is writing.
+    """
     with open(path, newline="") as file:
-        return [{key: cell for key, cell in row.items() if cell != ""} for row in csv.DictReader(file)]
+        lines = file.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        log.warning("%s ends within a line, which is left out: its run was killed, or is writing", path)
+        lines.pop()
+    return [{key: cell for key, cell in row.items() if cell != ""} for row in csv.DictReader(lines)]

@@ -116,11 +116,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     try:
-        rows = read_csv(path)
-        if rows and not path.read_bytes().endswith(b"\n"):
-            log.warning("%s ends within a line, which is left out: its run was killed, or is writing", path)
-            rows.pop()
-        return [{key: float(cell) for key, cell in row.items()} for row in rows]
+        return [{key: float(cell) for key, cell in row.items()} for row in read_csv(path)]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no table of numbers: {error}") from error
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -66,22 +66,23 @@ class Run:
 
 
 @contextmanager
-def open_run(config: DictConfig, choices: dict[str, str]) -> Iterator[Run]:
+def open_run(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> Iterator[Run]:
     """Finds or makes the run's folder, and marks the run finished, failed, diverged or interrupted when it ends.
 
     Args:
         config: the validated configuration; resume is null, "auto" or a path.
         choices: the option chosen of every configuration group.
+        overrides: the command line's KEY=VALUE, of which the run's name tells those of model and optimizer.
     """
     first = _is_first_process()
     if first:
-        name = config.name or default_name(config, choices)
+        name = config.name or default_name(config, choices, overrides)
         folder, checkpoint = find_folder(Path(config.run_root), name, config.resume)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ[RUN_VARIABLE] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
     else:
         folder, checkpoint = (path and Path(path) for path in json.loads(os.environ[RUN_VARIABLE]))
-    record = _read_record(folder) if checkpoint else {}
+    record = read_record(folder) if checkpoint else {}
     if checkpoint:
         _warn_of_changes(folder, config)
     record.setdefault("wandb_id", f"{re.sub('[^A-Za-z0-9_-]', '_', folder.name)[:100]}-{uuid.uuid4().hex[:8]}")
@@ -89,7 +90,7 @@ def open_run(config: DictConfig, choices: dict[str, str]) -> Iterator[Run]:
     run = Run(folder, checkpoint, resume_step, record)
     if first:
         _write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
-    run.update(choices=choices, **_environment(), status="running", error=None)
+    run.update(choices=choices, **environment(), status="running", error=None)
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -113,10 +114,13 @@ def open_run(config: DictConfig, choices: dict[str, str]) -> Iterator[Run]:
         handler.close()
 
 
-def default_name(config: DictConfig, choices: dict[str, str]) -> str:
-    """A name that says what the run is, so that the same command finds it again."""
+def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
+    """A name that says what the run is, so that the same command finds it again and a sweep's jobs differ."""
     parts = [choices.get(group) or "none" for group in ("attention", "norm", "model", "data")]
-    return "-".join([*parts, f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"])
+    parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
+    told = ("attention.", "norm.", "model.", "optimizer.")
+    parts += [override for override in overrides if override.lstrip("+").startswith(told)]
+    return re.sub(r"[^\w.,=-]", "_", "-".join(parts))
 
 
 def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path | None]:
@@ -131,11 +135,9 @@ def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path |
         return checkpoint.parent.parent, checkpoint
     if not re.fullmatch(r"[\w.,=+@-]+", name) or name in (".", ".."):
         raise ValueError(f"name must be a plain folder name (letters, digits and .,=+@_-), got {name!r}")
-    count = 1
     candidates = [root / name]
-    while candidates[-1].exists():
-        count += 1
-        candidates.append(root / f"{name}-{count}")
+    while _holds_a_run(candidates[-1]):
+        candidates.append(root / f"{name}-{len(candidates) + 1}")
     *existing, new = candidates
     if resume == "auto":
         for folder in reversed(existing):
@@ -144,6 +146,15 @@ def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path |
                 return folder, checkpoint
         log.info("resume=auto: no checkpoint under %s*, a new run starts", root / name)
     return new, None
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether anything there is worth keeping; a run that failed before its first step left nothing."""
+    if not folder.exists():
+        return False
+    record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
+    recorded = (folder / "metrics.csv").exists() or (folder / "checkpoints").exists()
+    return recorded or record.get("status") not in ("failed", "interrupted")
 
 
 def _checkpoint_at(path: Path) -> Path:
@@ -162,7 +173,14 @@ def _checkpoint_at(path: Path) -> Path:
 
 def load_config(folder: Path) -> DictConfig:
     """The resolved configuration of a run."""
-    return OmegaConf.load(_file_of_run(folder, CONFIG_FILE))
+    path = _file_of_run(folder, CONFIG_FILE)
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{str(path)!r} must hold keys and values, got a list")
+    return config
 
 
 def build_gpt(config: DictConfig) -> GPT:
@@ -185,10 +203,10 @@ def load_model(
     """
     path = find_checkpoint(folder, checkpoint)
     config_path = Path(folder) / CONFIG_FILE
+    config = load_config(folder)
     try:
-        config = load_config(folder)
         gpt = build_gpt(config)
-    except (yaml.YAMLError, OmegaConfBaseException, InstantiationException) as error:
+    except (OmegaConfBaseException, InstantiationException) as error:
         raise ValueError(f"{str(config_path)!r} does not describe a model: {error}") from error
     try:
         gpt.load_state_dict(_read_weights(path))
@@ -226,15 +244,15 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     path = _file_of_run(folder, RECORD_FILE)
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
-
-
-read_record = _read_record
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} must hold an object, got {type(record).__name__}")
+    return record
 
 
 def _file_of_run(folder: Path, name: str) -> Path:
@@ -265,7 +283,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What a result depends on beyond the configuration."""
     packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy", "flash-cosine-sim-attention")
     return {
@@ -273,11 +291,20 @@ def _environment() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages},
     }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:

@@ -18,9 +18,7 @@ BEST_CHECKPOINT = "best.ckpt"
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def micro_batches(
-    tokens_per_step: int, micro_batch_tokens: int, seq_len: int, devices: int
-) -> tuple[int, int]:
+def micro_batches(tokens_per_step: int, micro_batch_tokens: int, seq_len: int, devices: int) -> tuple[int, int]:
     """Cuts a step of tokens_per_step tokens into equal micro-batches.
 
     The step holds tokens_per_step // seq_len sequences, shared by the devices and accumulated over as few

@@ -89,7 +89,9 @@ def test_generation_with_cache_equals_generation_without(kind, block, changes):
     assert generated[0].shape == (2, 70)
     assert torch.equal(*generated)
     sampled = [
-        gpt.generate(prompt, 70, top_k=20, temperature=2.0, generator=torch.Generator().manual_seed(1), use_cache=use_cache)
+        gpt.generate(
+            prompt, 70, top_k=20, temperature=2.0, generator=torch.Generator().manual_seed(1), use_cache=use_cache
+        )
         for use_cache in (True, False)
     ]
     assert torch.equal(*sampled)

@@ -1,0 +1,52 @@
+# Everything runs from the repository's root in .venv, which is made on first use.
+#   make PYTHON=python3.12      another interpreter
+#   make train ARGS="..."       arguments for train.py
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo train test lint kernels native-kernels clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: native-kernels  ## train a small model on text this machine already has
+	$(RUN) train.py experiment=quickstart $(ARGS)
+
+train: native-kernels  ## train: make train ARGS="experiment=enwik8 seq_len=8192"
+	$(RUN) train.py $(ARGS)
+
+test: lint  ## lint, then run every test that needs no GPU
+	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 $(ARGS)
+
+lint: $(INSTALLED)  ## check the code with ruff
+	$(RUN) -m ruff check .
+
+kernels: $(INSTALLED)  ## compile the CUDA kernels (needs nvcc, no GPU) or say what is missing
+	FLASH_COSINE_SIM_FORCE_CUDA=1 $(RUN) setup.py -q build_ext --inplace
+
+# Compiles where there is a GPU to run the kernels, for its own architecture alone where that is one with native
+# kernels; newer ones need the default list, which ends in PTX. setup.py says so where it cannot compile.
+native-kernels: $(INSTALLED)
+	@caps="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)"; \
+	case "$$caps" in [0-9]*) ;; *) exit 0 ;; esac; \
+	if echo "$$caps" | grep -Eq '^((8\.[0-9]|9\.0);?)+$$'; then export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$caps}"; fi; \
+	$(RUN) setup.py -q build_ext --inplace
+
+clean:  ## delete builds and caches (keeps .venv, data and runs)
+	rm -rf build dist kernels/*.egg-info kernels/flash_cosine_sim_attention/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch comes first, so that setup.py can see it. Kernels are left to the targets above, where their progress shows.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt torch setuptools wheel ninja
+	FLASH_COSINE_SIM_SKIP_CUDA=1 $(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[train,test]"
+	touch $@

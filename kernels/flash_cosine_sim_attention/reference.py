@@ -1,0 +1,250 @@
+"""The specification in plain PyTorch: it materialises the scores, and favours clarity over speed.
+
+    q^ = q / |q|,  k^ = k / |k|                   per group of head_dim / groups channels
+    S  = scale * q^ k^T + attn_bias               -inf where masked
+    o  = exp(S) v / rowsum(exp(S))                0 where no key is visible
+
+`reference_attention` is differentiable by autograd. `reference_forward`, `reference_partials` and
+`reference_backward` say the same in closed form: they are the specification of the CUDA kernels and the CPU
+implementation of the operators in ops.py. float16 and bfloat16 are computed in float32, float64 in float64.
+
+All functions but `l2norm_tensors` take what interface.py has normalised: 4-D q, k, v, mask
+(batch, seq_len_k) or None, attn_bias 4-D broadcastable or None, scale a number or a tensor of shape (1,) or
+(num_heads,).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+
+def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
+    """l2-normalise the last dimension of every tensor, in `groups` equal parts of unit norm each.
+
+    Takes tensors (..., head_dim) of any floating dtype and returns a tuple of the same shapes and dtypes. The
+    norm is taken in float32 (float64 for float64) and neither overflows nor underflows. A zero vector stays
+    zero, with a zero gradient. Raises ValueError without tensors or where `groups` does not divide head_dim.
+    """
+    if not tensors:
+        raise ValueError("l2norm_tensors needs at least one tensor, got none")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"l2norm_tensors accepts tensors of a floating dtype, got {got}")
+        if groups < 1 or tensor.ndim == 0 or tensor.shape[-1] % groups:
+            raise ValueError(f"groups must divide the last dimension, got {groups} for {tuple(tensor.shape)}")
+    return tuple(l2norm(tensor, groups).to(tensor.dtype) for tensor in tensors)
+
+
+def l2norm(x: Tensor, groups: int) -> Tensor:
+    """Normalise (..., head_dim) per group; the result is in `compute_dtype`, not yet rounded to x's dtype."""
+    return _unit_groups(x, groups)[0].flatten(-2)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all intermediate results: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float | Tensor,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+    return_partials: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by autograd: o in q's dtype, or (numerator, denominator) in float32 before the division."""
+    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
+    logits = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal)
+    if return_partials:
+        # Unshifted by definition: only then do shards over the keys merge by plain addition.
+        weights = logits.exp()  # (batch, num_heads, seq_len_q, seq_len_k)
+        return weights @ value, weights.sum(-1)
+    # The shift changes nothing within the documented range of logits; beyond it, it keeps the oracle finite.
+    weights = (logits - _finite_row_max(logits)).exp()
+    row_sum = weights.sum(-1, keepdim=True)
+    o = (weights @ value) / row_sum.masked_fill(row_sum == 0, 1)  # 0 / 1 in a row without a visible key
+    return o.to(q.dtype)
+
+
+def reference_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: Tensor,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return o (batch, num_heads, seq_len_q, head_dim) and row_sum_log2 (batch, num_heads, seq_len_q).
+
+    row_sum_log2 = log2(rowsum(exp(S))), in float32, is all that the backward pass needs to restore the
+    probabilities. It is -inf, and o is 0, in a row without a visible key.
+    """
+    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
+    logits = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal)
+    row_max = _finite_row_max(logits)
+    weights = (logits - row_max).exp()
+    row_sum = weights.sum(-1, keepdim=True)
+    o = (weights @ value) / row_sum.masked_fill(row_sum == 0, 1)
+    row_sum_log2 = row_sum.log2() + row_max * LOG2_E
+    return o.to(q.dtype).contiguous(), row_sum_log2.squeeze(-1).contiguous()
+
+
+def reference_partials(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: Tensor,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return exp(S) v (batch, num_heads, seq_len_q, head_dim) and rowsum(exp(S)), in float32."""
+    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
+    weights = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal).exp()
+    return (weights @ value).contiguous(), weights.sum(-1)
+
+
+def reference_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: Tensor,
+    o: Tensor,
+    row_sum_log2: Tensor,
+    drow_sum_log2: Tensor | None,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+    attn_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, dattn_bias (empty unless attn_bias_grad) and dscale, each in its input's dtype.
+
+    The row statistics replace the softmax's Jacobian as in Dao et al. 2022, "FlashAttention", appendix B,
+    arXiv:2205.14135; the scores are computed again instead of being stored.
+    """
+    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
+    do, o = do.to(q_hat.dtype), o.to(q_hat.dtype)
+    cos = q_hat @ k_hat.mT  # (batch, num_heads, seq_len_q, seq_len_k)
+    logits = _logits(cos, scale, attn_bias, mask, causal)
+
+    # P = exp(S) / rowsum(exp(S)). +inf in place of log2(0) makes P exactly 0 in an empty row.
+    row_sum_log2 = row_sum_log2.masked_fill(row_sum_log2 == -math.inf, math.inf)
+    probabilities = torch.exp2(logits * LOG2_E - row_sum_log2.unsqueeze(-1))
+    # dP = dO V^T;  delta = rowsum(dO * O) = rowsum(P * dP);  dS = P * (dP - delta)
+    delta = (do * o).sum(-1, keepdim=True)
+    if drow_sum_log2 is not None:
+        # d row_sum_log2 / dS = P * log2(e), so its gradient joins the row statistic.
+        delta = delta - LOG2_E * drow_sum_log2.unsqueeze(-1)
+    dlogits = probabilities * (do @ value.mT - delta)
+
+    # S = scale * cos + bias:  dq^ = scale * dS k^;  dk^ = scale * dS^T q^;  dbias = dS;  dscale = sum(dS cos)
+    dcos = dlogits * scale.view(-1, 1, 1)
+    dq = _unnormalised_grad(dcos @ k_hat, q, groups, l2norm_qk)
+    dk = _unnormalised_grad(_sum_head_group(dcos.mT @ q_hat, k.shape[1]), k, groups, l2norm_qk)
+    dv = _sum_head_group(probabilities.mT @ do, v.shape[1]).to(v.dtype)
+    dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
+    if scale.numel() == 1:
+        dscale = dscale.sum(0, keepdim=True)
+    if attn_bias is not None and attn_bias_grad:
+        dattn_bias = dlogits.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
+    else:
+        dattn_bias = q.new_empty(0)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dattn_bias.contiguous(), dscale.to(scale.dtype)
+
+
+def expand_kv_heads(kv: Tensor, num_heads: int) -> Tensor:
+    """Repeat (batch, num_kv_heads, seq_len_k, head_dim) to num_heads heads; a view if num_kv_heads is 1."""
+    group_size = num_heads // kv.shape[1]
+    if group_size == 1:
+        return kv
+    return kv.unsqueeze(2).expand(-1, -1, group_size, -1, -1).flatten(1, 2)
+
+
+def visible_keys(
+    mask: Tensor | None, diagonal: int | None, seq_len_q: int, seq_len_k: int, device: torch.device
+) -> Tensor | None:
+    """True where a query may see a key, (batch or 1, 1, seq_len_q or 1, seq_len_k); None where all may.
+
+    With a diagonal, query i sees key j iff j <= i + diagonal.
+    """
+    visible = None if mask is None else mask[:, None, None, :]
+    if diagonal is not None:
+        query = torch.arange(seq_len_q, device=device).unsqueeze(-1)
+        below = (torch.arange(seq_len_k, device=device) <= query + diagonal)[None, None]
+        visible = below if visible is None else visible & below
+    return visible
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, groups: int, l2norm_qk: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(q.dtype)
+    q_hat = l2norm(q, groups) if l2norm_qk else q.to(dtype)
+    k_hat = l2norm(k, groups) if l2norm_qk else k.to(dtype)
+    num_heads = q.shape[1]
+    return q_hat, expand_kv_heads(k_hat, num_heads), expand_kv_heads(v.to(dtype), num_heads)
+
+
+def _logits(cos: Tensor, scale: float | Tensor, attn_bias: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    seq_len_q, seq_len_k = cos.shape[-2:]
+    logits = cos * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
+    if attn_bias is not None:
+        logits = logits + attn_bias.to(cos.dtype)
+    # Bottom-right aligned: the last query sees every key, as key/value caches need.
+    diagonal = seq_len_k - seq_len_q if causal else None
+    visible = visible_keys(mask, diagonal, seq_len_q, seq_len_k, cos.device)
+    return logits if visible is None else logits.masked_fill(~visible, -math.inf)
+
+
+def _finite_row_max(logits: Tensor) -> Tensor:
+    if logits.shape[-1] == 0:
+        return logits.new_zeros((*logits.shape[:-1], 1))
+    row_max = logits.detach().amax(-1, keepdim=True)
+    # -inf - (-inf) would be NaN in a row without a visible key.
+    return row_max.masked_fill(row_max == -math.inf, 0)
+
+
+def _unit_groups(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x / |x| as (..., groups, head_dim / groups), and |x| as two factors that are each in range.
+
+    Dividing by the largest magnitude first keeps the squares of 1e-20 or 1e20 inside float32. Its gradient is
+    zero by homogeneity, so it is detached. A zero vector is divided by inf: it stays zero, with gradient 0.
+    """
+    grouped = x.to(compute_dtype(x.dtype)).unflatten(-1, (groups, x.shape[-1] // groups))
+    largest = grouped.detach().abs().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == 0, math.inf)
+    bounded = grouped / largest
+    square_sum = bounded.square().sum(-1, keepdim=True)  # in [1, head_dim / groups], or 0
+    inverse_norm = square_sum.masked_fill(square_sum == 0, 1).rsqrt()
+    return bounded * inverse_norm, inverse_norm, largest
+
+
+def _unnormalised_grad(dx_hat: Tensor, x: Tensor, groups: int, l2norm_qk: bool) -> Tensor:
+    """Project the gradient of x^ = x / |x| onto the tangent plane: dx = (dx^ - x^ (x^.dx^)) / |x|."""
+    if not l2norm_qk:
+        return dx_hat.to(x.dtype)
+    x_hat, inverse_norm, largest = _unit_groups(x, groups)
+    dx_hat = dx_hat.unflatten(-1, x_hat.shape[-2:])
+    tangent = dx_hat - x_hat * (x_hat * dx_hat).sum(-1, keepdim=True)
+    return (tangent * inverse_norm / largest).flatten(-2).to(x.dtype)
+
+
+def _sum_head_group(dkv: Tensor, num_kv_heads: int) -> Tensor:
+    """Sum (batch, num_heads, seq_len_k, head_dim) over the query heads that share a key/value head."""
+    return dkv.unflatten(1, (num_kv_heads, dkv.shape[1] // num_kv_heads)).sum(2)

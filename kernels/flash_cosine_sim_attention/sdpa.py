@@ -1,0 +1,193 @@
+"""The same attention through PyTorch's scaled_dot_product_attention (SDPA), on normalised queries and keys.
+
+It serves every argument, and its memory grows linearly with the sequence length. The scale is folded into q
+before q's only rounding to the input dtype. What SDPA's fused kernels take as it is goes there in one call:
+no mask, square causal, key mask. A bias, or causal with a key mask or with a longer k, needs an explicit mask
+of seq_len_q x seq_len_k: those run in blocks of query rows, each recomputed in the backward pass, so that the
+mask (and the scores, where a kernel stores them) of one block only are alive.
+
+PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
+(aten._scaled_dot_product_flash_attention_for_cpu): FlopCounterMode shows 0 for this back end on a CPU.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .reference import compute_dtype, expand_kv_heads, l2norm, reference_attention, visible_keys
+
+# One block's mask is 512 x seq_len_k values per head: 1/16 of the whole at 8192 queries, while 512 rows still
+# give SDPA's kernels (tiles of 64 to 128 rows) enough to do per head.
+ROWS_PER_BLOCK = 512
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float | Tensor,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+    return_partials: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention on 4-D tensors as normalised by interface.py; see the public function for the arguments."""
+    if q.numel() == 0 or k.numel() == 0:  # nothing to compute, and not every SDPA kernel takes it
+        return reference_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            attn_bias=attn_bias,
+            scale=scale,
+            groups=groups,
+            causal=causal,
+            l2norm_qk=l2norm_qk,
+            return_partials=return_partials,
+        )
+    seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+    causal = causal and seq_len_q > 1  # bottom-right aligned, a single query sees every key
+    # Partial sums are float32 throughout, so there q and k are not rounded.
+    dtype = compute_dtype(q.dtype) if return_partials else q.dtype
+    q, k = _scaled_and_normalised(q, k, scale, groups, l2norm_qk, dtype)
+    if return_partials:
+        return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, causal)
+    if attn_bias is None and not causal:
+        return _attend_with_key_mask(q, k, v, mask)
+    if attn_bias is None and mask is None and seq_len_q >= seq_len_k:
+        return _attend_square_causal(q, k, v)
+    return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, causal)[0]
+
+
+def _scaled_and_normalised(
+    q: Tensor, k: Tensor, scale: float | Tensor, groups: int, l2norm_qk: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide = compute_dtype(q.dtype)
+    q_hat = l2norm(q, groups) if l2norm_qk else q.to(wide)
+    k_hat = l2norm(k, groups) if l2norm_qk else k.to(wide)
+    scale = scale.to(wide).view(-1, 1, 1) if isinstance(scale, Tensor) else scale
+    return (q_hat * scale).to(dtype), k_hat.to(dtype)
+
+
+def _attend_with_key_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return _sdpa(q, k, v)
+    # SDPA's kernels disagree on a row without a visible key (NaN, or the mean of v). Such a batch element
+    # attends everywhere, finitely, and its output is then replaced: no NaN can reach a gradient.
+    empty = ~mask.any(-1, keepdim=True)  # (batch, 1)
+    o = _sdpa(q, k, v, attn_mask=(mask | empty)[:, None, None, :])
+    return o.masked_fill(empty[:, :, None, None], 0)
+
+
+def _attend_square_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal with seq_len_q >= seq_len_k: the first rows see nothing, the rest is square."""
+    num_empty = q.shape[-2] - k.shape[-2]
+    o = _sdpa(q[..., num_empty:, :], k, v, is_causal=True)
+    return F.pad(o, (0, 0, num_empty, 0)) if num_empty > 0 else o
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    num_heads = q.shape[1]
+    enable_gqa = False
+    if k.shape[1] != num_heads:
+        # On CUDA the 16-bit flash kernel shares k and v between heads. The memory-efficient one does not, and
+        # it alone takes float32 (or, where cuDNN's does not serve, a mask): PyTorch would materialise the
+        # scores instead, 4.2 GB where expanded k and v take 0.1 (4096 x 4096, 16 heads, float32, an H100).
+        enable_gqa = attn_mask is None and q.dtype in (torch.float16, torch.bfloat16)
+        if not enable_gqa:
+            k, v = expand_kv_heads(k, num_heads), expand_kv_heads(v, num_heads)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa
+    )
+
+
+def _in_row_blocks(
+    attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, causal: bool
+) -> tuple[Tensor, ...]:
+    """Concatenate `attend(q_rows, k, v, mask, attn_bias_rows, diagonal)` over blocks of query rows.
+
+    A causal block gets the keys up to its last visible one, and diagonal = the last key its first row sees.
+    """
+    seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+    differentiable = [t for t in (q, k, v, attn_bias) if t is not None and t.requires_grad]
+    recompute = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
+    if recompute:
+        # The blocks' dk and dv add up; in float32 the number of blocks costs no accuracy.
+        k, v = k.to(compute_dtype(k.dtype)), v.to(compute_dtype(v.dtype))
+        if attn_bias is not None and attn_bias.shape[-2] != seq_len_q:  # so does the gradient of a shared row
+            attn_bias = attn_bias.to(compute_dtype(attn_bias.dtype))
+    # split, not slices: its backward is one concatenation instead of a padded copy of the whole per block.
+    q_blocks = q.split(ROWS_PER_BLOCK, dim=-2)
+    bias_blocks = _split_bias_rows(attn_bias, seq_len_q, len(q_blocks))
+    results = []
+    for index, (q_block, bias_block) in enumerate(zip(q_blocks, bias_blocks, strict=True)):
+        first_row = index * ROWS_PER_BLOCK
+        diagonal = first_row + seq_len_k - seq_len_q if causal else None
+        num_keys = min(seq_len_k, max(0, diagonal + q_block.shape[-2])) if causal else seq_len_k
+        arguments = (
+            q_block,
+            k[..., :num_keys, :],
+            v[..., :num_keys, :],
+            None if mask is None else mask[:, :num_keys],
+            None if bias_block is None else bias_block[..., :num_keys],
+            diagonal,
+        )
+        if recompute and num_keys > 0:
+            results.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(attend(*arguments))
+    if len(results) == 1:
+        return results[0]
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+
+
+def _split_bias_rows(attn_bias: Tensor | None, seq_len_q: int, num_blocks: int) -> list[Tensor | None]:
+    if attn_bias is None or attn_bias.shape[-2] != seq_len_q:  # the latter is broadcast over the queries
+        return [attn_bias] * num_blocks
+    return list(attn_bias.split(ROWS_PER_BLOCK, dim=-2))
+
+
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, diagonal: int | None
+) -> tuple[Tensor]:
+    """One block of query rows under an explicit mask; a row without a visible key yields zeros."""
+    seq_len_k = k.shape[-2]
+    if seq_len_k == 0:
+        return (torch.zeros_like(q),)
+    visible = visible_keys(mask, diagonal, q.shape[-2], seq_len_k, q.device)
+    if attn_bias is None:  # then one of mask and diagonal is given
+        empty = ~visible.any(-1, keepdim=True)
+        attn_mask = visible | empty
+    else:
+        attn_bias = attn_bias.to(q.dtype)
+        if attn_bias.requires_grad:
+            # One expansion, hence one reduction of the gradient (PyTorch sums in float32 and rounds once).
+            attn_bias = attn_bias.expand(*q.shape[:-1], seq_len_k)
+        if visible is not None:
+            attn_bias = attn_bias.masked_fill(~visible, -math.inf)
+        empty = (attn_bias == -math.inf).all(-1, keepdim=True)
+        attn_mask = attn_bias.masked_fill(empty, 0)
+    o = _sdpa(q, k.to(q.dtype), v.to(q.dtype), attn_mask=attn_mask)
+    return (o.masked_fill(empty, 0),)
+
+
+def _partials_of_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, diagonal: int | None
+) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of one block of query rows; SDPA does not return the sum of a row."""
+    num_heads = q.shape[1]
+    k, v = expand_kv_heads(k, num_heads), expand_kv_heads(v, num_heads)
+    logits = q @ k.mT  # (batch, num_heads, rows, seq_len_k)
+    if attn_bias is not None:
+        logits = logits + attn_bias.to(q.dtype)
+    visible = visible_keys(mask, diagonal, *logits.shape[-2:], q.device)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -math.inf)
+    weights = logits.exp()
+    return weights @ v, weights.sum(-1)

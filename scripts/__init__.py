@@ -1,0 +1,82 @@
+"""Programs around finished runs, started as ``python -m scripts.NAME``, and the command line they share."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from omegaconf.errors import OmegaConfBaseException
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line: ``error: ...`` and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help shows what is accepted\n")
+
+    def add_model_arguments(self) -> None:
+        """RUN, --checkpoint and --device: which model, and where it runs."""
+        self.add_argument("run", metavar="RUN", help="a run's folder, as train.py writes it")
+        self.add_argument(
+            "--checkpoint", default="best", metavar="best|last|PATH", help="weights to load (default: best)"
+        )
+        self.add_argument(
+            "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one"
+        )
+
+
+def run_script(parser: Parser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    """Parses argv (None: the command line), runs action, and returns the exit code.
+
+    An error that the user can mend (a ValueError, an OSError, a key that config.yaml lacks) is written to
+    stderr without its traceback, and the code is 2.
+    """
+    try:
+        action(parser.parse_args(argv))
+    except SystemExit as stopped:  # --help or a refused argument
+        return int(stopped.code or 0)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least minimum."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
+        return value
+
+    return convert
+
+
+def non_negative(text: str) -> float:
+    """The type of an argument that is a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device. Raises ValueError for cuda where PyTorch sees none."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("--device cuda needs a CUDA device, and PyTorch sees none; accepted here: auto, cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in precision, named as ``models.trainer.choose_precision`` does."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")

@@ -1,0 +1,125 @@
+"""Compares runs in a table and a plot: ``python -m scripts.compare runs`` or ``... runs/a runs/b``."""
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from models.report import PLOT_FILE, Results, console, markdown, plot, read_results, table
+from models.runs import RECORD_FILE, load_config
+from scripts import Parser, run_script
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, draws the plot; returns the exit code."""
+    parser = Parser(prog="python -m scripts.compare", description="Compare runs in a table and a plot.")
+    parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="runs' folders, or a folder of such")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help=f"of {PLOT_FILE} (default: the folder that all runs share)"
+    )
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown, too")
+    return run_script(parser, compare, argv)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Reads the runs and reports them. What cannot be read is named and left out; ValueError if all is."""
+    folders = find_runs(arguments.runs)
+    output = arguments.output or Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    runs = read_runs(folders)
+    for difference in differences(runs):
+        warn(f"not comparable: {difference}")
+    out = console()
+    out.print(table(runs, title=f"{len(runs)} runs" if len(runs) > 1 else "1 run"))
+    for run in runs:
+        if run.record.get("error"):
+            out.print(escape(f"{run.name} {run.status}: {run.record['error']}"), highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    plot(runs, output / PLOT_FILE)
+    out.print(str(output / PLOT_FILE), highlight=False, markup=False, soft_wrap=True)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(runs), encoding="utf-8")
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs' folders, each once: a path that is no run stands for the runs right below it.
+
+    A path with neither is named and left out, for a shell's ``runs/*`` matches plots as well. Raises
+    ValueError if no run is left.
+    """
+    folders: dict[Path, Path] = {}  # by the resolved path
+    for path in paths:
+        below = sorted(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
+        found = [path] if (path / RECORD_FILE).is_file() else below
+        if not found:
+            warn(f"{str(path)!r} is left out: no run, nor a folder of runs (no {RECORD_FILE})")
+        folders.update({folder.resolve(): folder for folder in found if folder.resolve() not in folders})
+    if not folders:
+        raise ValueError(f"RUNS must be runs' folders or a folder of runs, got {' '.join(map(str, paths))}")
+    return list(folders.values())
+
+
+def read_runs(folders: Sequence[Path]) -> list[Results]:
+    """The runs that can be read, labelled by enough of their paths to tell them apart."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_results(folder))
+        except (ValueError, OSError) as error:
+            warn(f"{str(folder)!r} is left out: {error}")
+    if not runs:
+        raise ValueError("RUNS must hold at least one run that can be read, got none")
+    for run in runs:
+        if not run.rows:
+            warn(f"{run.name} has no metrics yet")
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    shared = os.path.commonpath([run.folder.absolute() for run in runs])
+    return [replace(run, label=os.path.relpath(run.folder, shared)) for run in runs]
+
+
+def differences(runs: Sequence[Results]) -> list[str]:
+    """For each setting without which bits per byte or curves mean different things: who has which value.
+
+    A run that ended before it recorded a setting takes no part.
+    """
+    who: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for setting, value in _settings(run).items():
+            if value is not None:
+                who[setting][value].append(run.name)
+    return [
+        f"{setting} is " + ", but ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
+        for setting, values in who.items()
+        if len(values) > 1
+    ]
+
+
+def _settings(run: Results) -> dict[str, Any]:
+    corpus = run.record.get("corpus") or {}
+    try:
+        seq_len = load_config(run.folder).get("seq_len")
+    except ValueError:  # no config.yaml: metrics and record still show
+        seq_len = None
+    sha256 = corpus.get("sha256")
+    return {
+        "the corpus (SHA-256)": sha256 and f"{corpus.get('name')} {sha256[:16]}",
+        "seq_len": seq_len,
+        "tokens_per_step": run.record.get("tokens_per_step"),
+        "the number of validated bytes (trainer.val_bytes)": corpus.get("val_scored"),
+    }
+
+
+def warn(message: str) -> None:
+    """One line on stderr: the table on stdout stays clean."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""Package flash_cosine_sim_attention and, where the machine can, compile its CUDA library.
+
+The library `_C.abi3.so` is no Python module: it holds operators registered through LibTorch's stable ABI, and
+torch.ops.load_library loads it. It uses no Python symbol, no C++ symbol of torch and its own copy of the CUDA
+runtime, so one file serves torch 2.11 and newer on every Python from 3.10 (wheel tag cp310-abi3).
+
+Environment variables
+  FLASH_COSINE_SIM_SKIP_CUDA=1    never compile: a pure-Python package
+  FLASH_COSINE_SIM_FORCE_CUDA=1   compile or fail; also allows a CPU build of torch, for compiling on one
+                                  machine what runs on another
+  CUDA_HOME or CUDA_PATH          where bin/nvcc is (else PATH, else /usr/local/cuda)
+  TORCH_CUDA_ARCH_LIST            compute capabilities, such as "8.0;9.0a+PTX" (the default)
+  MAX_JOBS                        compilers at once (default: cores, at most one for each 4 GiB of memory)
+  NVCC_CCBIN                      the host compiler; nvcc itself reads this
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "flash_cosine_sim_attention"
+PACKAGE_DIR = ROOT / "kernels" / PACKAGE
+CSRC = PACKAGE_DIR / "csrc"
+
+OLDEST_TORCH = (2, 11)  # the first release whose stable ABI has all that binding.cpp calls
+OLDEST_NVCC = (12, 0)  # the first with sm_90a and C++20
+DEFAULT_ARCHS = "8.0;9.0a+PTX"
+JOB_MEMORY_GIB = 4  # attention kernels full of templates are known to take 3 to 5 GiB a file in nvcc
+
+# Commands that need to know whether there is a library. Metadata and sdist do not: they must work on any
+# machine, at once, so torch is not imported for them.
+BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+TRAIN = [
+    "lightning>=2.6.6,<2.7",  # 2.6.2 and 2.6.3 were malicious uploads
+    "hydra-core>=1.3.6,<1.4",
+    "wandb>=0.20,<0.32",  # lightning 2.6 passes wandb.init an argument that 0.32 removes
+    "einops",
+    "rich",
+    "matplotlib",
+    "pooch",
+    "numpy",
+    "psutil",
+]
+BUILD = ["setuptools>=77", "wheel", "ninja"]  # the tests build the package
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "packaging", *BUILD, *TRAIN]
+
+
+class KernelsUnavailable(Exception):
+    """The CUDA library cannot be compiled here; says why, and the cure."""
+
+    def __init__(self, reason: str, cure: str):
+        super().__init__(f"{reason}; to get them, {cure} and install again with --no-build-isolation")
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One entry of TORCH_CUDA_ARCH_LIST; number 90 is compute capability 9.0."""
+
+    number: int
+    ptx: bool
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    nvcc: Path
+    ninja: str
+    torch_include: Path
+    archs: tuple[Arch, ...]
+
+
+def main() -> None:
+    toolchain = None
+    if not BUILD_COMMANDS.isdisjoint(sys.argv[1:]):
+        toolchain = choose_toolchain()
+    readme = ROOT / "README.md"
+    setup(
+        name="flash-cosine-sim-attention",
+        version=read_version(),
+        description="Flash attention with l2-normalised queries and keys: CUDA kernels for PyTorch",
+        long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+        long_description_content_type="text/markdown",
+        license_expression="MIT",
+        license_files=["LICENSE"],
+        python_requires=">=3.10",
+        # A lower bound only: a library must not replace the torch that its user chose.
+        install_requires=["torch>=" + ".".join(map(str, OLDEST_TORCH))],
+        extras_require={"train": TRAIN, "test": TEST},
+        package_dir={"": "kernels"},
+        packages=[PACKAGE],
+        include_package_data=False,  # a wheel needs no csrc/, and no library left behind by an earlier build
+        ext_modules=[] if toolchain is None else [kernel_extension()],
+        cmdclass={} if toolchain is None else {"build_ext": kernel_builder(toolchain)},
+        options={} if toolchain is None else {"bdist_wheel": {"py_limited_api": "cp310"}},
+        zip_safe=False,
+    )
+
+
+def read_version() -> str:
+    """__version__ of the package, read without importing it: that would need torch."""
+    init = PACKAGE_DIR / "__init__.py"
+    match = re.search(r"^__version__ = (.+)$", init.read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise ValueError(f'{init} must contain a line of the form __version__ = "1.2.3"')
+    return ast.literal_eval(match[1])
+
+
+def choose_toolchain() -> Toolchain | None:
+    """What compiles the library, or None for a pure-Python package; prints the reason for None."""
+    skip, force = env_flag("FLASH_COSINE_SIM_SKIP_CUDA"), env_flag("FLASH_COSINE_SIM_FORCE_CUDA")
+    if skip and force:
+        raise SystemExit("FLASH_COSINE_SIM_SKIP_CUDA=1 contradicts FLASH_COSINE_SIM_FORCE_CUDA=1: set one")
+    if skip:
+        say("pure-Python build without CUDA kernels, as FLASH_COSINE_SIM_SKIP_CUDA=1 asks")
+        return None
+    try:
+        return find_toolchain(allow_cpu_torch=force)
+    except KernelsUnavailable as error:
+        if force:
+            raise SystemExit(f"{PACKAGE}: cannot build the CUDA kernels because {error}") from None
+        say(f"pure-Python build without CUDA kernels because {error}")
+        return None
+
+
+def find_toolchain(*, allow_cpu_torch: bool) -> Toolchain:
+    if not kernel_sources():
+        raise KernelsUnavailable(f"{CSRC} has no .cu files", "use a complete checkout or sdist")
+    if sys.platform != "linux":
+        raise KernelsUnavailable(f"the platform is {sys.platform} and they build on linux only", "use Linux")
+    torch = import_torch()
+    nvcc = find_nvcc()
+    check_cuda_versions(torch, nvcc_version(nvcc), nvcc, allow_cpu_torch=allow_cpu_torch)
+    # pip puts ninja beside python, which is not on PATH in a virtual environment that is not activated.
+    path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    ninja = shutil.which("ninja", path=os.pathsep.join(path))
+    if ninja is None:
+        raise KernelsUnavailable("ninja was not found", "run `pip install ninja`")
+    archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
+    return Toolchain(nvcc, ninja, Path(torch.__file__).resolve().parent / "include", archs)
+
+
+def kernel_sources() -> list[Path]:
+    cuda = sorted(CSRC.glob("*.cu"))
+    return cuda + sorted(CSRC.glob("*.cpp")) if cuda else []
+
+
+def import_torch():
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    cure = f"run `pip install 'torch>={oldest}'`"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing
+        raise KernelsUnavailable(f"torch cannot be imported by {sys.executable} ({error})", cure) from error
+    if version_tuple(torch.__version__) < OLDEST_TORCH:
+        raise KernelsUnavailable(f"torch is {torch.__version__} and {oldest} or newer is needed", cure)
+    return torch
+
+
+def find_nvcc() -> Path:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:  # an explicit choice is never passed over for another toolkit
+        nvcc, searched = Path(home, "bin", "nvcc"), f"{home}/bin, as CUDA_HOME or CUDA_PATH says"
+    else:
+        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+        searched = "PATH and /usr/local/cuda/bin"
+    if not nvcc.is_file():
+        raise KernelsUnavailable(f"nvcc is not in {searched}", "install the CUDA toolkit or set CUDA_HOME")
+    return nvcc
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    if match is None:
+        raise KernelsUnavailable(f"`{nvcc} --version` names no release", "set CUDA_HOME to a working toolkit")
+    return version_tuple(match[1])
+
+
+def check_cuda_versions(torch, release: tuple[int, int], nvcc: Path, *, allow_cpu_torch: bool) -> None:
+    found = f"{nvcc} is release {release[0]}.{release[1]}"
+    if release < OLDEST_NVCC:
+        raise KernelsUnavailable(f"{found} and 12.0 or newer is needed", "install a newer CUDA toolkit")
+    if torch.version.cuda is None:
+        if not allow_cpu_torch:
+            raise KernelsUnavailable(
+                f"torch {torch.__version__} is not a CUDA build and could not run them",
+                "install a CUDA build of torch (or, to compile for another machine, set FLASH_COSINE_SIM_FORCE_CUDA=1)",
+            )
+    elif version_tuple(torch.version.cuda)[0] != release[0]:
+        major = version_tuple(torch.version.cuda)[0]
+        raise KernelsUnavailable(
+            f"{found} but torch {torch.__version__} was built with CUDA {torch.version.cuda}",
+            f"point CUDA_HOME to a CUDA {major} toolkit",
+        )
+
+
+def parse_archs(text: str) -> tuple[Arch, ...]:
+    """'8.0;9.0a+PTX' becomes Arch(80, ptx=False), Arch(90, ptx=True).
+
+    The suffix of 9.0a is dropped: *_sm90.cu files get it anyway, and the others need nothing of it.
+    """
+    archs: dict[int, Arch] = {}
+    for entry in re.split(r"[;,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a, 9.0+PTX, got {text!r}")
+        number = int(match[1] + match[2])
+        if number < 80:
+            say(f"leaving out compute capability {entry}: the kernels need 8.0 or newer")
+            continue
+        archs[number] = Arch(number, ptx=bool(match[3]) or (number in archs and archs[number].ptx))
+    if not archs:
+        raise KernelsUnavailable(
+            f"TORCH_CUDA_ARCH_LIST={text!r} has no compute capability of 8.0 or newer",
+            "add one, such as 8.0, 9.0a or 9.0+PTX,",
+        )
+    return tuple(archs[number] for number in sorted(archs))
+
+
+def kernel_extension() -> Extension:
+    sources = [str(source.relative_to(ROOT)) for source in kernel_sources()]
+    return Extension(f"{PACKAGE}._C", sources, py_limited_api=True)
+
+
+def kernel_builder(toolchain: Toolchain) -> type[build_ext]:
+    """A build_ext that compiles with nvcc through ninja.
+
+    torch's BuildExtension is not used: it gives every file the same targets, links libraries that a CPU build
+    of torch lacks, and offers torch's headers to .cu files, which are to compile without them.
+    """
+
+    class BuildKernels(build_ext):
+        def build_extension(self, ext: Extension) -> None:
+            library = Path(self.get_ext_fullpath(ext.name)).resolve()
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # Outside build_temp, which pip makes anew each time: a second build compiles only what changed.
+            build_dir = ROOT / "build" / "kernels"
+            build_dir.mkdir(parents=True, exist_ok=True)
+            (build_dir / "build.ninja").write_text(ninja_file(toolchain, library), encoding="utf-8")
+            jobs = max_jobs(len(ext.sources))
+            targets = " ".join(f"{arch.number / 10}{'+PTX' if arch.ptx else ''}" for arch in toolchain.archs)
+            say(f"compiling {len(ext.sources)} files for {targets}, {jobs} at once, with {toolchain.nvcc}")
+            result = subprocess.run([toolchain.ninja, "-C", str(build_dir), "-j", str(jobs)], check=False)
+            if result.returncode != 0:
+                raise SystemExit(f"{PACKAGE}: the CUDA kernels did not compile; the compiler's message is above")
+
+    return BuildKernels
+
+
+def ninja_file(toolchain: Toolchain, library: Path) -> str:
+    has_sm90 = any(arch.number == 90 for arch in toolchain.archs)
+    compile_flags = "-O3 -std=c++20 -DNDEBUG --expt-relaxed-constexpr -lineinfo".split()
+    compile_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    # dispatch.cpp must not name what the *_sm90.cu files define when they are left out.
+    compile_flags += [f"-DFLASH_COSINE_SIM_HAS_SM90={int(has_sm90)}"]
+    # -nodlink: no file uses relocatable device code; linking it adds an empty image for nvcc's oldest target.
+    link_flags = "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL".split()
+    # torch loads its own libraries privately: unless libtorch.so is named here, the symbols of its C shim
+    # would not be found. CPU and CUDA builds both have one; it brings in what they consist of, but defines
+    # nothing itself, hence --no-as-needed.
+    link_flags += ["-Xlinker", "--no-as-needed", f"-L{toolchain.torch_include.parent / 'lib'}", "-ltorch"]
+    compile_command = ninja_command([str(toolchain.nvcc), *compile_flags])
+    link_command = ninja_command([str(toolchain.nvcc), *link_flags])
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {compile_command} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $in",
+        "rule link",
+        f"  command = {link_command} -o $out $in",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in kernel_sources():
+        if source.name.endswith("_sm90.cu") and not has_sm90:
+            continue
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
+        lines.append(f"  flags = {file_flags(source, toolchain)}")
+    lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
+
+
+def file_flags(source: Path, toolchain: Toolchain) -> str:
+    if source.suffix == ".cpp":
+        # The only files that see torch, and of it only the part that stays the same from 2.11 on.
+        version = "".join(f"{part:02x}" for part in OLDEST_TORCH).ljust(16, "0")
+        flags = [f"-DTORCH_TARGET_VERSION=0x{version}", "-DPy_LIMITED_API=0x030a0000"]
+        flags += ["-DUSE_CUDA"]  # torch's C shim declares the current CUDA stream only then
+        return ninja_command([*flags, "-isystem", str(toolchain.torch_include)])
+    if source.name.endswith("_sm90.cu"):
+        # wgmma exists for 9.0a alone, and code for 9.0a runs on 9.0 alone: no other target, and no PTX.
+        return ninja_command(["-gencode", "arch=compute_90a,code=sm_90a"])
+    flags = []
+    for arch in toolchain.archs:
+        codes = f"sm_{arch.number},compute_{arch.number}" if arch.ptx else f"sm_{arch.number}"
+        flags += ["-gencode", f"arch=compute_{arch.number},code=[{codes}]"]
+    return ninja_command(flags)
+
+
+def ninja_command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def max_jobs(num_files: int) -> int:
+    text = os.environ.get("MAX_JOBS")
+    if text:
+        if not text.isdigit() or int(text) < 1:
+            raise SystemExit(f"MAX_JOBS must be a positive integer, got {text!r}")
+        return int(text)
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, num_files, int(available_memory_gib() // JOB_MEMORY_GIB)))
+
+
+def available_memory_gib() -> float:
+    """Memory that may still be used: of the machine, and of the container if it has a limit."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        limits += [int(kib) * 1024 for kib in re.findall(r"MemAvailable:\s+(\d+)", meminfo.read_text())]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and container.read_text().strip().isdigit():
+        limits.append(int(container.read_text()))
+    return min(limits, default=JOB_MEMORY_GIB * 2**30) / 2**30
+
+
+def say(sentence: str) -> None:
+    print(f"{PACKAGE}: {sentence}", flush=True)  # ahead of what the compilers print
+
+
+def env_flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def version_tuple(version: str) -> tuple[int, int]:
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    return int(major), int(minor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""What an installation consists of, and how setup.py behaves where torch, nvcc or both are missing."""
+
+import ast
+import os
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "flash_cosine_sim_attention"
+BUILD_VARIABLES = ["CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH"]
+
+PROBE_CU = """
+__global__ void double_kernel(float* x, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) x[i] *= 2;
+}
+int launch_double(float* x, int n, void* stream) {
+  double_kernel<<<(n + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(x, n);
+  return int(cudaGetLastError());
+}
+"""
+
+# sm_90 has no setmaxnreg, sm_90a has: this compiles only if setup.py gives *_sm90.cu files their own target.
+PROBE_SM90_CU = """
+__global__ void registers_kernel() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+int launch_registers() {
+  registers_kernel<<<1, 128>>>();
+  return int(cudaGetLastError());
+}
+"""
+
+BINDING_CPP = """
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if FLASH_COSINE_SIM_HAS_SM90
+int launch_registers();
+#endif
+int launch_double(float* x, int n, void* stream);
+
+// Weak: a CPU build of torch has no such symbol, and must load the library nevertheless.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+using torch::stable::Tensor;
+
+Tensor doubled(const Tensor& x) {
+  Tensor out = torch::stable::clone(x);
+  if (x.device().type() == torch::headeronly::DeviceType::CPU) {
+    float* data = out.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < out.numel(); ++i) data[i] *= 2;
+    return out;
+  }
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no stream");
+  STD_TORCH_CHECK(launch_double(out.mutable_data_ptr<float>(), out.numel(), stream) == 0, "launch failed");
+#if FLASH_COSINE_SIM_HAS_SM90
+  STD_TORCH_CHECK(launch_registers() == 0, "launch failed");
+#endif
+  return out;
+}
+
+STABLE_TORCH_LIBRARY(flash_cosine_sim_attention_probe, m) { m.def("doubled(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention_probe, CompositeExplicitAutograd, m) {
+  m.impl("doubled", TORCH_BOX(&doubled));
+}
+"""
+
+LOAD_AND_CALL = """
+import sys
+import torch
+library, device = sys.argv[1:]
+torch.ops.load_library(library)
+out = torch.ops.flash_cosine_sim_attention_probe.doubled(torch.arange(4.0, device=device))
+assert out.tolist() == [0.0, 2.0, 4.0, 6.0], out
+"""
+
+PEP_517_HOOK = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+
+
+def copy_sources(destination: Path, *, csrc: dict[str, str] | None = None) -> Path:
+    """A checkout as setup.py sees it, with the given kernel sources in place of the real ones."""
+    destination.mkdir(parents=True)
+    for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"]:
+        shutil.copy(ROOT / name, destination)
+    # Folders of the trainer, which no wheel may pick up.
+    for name in ["models", "data", "conf", "scripts", "tests"]:
+        (destination / name).mkdir()
+        (destination / name / "__init__.py").touch()
+    package = destination / "kernels" / PACKAGE
+    shutil.copytree(ROOT / "kernels" / PACKAGE, package, ignore=shutil.ignore_patterns("csrc", "*.so", "__pycache__"))
+    for name, text in (csrc or {}).items():
+        (package / "csrc").mkdir(exist_ok=True)
+        (package / "csrc" / name).write_text(text)
+    return destination
+
+
+def build_environment(**variables: str) -> dict[str, str]:
+    """The environment without what would steer a build, plus `variables`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in BUILD_VARIABLES and not name.startswith("FLASH_COSINE_SIM_")
+    }
+    return {**kept, **variables}
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """A machine without torch, nvcc and ninja, though the Python that runs this has them."""
+    blocked = folder / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('no torch here')\n")
+    return build_environment(PATH=str(blocked), CUDA_HOME=str(blocked), PYTHONPATH=str(blocked))
+
+
+def run_python(*arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def run_hook(hook: str, tree: Path, env: dict[str, str]) -> str:
+    """Call a PEP 517 hook as pip does; what it makes lies in tree/out. Returns what it printed."""
+    (tree / "out").mkdir(exist_ok=True)
+    result = run_python("-c", PEP_517_HOOK, hook, "out", cwd=tree, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def build_in_place(tree: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return run_python("setup.py", "-q", "build_ext", "--inplace", cwd=tree, env=env)
+
+
+@pytest.fixture(scope="module")
+def bare_wheel(tmp_path_factory):
+    """The wheel that a machine without torch, nvcc and ninja builds from a checkout with CUDA sources."""
+    folder = tmp_path_factory.mktemp("bare")
+    tree = copy_sources(folder / "tree", csrc={"probe.cu": PROBE_CU})
+    output = run_hook("build_wheel", tree, bare_environment(folder))
+    (wheel,) = (tree / "out").glob("*.whl")
+    return wheel, output
+
+
+@pytest.fixture(scope="module")
+def metadata(bare_wheel):
+    with zipfile.ZipFile(bare_wheel[0]) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def package_version() -> str:
+    tree = ast.parse((ROOT / "kernels" / PACKAGE / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__version__":
+            return ast.literal_eval(node.value)
+    raise AssertionError("__init__.py sets no __version__")
+
+
+# Without torch, nvcc and ninja
+
+
+def test_metadata_builds_without_torch_or_nvcc(tmp_path):
+    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU})
+    output = run_hook("prepare_metadata_for_build_wheel", tree, bare_environment(tmp_path))
+    assert list((tree / "out").glob("*.dist-info/METADATA"))
+    assert "CUDA kernels" not in output  # nothing was decided, so nothing is announced
+
+
+def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
+    wheel, output = bare_wheel
+    assert wheel.name == f"{PACKAGE}-{package_version()}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+    expected = [f"{PACKAGE}/{path.name}" for path in (ROOT / "kernels" / PACKAGE).glob("*.py")]
+    assert sorted(files) == sorted(expected)
+    assert f"{PACKAGE}/__init__.py" in files
+    assert output.count("pure-Python build without CUDA kernels because torch cannot be imported") == 1
+
+
+def test_sdist_holds_what_compiles_the_kernels(tmp_path):
+    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU, "traits.cuh": "", "binding.cpp": ""})
+    run_hook("build_sdist", tree, bare_environment(tmp_path))
+    (sdist,) = (tree / "out").glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    csrc = f"kernels/{PACKAGE}/csrc"
+    required = {"setup.py", "pyproject.toml", "LICENSE"}
+    assert required | {f"{csrc}/{name}" for name in ["probe.cu", "traits.cuh", "binding.cpp"]} <= files
+    assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
+
+
+def test_editable_install_exposes_kernels_folder_alone(tmp_path):
+    tree = copy_sources(tmp_path / "tree")
+    run_hook("build_editable", tree, bare_environment(tmp_path))
+    (wheel,) = (tree / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (pth,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(pth).decode().split() == [str(tree / "kernels")]
+
+
+# Metadata
+
+
+def test_version_has_one_source(metadata):
+    assert metadata["Version"] == package_version()
+    assert package_version() not in (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+
+
+def test_library_requires_torch_alone_and_does_not_pin_it(metadata):
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    plain = [str(requirement) for requirement in requirements if requirement.marker is None]
+    assert plain == ["torch>=2.11"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata.get_all("Provides-Extra") == ["train", "test"]
+
+
+def test_malicious_lightning_releases_are_refused(metadata):
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    lightning = [requirement for requirement in requirements if requirement.name == "lightning"]
+    assert lightning
+    for requirement in lightning:
+        assert not any(requirement.specifier.contains(version) for version in ["2.6.2", "2.6.3"])
+
+
+@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_cover_every_requirement(metadata, python_version):
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": python_version}):
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==", f"constraints.txt must pin exactly, got {line!r}"
+            assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice for {python_version}"
+            pins[canonicalize_name(pin.name)] = specifier.version
+    for text in metadata.get_all("Requires-Dist"):
+        requirement = Requirement(text)
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"constraints.txt has no version for {requirement}"
+        assert requirement.specifier.contains(version), f"{requirement} refuses the tested version {version}"
+
+
+# Importing
+
+
+def test_import_starts_no_process():
+    code = f"""
+import sys, torch
+started = []
+watched = {{"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn"}}
+sys.addaudithook(lambda event, arguments: started.append((event, arguments)) if event in watched else None)
+import {PACKAGE}
+assert not started, started
+"""
+    result = run_python("-c", code, cwd=ROOT, env=build_environment(PYTHONPATH=str(ROOT / "kernels")))
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_is_quick():
+    code = f"""
+import time, torch
+start_time = time.perf_counter()
+import {PACKAGE}
+print(time.perf_counter() - start_time)
+"""
+    env = build_environment(PYTHONPATH=str(ROOT / "kernels"))
+    elapsed_s = []
+    for _ in range(5):
+        result = run_python("-c", code, cwd=ROOT, env=env)
+        assert result.returncode == 0, result.stderr
+        elapsed_s.append(float(result.stdout))
+    assert statistics.median(elapsed_s) < 0.2, elapsed_s
+
+
+# Where the library is compiled, and where not
+
+
+def fake_nvcc(folder: Path, release: str) -> Path:
+    """A CUDA_HOME whose nvcc only states its release."""
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return nvcc.parent.parent
+
+
+def fake_torch(folder: Path, version: str, cuda: str | None) -> Path:
+    package = folder / "site" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"from . import version\n__version__ = {version!r}\n")
+    (package / "version.py").write_text(f"cuda = {cuda!r}\n")
+    return package.parent
+
+
+@pytest.mark.parametrize(
+    "torch_version, torch_cuda, release, archs, reason",
+    [
+        ("2.10.1", "13.0", "13.0", "9.0a", "torch is 2.10.1 and 2.11 or newer is needed"),
+        ("2.13.0+cu126", "12.6", "13.0", "9.0a", "13.0 but torch 2.13.0+cu126 was built with CUDA 12.6"),
+        ("2.13.0+cu130", "13.0", "11.8", "9.0a", "is release 11.8 and 12.0 or newer is needed"),
+        ("2.13.0+cu130", "13.0", None, "9.0a", "nvcc is not in"),
+        ("2.13.0+cpu", None, "13.0", "9.0a", "torch 2.13.0+cpu is not a CUDA build"),
+        ("2.13.0+cu130", "13.0", "13.0", "7.0 7.5+PTX", "has no compute capability of 8.0 or newer"),
+    ],
+)
+def test_missing_precondition_is_one_sentence_or_an_error_when_forced(
+    tmp_path, torch_version, torch_cuda, release, archs, reason
+):
+    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU})
+    cuda_home = fake_nvcc(tmp_path, release) if release else tmp_path / "no_cuda"
+    variables = {
+        "CUDA_HOME": str(cuda_home),
+        "PYTHONPATH": str(fake_torch(tmp_path, torch_version, torch_cuda)),
+        "TORCH_CUDA_ARCH_LIST": archs,
+    }
+    pure = build_in_place(tree, build_environment(**variables))
+    assert pure.returncode == 0, pure.stderr
+    said = [line for line in pure.stdout.splitlines() if "build without CUDA kernels because" in line]
+    assert len(said) == 1 and reason in said[0] and "to get them, " in said[0]
+    assert not list(tree.rglob("*.so"))
+
+    if torch_cuda is not None:  # a CPU build of torch is accepted when forced: compiled_wheel may use one
+        forced = build_in_place(tree, build_environment(**variables, FLASH_COSINE_SIM_FORCE_CUDA="1"))
+        assert forced.returncode != 0
+        assert reason in forced.stderr and "Traceback" not in forced.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"FLASH_COSINE_SIM_SKIP_CUDA": "yes"}, "FLASH_COSINE_SIM_SKIP_CUDA must be 0 or 1, got 'yes'"),
+        ({"FLASH_COSINE_SIM_SKIP_CUDA": "1", "FLASH_COSINE_SIM_FORCE_CUDA": "1"}, "contradicts"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST must hold entries like 8.0"),
+    ],
+)
+def test_wrong_build_variable_is_an_error(tmp_path, variables, message):
+    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU})
+    cuda_home = fake_nvcc(tmp_path, "13.0")
+    (cuda_home / "bin" / "ninja").touch(mode=0o755)
+    env = build_environment(
+        CUDA_HOME=str(cuda_home),
+        PATH=os.pathsep.join([str(cuda_home / "bin"), os.environ["PATH"]]),
+        PYTHONPATH=str(fake_torch(tmp_path, "2.13.0", "13.0")),
+        **variables,
+    )
+    result = build_in_place(tree, env)
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_skip_cuda_builds_pure_python(tmp_path):
+    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": "#error must not be compiled"})
+    result = build_in_place(tree, build_environment(FLASH_COSINE_SIM_SKIP_CUDA="1"))
+    assert result.returncode == 0, result.stderr
+    assert "as FLASH_COSINE_SIM_SKIP_CUDA=1 asks" in result.stdout
+    assert not list(tree.rglob("*.so"))
+
+
+def missing_tool() -> str | None:
+    """What this machine lacks for compiling the probe, sought where setup.py seeks it."""
+    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    beside_python = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if not shutil.which("nvcc", path=f"{cuda_home}/bin" if cuda_home else None):
+        return "nvcc (in CUDA_HOME/bin or PATH)"
+    if not shutil.which("ninja", path=beside_python):
+        return "ninja"
+    return None if shutil.which("nm") else "nm"
+
+
+needs_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=f"compiling needs {missing_tool()}")
+
+
+@pytest.fixture(scope="module")
+def compiled_wheel(tmp_path_factory):
+    """(wheel, its library unpacked) of a probe compiled for 9.0a, forced, as torch may be a CPU build."""
+    folder = tmp_path_factory.mktemp("compiled")
+    sources = {"probe.cu": PROBE_CU, "probe_sm90.cu": PROBE_SM90_CU, "binding.cpp": BINDING_CPP}
+    tree = copy_sources(folder / "tree with spaces", csrc=sources)
+    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    variables = {"CUDA_HOME": cuda_home} if cuda_home else {}
+    env = build_environment(**variables, FLASH_COSINE_SIM_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a+PTX")
+    run_hook("build_wheel", tree, env)
+    (wheel,) = (tree / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "unpacked")
+    (library,) = (folder / "unpacked" / PACKAGE).glob("_C*.so")
+    return wheel, library
+
+
+@needs_nvcc
+def test_compiled_wheel_serves_every_python(compiled_wheel):
+    wheel, library = compiled_wheel
+    assert library.name == "_C.abi3.so"
+    assert re.fullmatch(rf"{PACKAGE}-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "csrc" in name or name.endswith((".cu", ".cpp"))]
+
+
+@needs_nvcc
+def test_compiled_library_uses_only_the_stable_abi(compiled_wheel):
+    _, library = compiled_wheel
+    listing = subprocess.run(["nm", "-DC", str(library)], capture_output=True, text=True, check=True).stdout
+    undefined = [line.split(maxsplit=1)[1] for line in listing.splitlines() if line.split()[0] in "Uw"]
+    assert [name for name in undefined if name.startswith(("aoti_torch_", "torch_"))]
+    foreign = re.compile(r"\b(at|c10|caffe2|torch|pybind11)::|^_?Py|^cuda|^cu[A-Z]")
+    assert not [name for name in undefined if foreign.search(name)]
+
+
+def device_code(library: Path) -> list[tuple[str, int]]:
+    """(kind, architecture) of every entry in the library's fat binaries, as cuobjdump would list them."""
+    content = library.read_bytes()
+    entries = []
+    for header in re.finditer(re.escape(b"\x50\xed\x55\xba\x01\x00\x10\x00"), content):
+        offset, end = header.end() + 8, header.end() + 8 + struct.unpack_from("<Q", content, header.end())[0]
+        while offset < end:
+            kind, _, header_size, size = struct.unpack_from("<HHIQ", content, offset)
+            (architecture,) = struct.unpack_from("<I", content, offset + 28)
+            entries.append(({1: "ptx", 2: "code"}[kind], architecture))
+            offset += header_size + size
+    return sorted(entries)
+
+
+@needs_nvcc
+def test_compiled_library_has_native_code_and_ptx(compiled_wheel):
+    _, library = compiled_wheel
+    # probe.cu: code for 9.0, and PTX for what comes after. probe_sm90.cu: code for 9.0a, and no PTX, which
+    # could run nowhere else.
+    assert device_code(library) == [("code", 90), ("code", 90), ("ptx", 90)]
+    assert b"sm_90a" in library.read_bytes()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_library_loads_and_runs_on_this_torch(compiled_wheel, device):
+    _, library = compiled_wheel
+    result = run_python("-c", LOAD_AND_CALL, str(library), device, cwd=library.parent, env=build_environment())
+    assert result.returncode == 0, result.stderr

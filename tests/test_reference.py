@@ -1,0 +1,353 @@
+"""The specification against an independent softmax in float64, and the facts that every back end shares."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_backends import BACKENDS, attend
+
+from flash_cosine_sim_attention import (
+    __version__,
+    flash_cosine_sim_attention,
+    l2norm_tensors,
+    plain_cosine_sim_attention,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def naive_attention(q, k, v, visible, bias, scale, groups):
+    """One head at a time, in the textbook form. visible, bias: (batch, num_heads, seq_len_q, seq_len_k)."""
+    batch, num_heads, _, head_dim = q.shape
+    group_size = num_heads // k.shape[1]
+    o = torch.zeros_like(q)
+    for b in range(batch):
+        for head in range(num_heads):
+            parts = zip(q[b, head].chunk(groups, -1), k[b, head // group_size].chunk(groups, -1), strict=True)
+            sim = sum(F.normalize(qs, dim=-1) @ F.normalize(ks, dim=-1).T for qs, ks in parts)
+            logits = (sim * scale[head] + bias[b, head]).masked_fill(~visible[b, head], -math.inf)
+            o[b, head] = logits.softmax(-1).nan_to_num(0) @ v[b, head // group_size]
+    return o
+
+
+def inputs(batch=2, num_heads=4, num_kv_heads=4, seq_len_q=13, seq_len_k=17, head_dim=16, **kwargs):
+    kwargs = {"dtype": torch.float64, **kwargs}
+    q = torch.randn(batch, num_heads, seq_len_q, head_dim, **kwargs)
+    k, v = (torch.randn(batch, num_kv_heads, seq_len_k, head_dim, **kwargs) for _ in range(2))
+    return q, k, v
+
+
+def test_public_signature_is_the_predecessors():
+    names = "q k v mask attn_bias scale groups causal l2norm_qk attn_bias_batch_dim".split()
+    defaults = [None, None, 8, 1, False, True, False]
+    for function in (flash_cosine_sim_attention, plain_cosine_sim_attention):
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [p.name for p in positional] == names
+        assert [p.default for p in positional[3:]] == defaults
+        assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    assert __version__ == "0.1.0"
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("seq_len_q, seq_len_k", [(13, 17), (17, 13), (11, 11), (1, 9), (9, 1)])
+def test_equals_naive(num_kv_heads, groups, seq_len_q, seq_len_k):
+    q, k, v = inputs(num_kv_heads=num_kv_heads, seq_len_q=seq_len_q, seq_len_k=seq_len_k)
+    scale = torch.tensor([0.5, 4.0, 8.0, 15.0], dtype=torch.float64)
+    bias = torch.randn(2, 4, seq_len_q, seq_len_k, dtype=torch.float64)
+    mask = torch.rand(2, seq_len_k) > 0.3
+    mask[1] = False
+    # Bottom-right aligned: the last query sees every key.
+    below = torch.ones(seq_len_q, seq_len_k, dtype=torch.bool).tril(seq_len_k - seq_len_q)
+    visible = (mask[:, None, None, :] & below).expand(2, 4, -1, -1)
+    o = plain_cosine_sim_attention(q, k, v, mask, bias, scale, groups, True)
+    expected = naive_attention(q, k, v, visible, bias, scale, groups)
+    torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bias_forms_and_layouts_agree():
+    q, k, v = inputs()
+    batch, num_heads, seq_len_q, seq_len_k = 2, 4, 13, 17
+    heads, batches = torch.randn(num_heads, seq_len_q, seq_len_k), torch.randn(batch, seq_len_q, seq_len_k)
+    plain = plain_cosine_sim_attention
+    assert torch.equal(plain(q, k, v, attn_bias=heads), plain(q, k, v, attn_bias=heads[None]))
+    batched = plain(q, k, v, attn_bias=batches, attn_bias_batch_dim=True)
+    assert torch.equal(batched, plain(q, k, v, attn_bias=batches[:, None]))
+
+    full = heads[None] + batches[:, None]
+    mask = torch.rand(batch, seq_len_k) > 0.3
+    separate = plain(q, k, v, mask, full, causal=True)
+    merged = plain(
+        *(tensor.flatten(0, 1) for tensor in (q, k, v)),
+        mask.repeat_interleave(num_heads, dim=0),
+        full.flatten(0, 1),
+        causal=True,
+    )
+    torch.testing.assert_close(merged.unflatten(0, (batch, num_heads)), separate)
+    single = plain(q, k[:, 0], v[:, 0])
+    torch.testing.assert_close(single, plain(q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("return_partials", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_gradcheck(causal, return_partials, backend):
+    q, k, v = inputs(1, 2, 1, 4, 5, 8, requires_grad=True)
+    scale = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False, True, True]])
+
+    def attend(q, k, v, bias, scale):
+        options = {"groups": 2, "causal": causal, "return_partials": return_partials, "backend": backend}
+        return flash_cosine_sim_attention(q, k, v, mask, bias, scale, **options)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, bias, scale))
+
+
+def test_reference_has_a_double_backward():
+    q, k, v = inputs(1, 1, 1, 3, 4, 8, requires_grad=True)
+    assert torch.autograd.gradgradcheck(plain_cosine_sim_attention, (q, k, v))
+
+
+def test_partials_of_key_shards_add_up():
+    q, k, v = inputs(dtype=torch.float32)
+    mask = torch.rand(2, 17) > 0.3
+    bias = torch.randn(4, 13, 17)
+    whole = plain_cosine_sim_attention(q, k, v, mask, bias)
+    numerator, denominator = torch.zeros(2, 4, 13, 16), torch.zeros(2, 4, 13)
+    for keys in (slice(0, 5), slice(5, 6), slice(6, 17)):
+        shard = k[:, :, keys], v[:, :, keys], mask[:, keys], bias[..., keys]
+        shard_numerator, shard_denominator = plain_cosine_sim_attention(q, *shard, return_partials=True)
+        numerator += shard_numerator
+        denominator += shard_denominator
+    torch.testing.assert_close(numerator / denominator.unsqueeze(-1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_partials_are_float32_and_not_shifted(dtype):
+    q, k, v = inputs(dtype=dtype)
+    numerator, denominator = plain_cosine_sim_attention(q, k, v, return_partials=True)
+    assert numerator.dtype == denominator.dtype == torch.float32
+    assert numerator.shape == (2, 4, 13, 16) and denominator.shape == (2, 4, 13)
+    cos = F.normalize(q.double(), dim=-1) @ F.normalize(k.double(), dim=-1).mT
+    torch.testing.assert_close(denominator.double(), (8 * cos).exp().sum(-1), rtol=1e-5, atol=0)
+    flat = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    merged = plain_cosine_sim_attention(*flat, return_partials=True)
+    assert merged[0].shape == (8, 13, 16) and merged[1].shape == (8, 13)
+
+
+def test_logits_beyond_the_bound_survive():
+    """l2norm_qk=False or a large bias voids the bound; the reference shifts by the row maximum."""
+    q, k, v = inputs(1, 1, 1, 3, 4, 8, dtype=torch.float32)
+    o = plain_cosine_sim_attention(q * 100, k * 100, v, l2norm_qk=False)
+    expected = F.scaled_dot_product_attention(q * 100, k * 100, v, scale=8.0)
+    torch.testing.assert_close(o, expected)
+    o = plain_cosine_sim_attention(q, k, v, attn_bias=torch.full((1, 3, 4), 1e4))
+    torch.testing.assert_close(o, plain_cosine_sim_attention(q, k, v), rtol=1e-2, atol=1e-2)
+
+
+def test_additive_mask_in_the_bias():
+    q, k, v = inputs()
+    mask = torch.rand(2, 17) > 0.3
+    mask[1] = False
+    bias = torch.zeros(2, 1, 1, 17).masked_fill(~mask[:, None, None], -math.inf)
+    for backend in ("reference", "sdpa"):
+        o = flash_cosine_sim_attention(q, k, v, attn_bias=bias, backend=backend)
+        torch.testing.assert_close(o, plain_cosine_sim_attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_l2norm_tensors(dtype, groups):
+    x, y = torch.randn(3, 5, 16, dtype=dtype), torch.randn(2, 32, dtype=dtype)
+    results = l2norm_tensors(x, y, groups=groups)
+    assert isinstance(results, tuple)
+    for tensor, result in zip((x, y), results, strict=True):
+        assert result.dtype == dtype and result.shape == tensor.shape
+        parts = tensor.double().unflatten(-1, (groups, -1))
+        expected = (parts / parts.norm(dim=-1, keepdim=True)).flatten(-2)
+        # A norm, a division and a product, each rounded by eps / 2, and the rounding to dtype.
+        torch.testing.assert_close(result.double(), expected, rtol=3 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [1e-39, 1e-30, 1e-20, 1e20, 1e38])
+def test_l2norm_of_huge_and_tiny_vectors(dtype, norm):
+    x = torch.randn(7, 16, dtype=torch.float64)
+    x = (x * norm / x.abs().amax()).to(dtype)
+    (unit,) = l2norm_tensors(x)
+    expected = F.normalize(x.double(), dim=-1, eps=0)
+    torch.testing.assert_close(unit.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_l2norm_of_zero_has_no_gradient():
+    x = torch.zeros(3, 8, requires_grad=True)
+    (unit,) = l2norm_tensors(x, groups=2)
+    unit.sum().backward()
+    assert torch.equal(unit, torch.zeros(3, 8)) and torch.equal(x.grad, torch.zeros(3, 8))
+
+
+def test_l2norm_tensors_errors():
+    with pytest.raises(ValueError, match="at least one tensor"):
+        l2norm_tensors()
+    with pytest.raises(ValueError, match="groups must divide the last dimension, got 3"):
+        l2norm_tensors(torch.randn(2, 8), groups=3)
+    with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
+        l2norm_tensors(torch.ones(2, 8, dtype=torch.int64))
+
+
+def assert_close_to_exact(backend, q, k, v, floor=0.0, **options):
+    """float32, forward and gradients, within 1e-5 of the largest exact value of each, or of `floor`."""
+    outcomes = []
+    for dtype in (torch.float64, torch.float32):
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
+        o = attend(backend if dtype == torch.float32 else "reference", *tensors, **options)
+        grads = torch.autograd.grad(o, tensors, torch.ones_like(o).cumsum(-1))
+        outcomes.append([o.detach(), *grads])
+    for expected, actual in zip(*outcomes, strict=True):
+        assert actual.isfinite().all()
+        atol = 1e-5 * max(expected.abs().max().item(), floor)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adversarial_inputs(backend):
+    q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
+    direction = torch.randn(16).expand_as(q)
+    # Gradients that cancel exactly are compared with the size of their terms, scale * |dP| / |q| > 10.
+    assert_close_to_exact(backend, direction, -direction, v, floor=10)  # cos = -1 everywhere
+    assert_close_to_exact(backend, q, direction, v, floor=10)  # all keys equal
+    assert_close_to_exact(backend, k, k, v, floor=10, scale=60)  # one-hot rows, at the largest scale
+    assert_close_to_exact(backend, q, k[:, :, [0, 0, 1, 1, 0, 2]], v, scale=30)  # duplicates
+    assert_close_to_exact(backend, q * 1e-20, k * 1e20, v)
+    zeros = torch.zeros_like(q)
+    for first, second in ((zeros, k), (q, zeros), (zeros, zeros)):
+        assert_close_to_exact(backend, first, second, v, floor=10)
+        tensors = [first.clone().requires_grad_(), second.clone().requires_grad_()]
+        attend(backend, *tensors, v).sum().backward()
+        for tensor, source in zip(tensors, (first, second), strict=True):
+            assert source is not zeros or not tensor.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_without_a_visible_key_are_zero(backend, bias, causal):
+    q = torch.randn(3, 2, 9, 8, requires_grad=True)
+    k, v = (torch.randn(3, 2, 5, 8, requires_grad=True) for _ in range(2))
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1] = False
+    attn_bias = torch.randn(2, 9, 5, requires_grad=True) if bias else None
+    o = attend(backend, q, k, v, mask, attn_bias, causal=causal)
+    o.backward(torch.randn_like(o))
+    empty = torch.zeros(3, 2, 9, 1, dtype=torch.bool)
+    empty[1] = True
+    empty[:, :, :4] |= causal  # 9 queries and 5 keys, bottom-right: the first 4 see nothing
+    assert not o.masked_select(empty).any() and o.masked_select(~empty).all()
+    assert not q.grad.masked_select(empty).any()
+    assert not k.grad[1].any() and not v.grad[1].any()
+    assert all(t.grad.isfinite().all() for t in (q, k, v)) and v.grad[0].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_single_visible_key(backend, dtype):
+    """o is v itself, and the logits have no gradient beyond the rounding of dP - delta (both of size 3)."""
+    q, k, v = (torch.randn(1, 2, length, 8, dtype=dtype, requires_grad=True) for length in (7, 1, 1))
+    o = attend(backend, q, k, v)
+    o.backward(torch.randn_like(o))
+    assert torch.equal(o, v.expand_as(o))
+    for grad in (q.grad, k.grad):
+        assert grad.abs().max() <= 3 * 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, seq_len_q, seq_len_k", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0)])
+@pytest.mark.parametrize("return_partials", [False, True])
+def test_zero_sizes(backend, batch, seq_len_q, seq_len_k, return_partials):
+    q = torch.randn(batch, 4, seq_len_q, 8, requires_grad=True)
+    k, v = (torch.randn(batch, 2, seq_len_k, 8, requires_grad=True) for _ in range(2))
+    bias = torch.randn(4, seq_len_q, seq_len_k, requires_grad=True)
+    scale = torch.full((4,), 8.0, requires_grad=True)
+    mask = torch.ones(batch, seq_len_k, dtype=torch.bool)
+    o = attend(backend, q, k, v, mask, bias, scale, causal=True, return_partials=return_partials)
+    parts = o if return_partials else (o,)
+    assert parts[0].shape == q.shape and not any(part.any() for part in parts)
+    sum(part.sum() for part in parts).backward()
+    for tensor in (q, k, v, bias, scale):
+        assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strides", ["seq_first", "sliced", "expanded", "last_dim"])
+def test_strides_do_not_matter(backend, strides):
+    options = {"mask": torch.rand(2, 21) > 0.2, "causal": True}
+
+    def tensor():
+        return {
+            "seq_first": lambda: torch.randn(2, 21, 4, 16).transpose(1, 2),
+            "sliced": lambda: torch.randn(2, 4, 43, 20)[:, :, 1::2, 3:19],
+            "expanded": lambda: torch.randn(2, 1, 21, 16).expand(-1, 4, -1, -1),
+            "last_dim": lambda: torch.randn(2, 4, 16, 21).mT,
+        }[strides]()
+
+    q, k, v = tensor(), tensor(), tensor()
+    o = attend(backend, q, k, v, **options)
+    torch.testing.assert_close(o, attend(backend, *(t.contiguous() for t in (q, k, v)), **options))
+
+
+Q, K = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+ERRORS = [
+    (TypeError, "q must be a tensor, got list", {"q": [1.0]}),
+    (TypeError, "v must be float32, float16 or bfloat16, got torch.int32", {"v": K.int()}),
+    (TypeError, "must have one dtype, got q: torch.float32, k: torch.float16", {"k": K.half()}),
+    (ValueError, r"q must be \(batch, heads, seq_len, head_dim\).*got \(5, 16\)", {"q": Q[0, 0]}),
+    (ValueError, "k and v must have the same shape", {"v": K[:, :, :6]}),
+    (ValueError, "with merged q", {"q": Q[0]}),
+    (ValueError, "must have q's batch size 2, got 1", {"k": K[:1], "v": K[:1]}),
+    (ValueError, "num_kv_heads must divide num_heads 3, got 2", {"q": Q[:, :3]}),
+    (ValueError, "q's head_dim 8, got 16", {"q": Q[..., :8]}),
+    (ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 12", "head_dim 12"),
+    (ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 264", "head_dim 264"),
+    (ValueError, "groups must divide head_dim 16, got 3", {"groups": 3}),
+    (ValueError, "groups must divide head_dim 16, got 0", {"groups": 0}),
+    (TypeError, "groups must be an int, got float", {"groups": 2.0}),
+    (TypeError, "mask must be a bool tensor, True = attend, got torch.float32", {"mask": torch.ones(2, 7)}),
+    (ValueError, r"mask must be .* = \(2, 7\), got \(2, 5\)", {"mask": torch.ones(2, 5) > 0}),
+    (TypeError, "attn_bias must be a tensor of a floating dtype", {"attn_bias": torch.ones(4, 5, 7) > 0}),
+    (ValueError, r"\(num_heads, seq_len_q, seq_len_k\) = \(4, 5, 7\)", {"attn_bias": torch.ones(2, 5, 7)}),
+    (
+        ValueError,
+        r"attn_bias must be \(batch, seq_len_q, seq_len_k\) = \(2, 5, 7\).*got \(4, 5, 7\)",
+        {"attn_bias": torch.ones(4, 5, 7), "attn_bias_batch_dim": True},
+    ),
+    (ValueError, r"attn_bias must be .*got \(5, 7\)", {"attn_bias": torch.ones(5, 7)}),
+    (ValueError, r"must be at most 60, got 61 \* 1", {"scale": 61}),
+    (ValueError, r"must be at most 60, got 8 \* 8", {"groups": 8}),
+    (ValueError, "must be at most 60, got nan", {"scale": math.nan}),
+    (ValueError, "must be at most 60, got 100.0", {"scale": torch.tensor([1.0, 2.0, -100.0, 3.0])}),
+    (TypeError, "scale must be a number or a tensor, got str", {"scale": "8"}),
+    (TypeError, "floating dtype, got torch.int64", {"scale": torch.tensor(8)}),
+    (ValueError, r"shape \(\) or \(num_heads = 4,\), got \(3,\)", {"scale": torch.ones(3)}),
+    (ValueError, "backend must be one of .*'reference'.*, got 'cudnn'", {"backend": "cudnn"}),
+]
+
+
+@pytest.mark.parametrize("error, message, changes", ERRORS)
+def test_errors_say_what_is_accepted(error, message, changes):
+    if isinstance(changes, str):
+        changes = dict.fromkeys("qkv", torch.randn(1, 1, 2, int(changes.split()[1])))
+    with pytest.raises(error, match=message):
+        flash_cosine_sim_attention(**{"q": Q, "k": K, "v": K, **changes})
+
+
+def test_reference_takes_any_head_dim():
+    q, k, v = inputs(head_dim=12)
+    plain_cosine_sim_attention(q, k, v, groups=3)
+    flash_cosine_sim_attention(q, k, v, groups=3, backend="reference")

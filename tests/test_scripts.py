@@ -1,0 +1,385 @@
+"""scripts.compare, scripts.generate and scripts.evaluate on a tiny run that is trained here, on the CPU."""
+
+import csv
+import hashlib
+import json
+import logging
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from matplotlib import image
+from omegaconf import OmegaConf
+
+import train
+from conf.schema import CONF
+from data.bytes import IGNORE_INDEX, EvalBatches
+from models.report import HEADINGS, PLOT_FILE, read_results
+from models.runs import load_model
+from scripts import compare, evaluate, generate
+from scripts.evaluate import SlidingBatches, score_batches
+
+SEQ_LEN = 16
+TEXT = bytes(np.random.default_rng(0).integers(97, 105, size=4000, dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run: 6 steps of a model of one layer, validated on the whole split."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "text").write_bytes(TEXT)
+    overrides = [
+        *("data=file", f"data.path={root / 'text'}", "model=tiny", "model.num_layers=1", "model.width=32"),
+        *(f"seq_len={SEQ_LEN}", "max_steps=6", "tokens_per_step=64", "micro_batch_tokens=64", "test=true"),
+        *("logger=csv", "trainer.val_every=3", "trainer.val_bytes=null", "trainer.log_every=2", "lr=0.01"),
+        *("trainer.accelerator=cpu", "trainer.progress_bar=false", "trainer.sample_bytes=4"),
+        *(f"run_root={root / 'runs'}", "name=first"),
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("config", overrides, return_hydra_config=True))
+        config = compose("config", overrides)
+    try:
+        train.main.__wrapped__(config)
+    finally:
+        HydraConfig.instance().cfg = None
+    return root / "runs" / "first"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to be changed."""
+    return shutil.copytree(trained, tmp_path / "runs" / "first")
+
+
+def variant(run, name, *, config=None, **record):
+    """A copy of a run beside it, with other entries in config.yaml and run.json."""
+    folder = shutil.copytree(run, run.parent / name)
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | record))
+    path = folder / "config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), config or {}), path)
+    return folder
+
+
+def refusal(capsys, script, *arguments):
+    """What the script says when it refuses: one error and the code 2."""
+    assert script.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and "Traceback" not in error
+    return " ".join(error.split())
+
+
+def evaluated(tmp_path, *arguments):
+    path = tmp_path / "result.json"
+    assert evaluate.main([*map(str, arguments), "--device", "cpu", "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------- compare
+
+
+def test_compare_shows_every_run_whatever_became_of_it(run, capsys):
+    for status in ("failed", "diverged", "running", "interrupted"):
+        error = f"why it {status}" if status in ("failed", "diverged") else None
+        variant(run, f"{status}-run", status=status, error=error)
+    with open(run.parent / "diverged-run" / "metrics.csv") as file:
+        header, *rows = csv.reader(file)
+    rows[-1] = [cell if name == "step" else "nan" for name, cell in zip(header, rows[-1], strict=True)]
+    with open(run.parent / "diverged-run" / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    (run.parent / "failed-run" / "metrics.csv").unlink()
+    assert compare.main([str(run.parent)]) == 0
+    out, err = capsys.readouterr()
+    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert set(lines) == {"first", "failed-run", "diverged-run", "running-run", "interrupted-run"}
+    for name in lines:
+        assert name.removesuffix("-run").replace("first", "finished") in lines[name]
+    cells = dict(zip(HEADINGS, [cell.strip() for cell in lines["first"].split("│")[1:-1]], strict=True))
+    results = read_results(run)
+    assert cells["steps"] == "6" and cells["MFU"] == "-"
+    assert cells["val bpc"] == f"{results.last('val/bpc'):.4f}"
+    assert cells["test bpc"] == f"{results.last('test/bpc'):.4f}"
+    assert "failed-run failed: why it failed" in out and "diverged-run diverged: why it diverged" in out
+    assert "failed-run has no metrics yet" in err and "not comparable" not in err
+
+
+def test_compare_draws_a_plot_and_writes_markdown(run, tmp_path, capsys):
+    variant(run, "second")
+    plots, readme = tmp_path / "new" / "plots", tmp_path / "table.md"
+    folders = [str(run), str(run.parent / "second"), str(run / ".." / "first")]  # one of them twice
+    assert compare.main([*folders, "--output", str(plots), "--markdown", str(readme)]) == 0
+    pixels = image.imread(plots / PLOT_FILE)
+    assert pixels.ndim == 3 and pixels[..., :3].std() > 0.01
+    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
+    assert str(plots / PLOT_FILE) in capsys.readouterr().out.replace("\n", "")
+    header, rule, first, second = readme.read_text().splitlines()
+    assert header == f"| {' | '.join(HEADINGS)} |" and first.startswith("| first | finished | 6 |")
+    assert {line.count("|") for line in (header, rule, first, second)} == {len(HEADINGS) + 1}
+
+
+def test_compare_writes_to_what_the_runs_share(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "others" / "first")
+    assert compare.main([str(run), str(other)]) == 0
+    assert (tmp_path / PLOT_FILE).is_file()
+
+
+def test_compare_tells_runs_of_one_name_apart(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "others" / "first")
+    assert compare.main([str(run), str(tmp_path / "others")]) == 0
+    out = capsys.readouterr().out
+    assert "runs/first" in out and "others/first" in out
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"corpus": {"name": "x", "sha256": "f" * 64, "val_scored": 199}}, "x ffffffffffffffff in second"),
+        ({"config": {"seq_len": 8}}, "seq_len is 16 in first, but 8 in second"),
+        ({"tokens_per_step": 128}, "tokens_per_step is 64 in first, but 128 in second"),
+        ({"corpus": {"val_scored": 99}}, "(trainer.val_bytes) is 199 in first, but 99 in second"),
+    ],
+)
+def test_compare_warns_of_runs_that_are_not_comparable(run, capsys, change, named):
+    folders = [str(run), str(variant(run, "second", **change))]
+    assert compare.main(folders) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: not comparable: ") and named in warning
+
+
+def test_compare_leaves_out_what_is_no_run(run, capsys):
+    (run.parent / "notes.txt").write_text("not a run")
+    (run.parent / "empty").mkdir()
+    for name, content in (("broken", "{"), ("list", "[]")):
+        variant(run, name)
+        (run.parent / name / "run.json").write_text(content)
+    variant(run, "garbage")
+    (run.parent / "garbage" / "metrics.csv").write_text("step,val/bpc\n1,many\n")
+    assert compare.main([str(path) for path in sorted(run.parent.iterdir())]) == 0
+    out, err = capsys.readouterr()
+    assert "1 run" in out and "first" in out
+    for name in ("notes.txt", "empty", "broken", "list", "garbage"):
+        assert f"{name}' is left out" in err
+
+
+def test_compare_drops_a_line_that_was_cut(run, capsys, caplog):
+    path = run / "metrics.csv"
+    whole = read_results(run)
+    text = path.read_text()
+    for cut in (1, 3, len(text.splitlines()[-1])):  # all of the last line but its end, less, one character
+        path.write_text(text[:-cut])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert compare.main([str(run)]) == 0
+        assert read_results(run).rows == whole.rows[:-1]
+        assert "metrics.csv ends within a line" in caplog.text
+    path.write_text("")
+    assert compare.main([str(run)]) == 0
+    path.write_text("step,train/lo")
+    assert compare.main([str(run)]) == 0
+    assert "first has no metrics yet" in capsys.readouterr().err
+
+
+def test_compare_refuses_when_nothing_is_left(tmp_path, capsys):
+    assert "RUNS must be runs' folders" in refusal(capsys, compare, tmp_path, tmp_path / "absent")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    assert "at least one run that can be read" in refusal(capsys, compare, tmp_path)
+    assert "RUNS" in refusal(capsys, compare)
+
+
+# ---------------------------------------------------------------- generate
+
+
+def generated(capsys, *arguments):
+    assert generate.main([*map(str, arguments), "--device", "cpu"]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_repeats_itself_with_a_seed(trained, capsys):
+    texts = [
+        generated(capsys, trained, "--prompt", "abc", "--num-bytes", 40, "--seed", seed, "--temperature", 1.5)
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("abc") and texts[0].endswith("\n")
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "last", "path"])
+def test_generate_is_the_same_with_and_without_cache(trained, capsys, checkpoint):
+    checkpoint = trained / "checkpoints" / "last.ckpt" if checkpoint == "path" else checkpoint
+    options = (trained, "--checkpoint", checkpoint, "--temperature", 0, "--num-bytes", 3 * SEQ_LEN)
+    assert generated(capsys, *options) == generated(capsys, *options, "--no-cache")
+
+
+def test_generate_takes_the_likeliest_byte(trained, capsys):
+    gpt, _ = load_model(trained)
+    with torch.no_grad():
+        best = gpt(torch.tensor([list(b"abc")]))[0, -1].argmax().item()
+    for options in (("--temperature", 0), ("--top-k", 1)):
+        text = generated(capsys, trained, "--prompt", "abc", "--num-bytes", 1, *options)
+        assert text == f"abc{chr(best)}\n"
+
+
+def test_generate_reads_any_prompt(trained, tmp_path, capsys):
+    assert generated(capsys, trained, "--num-bytes", 0) == "\n\n"
+    (tmp_path / "prompt").write_bytes(b"\xff" + "é".encode() * SEQ_LEN)
+    text = generated(capsys, trained, "--prompt-file", tmp_path / "prompt", "--num-bytes", 0)
+    assert text == "\N{REPLACEMENT CHARACTER}" + "é" * SEQ_LEN + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--prompt", ""], "--prompt is empty; accepted: at least one byte"),
+        (["--prompt-file", "/absent/prompt"], "--prompt-file must be an existing file, got '/absent/prompt'"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
+        (["--num-bytes", "-1"], "argument --num-bytes: must be an integer of at least 0, got '-1'"),
+        (["--temperature", "nan"], "argument --temperature: must be a number of at least 0, got 'nan'"),
+        (["--top-k", "0"], "argument --top-k: must be an integer of at least 1, got '0'"),
+        (["--seed", "x"], "argument --seed: must be an integer of at least 0, got 'x'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--checkpoint", "new"], "checkpoint must be best, last or the path of a checkpoint, got 'new'"),
+    ],
+)
+def test_generate_refuses(trained, capsys, arguments, named):
+    assert named in refusal(capsys, generate, trained, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_is_refused_where_there_is_none(trained, capsys):
+    assert "--device cuda needs a CUDA device" in refusal(capsys, generate, trained, "--device", "cuda")
+
+
+# ---------------------------------------------------------------- load_model
+
+
+def test_load_model_restores_every_weight(trained):
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    gpt, config = load_model(trained, "last")
+    assert not gpt.training and config.seq_len == SEQ_LEN
+    weights = gpt.state_dict()
+    assert {f"gpt.{key}" for key in weights} == set(state)
+    assert all(torch.equal(weight, state[f"gpt.{key}"]) for key, weight in weights.items())
+
+
+def test_load_model_refuses_what_it_cannot_load(run, tmp_path, capsys):
+    assert "is not a run's folder: it has no config.yaml" in refusal(capsys, generate, tmp_path)
+    path = run / "checkpoints" / "best.ckpt"
+    content = path.read_bytes()
+    for damaged in (b"", b"text", content[:1000], content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        error = refusal(capsys, generate, run)
+        assert "best.ckpt" in error and "is no sound checkpoint" in error
+    torch.save({"weights": 1}, path)
+    assert "is no sound checkpoint" in refusal(capsys, generate, run)
+    path.unlink()
+    assert "the run has last" in refusal(capsys, generate, run)
+    other = variant(run, "other", config={"model": {"width": 64}})
+    assert "weights of another model" in refusal(capsys, generate, other, "--checkpoint", "last")
+    damages = {"a: [": "is not YAML", "seq_len: 16": "does not describe a model", "- 1": "must hold keys"}
+    for content, named in damages.items():
+        (other / "config.yaml").write_text(content)
+        assert named in refusal(capsys, generate, other, "--checkpoint", "last")
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def test_chunk_mode_is_the_trainers_validation(trained, tmp_path, capsys):
+    results = read_results(trained)
+    for options, expected in (
+        (("--checkpoint", "last"), results.last("val/bpc")),
+        (("--checkpoint", "best", "--batch-size", "3"), results.best("val/bpc")),
+        (("--split", "test"), results.last("test/bpc")),
+    ):
+        result = evaluated(tmp_path, trained, *options)
+        assert result["bits_per_byte"] == pytest.approx(expected, abs=1e-6)
+        assert (result["mode"], result["seq_len"], result["scored_bytes"]) == ("chunk", SEQ_LEN, 199)
+        assert result["sha256"] == results.record["corpus"]["sha256"]
+        out, err = capsys.readouterr()
+        assert ("reminder: select by val" in err) == (options[-1] == "test")
+        for shown in ("chunk", result["sha256"], "199", f"{result['bits_per_byte']:.6f}"):
+            assert shown in out
+
+
+@pytest.mark.parametrize("seq_len, stride, batch_size", [(16, 4, 3), (16, 5, 1), (7, 1, 64), (16, 16, 4)])
+def test_slide_mode_equals_a_byte_by_byte_oracle(trained, tmp_path, seq_len, stride, batch_size):
+    options = ("--seq-len", seq_len, "--stride", stride, "--batch-size", batch_size)
+    result = evaluated(tmp_path, trained, *options)
+    assert result["mode"] == f"slide-{stride}" and result["scored_bytes"] == 199
+    gpt, _ = load_model(trained)
+    data = torch.tensor(list(TEXT[3600:3800]))
+    nats = 0.0
+    with torch.no_grad():
+        for position in range(1, 200):  # the window's start is the first from which position is in reach
+            start = stride * max(0, math.ceil((position - seq_len) / stride))
+            logits = gpt(data[None, start:position])[0, -1].double()
+            nats -= logits.log_softmax(dim=0)[data[position]].item()
+    assert result["bits_per_byte"] == pytest.approx(nats / (199 * math.log(2)), abs=1e-6)
+    if stride == seq_len:
+        chunk = evaluated(tmp_path, trained, "--seq-len", seq_len)
+        assert chunk["bits_per_byte"] == pytest.approx(result["bits_per_byte"], abs=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("num_bytes", [2, 8, 9, 10, 12, 31])
+def test_sliding_windows_score_each_byte_once(num_bytes, stride):
+    data = np.arange(num_bytes, dtype=np.uint8)  # each byte is its own position
+    batches = list(SlidingBatches(data, seq_len=8, stride=stride, batch_size=2))
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    scored = targets != IGNORE_INDEX
+    assert targets[scored].tolist() == list(range(1, num_bytes))
+    assert torch.equal(inputs[scored] + 1, targets[scored])
+    assert (inputs[:, 0] % stride == 0).all()
+
+
+def test_curve_by_context_adds_up(trained, tmp_path):
+    result = evaluated(tmp_path, trained, "--max-bytes", 50, "--seq-len", 12)
+    buckets = result["by_context"]
+    lengths = [(bucket["shortest"], bucket["longest"]) for bucket in buckets]
+    assert lengths == [(1, 1), (2, 3), (4, 6), (7, 12)]
+    assert sum(bucket["scored_bytes"] for bucket in buckets) == result["scored_bytes"] == 49
+    bits = sum(bucket["scored_bytes"] * bucket["bits_per_byte"] for bucket in buckets)
+    assert bits / 49 == pytest.approx(result["bits_per_byte"])
+    gpt, _ = load_model(trained)
+    score = score_batches(gpt, EvalBatches(np.frombuffer(TEXT, np.uint8)[:10], 16, 2, 0, 1), 16)
+    assert [bucket.longest for bucket in score.by_context()] == [1, 2, 4, 8, 16]
+    assert score.scored.tolist() == [1] * 9 + [0] * 7
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--seq-len", "17"], "--seq-len must be at most the run's seq_len = 16, got 17"),
+        (["--stride", "17"], "--stride must be at most the window's seq_len = 16, got 17"),
+        (["--seq-len", "8", "--stride", "9"], "--stride must be at most the window's seq_len = 8, got 9"),
+        (["--stride", "0"], "argument --stride: must be an integer of at least 1, got '0'"),
+        (["--max-bytes", "1"], "argument --max-bytes: must be an integer of at least 2, got '1'"),
+        (["--batch-size", "1.5"], "argument --batch-size: must be an integer of at least 1, got '1.5'"),
+        (["--split", "train"], "argument --split: invalid choice: 'train'"),
+        (["--json", "/absent/result.json"], "--json must be a file in an existing folder"),
+    ],
+)
+def test_evaluate_refuses(trained, capsys, arguments, named):
+    assert named in refusal(capsys, evaluate, trained, *arguments)
+
+
+def test_evaluate_refuses_another_corpus(run, tmp_path, capsys):
+    recorded = json.loads((run / "run.json").read_text())["corpus"]["sha256"]
+    (tmp_path / "text").write_bytes(TEXT[::-1])
+    found = hashlib.sha256(TEXT[::-1]).hexdigest()
+    moved = variant(run, "moved", config={"data": {"path": str(tmp_path / "text")}})
+    assert f"now has SHA-256 {found}, the run records {recorded}" in refusal(capsys, evaluate, moved)
+    absent = variant(run, "absent", config={"data": {"path": str(tmp_path / "absent")}})
+    assert "corpus cannot be rebuilt" in refusal(capsys, evaluate, absent)
+    assert "does not record its corpus" in refusal(capsys, evaluate, variant(run, "early", corpus={}))
+
+
+def test_help_names_the_command(capsys):
+    for script in (compare, generate, evaluate):
+        assert script.main(["--help"]) == 0
+        assert f"python -m {script.__name__}" in capsys.readouterr().out
