@@ -16,7 +16,7 @@ from models.callbacks import TextSample, TrainingMetrics
 from models.lightning import GPTModule
 from models.report import conclude
 from models.runs import Run, build_gpt, open_run
-from models.trainer import build_trainer, micro_batches, uses_cuda
+from models.trainer import build_trainer, default_micro_batch_tokens, micro_batches, uses_cuda
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -65,9 +65,10 @@ def build_module(config: DictConfig) -> GPTModule:
 
 def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, int]:
     """The windows of the corpus, and how many micro-batches make a step."""
-    size, accumulate = micro_batches(
-        config.tokens_per_step, config.micro_batch_tokens, config.seq_len, config.trainer.devices
-    )
+    largest = config.micro_batch_tokens
+    if largest is None:
+        largest = default_micro_batch_tokens(cuda=uses_cuda(config.trainer.accelerator))
+    size, accumulate = micro_batches(config.tokens_per_step, largest, config.seq_len, config.trainer.devices)
     data = ByteDataModule(
         corpus,
         seq_len=config.seq_len,

@@ -29,7 +29,7 @@ class TopLevel:
     seq_len: int
     max_steps: int
     tokens_per_step: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
     lr: float
     seed: int
     compile: bool | None

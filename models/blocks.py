@@ -1,7 +1,5 @@
 """Transformer blocks: where the normalisation sits, how the residual is scaled, how the weights start."""
 
-import math
-
 from torch import Tensor, nn
 
 from models.attention import KVCache, SelfAttention
@@ -23,10 +21,10 @@ class MLP(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """x + f(norm(x)) for attention and MLP, started as GPT-2 does.
+    """x + f(norm(x)) for attention and MLP.
 
-    The projections back into the residual stream start smaller by sqrt(2 num_layers), so that the stream's
-    variance does not grow with depth at the start (Radford et al. 2019, section 2.3).
+    Weights start with variance 1 / fan_in, whatever the width; the projections back into the residual stream smaller
+    by sqrt(2 num_layers), so that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
     """
 
     def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
@@ -44,9 +42,9 @@ class PreNormBlock(nn.Module):
 
     def _start(self, num_layers: int) -> None:
         for linear in (self.attention.qkv, self.mlp.up):
-            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.attention.out, self.mlp.down):
-            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * num_layers))
+            nn.init.normal_(linear.weight, std=(2 * num_layers * linear.in_features) ** -0.5)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (batch, n, width) -> (batch, n, width)."""

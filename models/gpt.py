@@ -48,6 +48,7 @@ class GPT(nn.Module):
         self.seq_len = seq_len
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding_scale = width**0.5 if tied_head else 1.0
         self.positions = nn.Embedding(seq_len, width) if positions == "learned" else None
         rotary = Rotary(head_dim, seq_len) if positions == "rotary" else None
         self.dropout = nn.Dropout(dropout)
@@ -63,12 +64,14 @@ class GPT(nn.Module):
         self._start(tied_head)
 
     def _start(self, tied_head: bool) -> None:
-        # DeepNorm's predecessor here starts embeddings at 1e-5, where only LayerNorm's epsilon saves the first
-        # block; 0.02 keeps both block kinds away from that.
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # The stream starts with variance 1. GPT-2's 0.02 makes narrow models learn far slower, and DeepNorm
+        # implementations that start at 1e-5 live on LayerNorm's epsilon in the first block.
+        nn.init.normal_(self.embedding.weight)
         if self.positions is not None:
-            nn.init.normal_(self.positions.weight, std=0.02)
+            nn.init.normal_(self.positions.weight)
         if tied_head:
+            # as a head the rows must be short; multiplied by sqrt(width) they make the same stream
+            nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
             self.head.weight = self.embedding.weight
         else:
             nn.init.zeros_(self.head.weight)  # every byte equally likely: the first loss is exactly 8 bits
@@ -89,7 +92,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"tokens reach position {start + tokens.shape[1]}, accepted: up to seq_len = {self.seq_len}"
             )
-        x = self.embedding(tokens)  # (batch, n, width)
+        x = self.embedding(tokens) * self.embedding_scale  # (batch, n, width)
         if self.positions is not None:
             x = x + self.positions.weight[start : start + tokens.shape[1]]
         x = self.dropout(x)

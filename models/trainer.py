@@ -49,6 +49,11 @@ def micro_batches(tokens_per_step: int, micro_batch_tokens: int, seq_len: int, d
     return size, per_device // size
 
 
+def default_micro_batch_tokens(*, cuda: bool) -> int:
+    """What keeps a large GPU busy, or fits the memory of a small CPU machine at model=small."""
+    return 65536 if cuda else 8192
+
+
 def uses_cuda(accelerator: str) -> bool:
     """Whether training will run on a GPU."""
     if accelerator not in ("auto", "cpu", "gpu"):

@@ -48,7 +48,7 @@ def test_every_experiment_builds_its_model(experiment):
     config = validate(configure(f"experiment={experiment}"))
     module = build_module(config)
     assert module.gpt.seq_len == config.seq_len
-    size, accumulate = micro_batches(config.tokens_per_step, config.micro_batch_tokens, config.seq_len, 1)
+    size, accumulate = micro_batches(config.tokens_per_step, 16384, config.seq_len, 1)
     assert size * accumulate * config.seq_len == config.tokens_per_step
 
 
