@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test lint kernels native-kernels clean
+.PHONY: help demo train test lint benchmark kernels native-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,9 @@ test: lint  ## lint, then run every test that needs no GPU
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .
+
+benchmark: native-kernels  ## time attention: make benchmark ARGS="--causal --seq-len 1024 8192"
+	$(RUN) -m scripts.benchmark $(ARGS)
 
 kernels: $(INSTALLED)  ## compile the CUDA kernels (needs nvcc, no GPU) or say what is missing
 	FLASH_COSINE_SIM_FORCE_CUDA=1 $(RUN) setup.py -q build_ext --inplace

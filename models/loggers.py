@@ -125,6 +125,8 @@ def wandb_and_csv(
         log_model=False,
         settings=wandb.Settings(silent=offline),  # offline it would only repeat what the summary says
     )
+    # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
+    logger.experiment.define_metric("val/bpc", step_metric="trainer/global_step", summary="min")
     return [logger, CSVLogger(run_dir, resume_step=resume_step)]
 
 
