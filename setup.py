@@ -136,7 +136,7 @@ def choose_toolchain() -> Toolchain | None:
 
 def find_toolchain(*, allow_cpu_torch: bool) -> Toolchain:
     if not kernel_sources():
-        raise KernelsUnavailable(f"{CSRC} has no .cu files", "use a complete checkout or sdist")
+        raise KernelsUnavailable(f"{CSRC} has no .cu files", "use a version that ships some; backend='sdpa' works")
     if sys.platform != "linux":
         raise KernelsUnavailable(f"the platform is {sys.platform} and they build on linux only", "use Linux")
     torch = import_torch()

@@ -71,6 +71,8 @@ def validate(config: DictConfig) -> DictConfig:
         if not isinstance(values.get(group), dict):
             raise ConfigError(f"{group} must be an option of conf/{group}/, got {values.get(group)!r}")
         checked[group] = _check_group(group, values[group])
+    if not 0 <= checked["seed"] < 2**32:
+        raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {checked['seed']}")
     return OmegaConf.create(checked)
 
 
@@ -140,6 +142,19 @@ def _name(annotation: Any) -> str:
     if typing.get_args(annotation):
         return " or ".join(_name(part) for part in typing.get_args(annotation))
     return str(annotation)
+
+
+def check_mode(config: DictConfig, choices: dict[str, str], *, multirun: bool) -> None:
+    """Refuses what would silently do something else than it says.
+
+    Raises:
+        ConfigError: a sweep without -m, or -m with several processes a job.
+    """
+    if choices.get("sweep") and not multirun:
+        raise ConfigError(f"sweep={choices['sweep']} needs -m: python train.py -m sweep={choices['sweep']}")
+    if multirun and config.trainer.devices > 1:
+        # Lightning starts the other processes with this one's arguments: each would run the whole sweep again
+        raise ConfigError(f"-m runs jobs with trainer.devices=1, got {config.trainer.devices}")
 
 
 def hints(arguments: list[str]) -> list[str]:

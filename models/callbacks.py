@@ -1,6 +1,8 @@
 """What is recorded while training: loss, throughput, memory, and a sample of text at each validation."""
 
+import logging
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.lightning import DivergedError, GPTModule
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -44,7 +48,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
+    # whole words: an "RTX A4000" is no "A40"
+    return next((peak for part, peak in PEAK_BF16_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 class TrainingMetrics(lightning.Callback):
@@ -57,8 +62,6 @@ class TrainingMetrics(lightning.Callback):
     """
 
     def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
-        if log_every < 1:
-            raise ValueError(f"trainer.log_every must be at least 1, got {log_every}")
         self.log_every = log_every
         self.max_steps = max_steps
         self.tokens_per_step = tokens_per_step
@@ -68,7 +71,8 @@ class TrainingMetrics(lightning.Callback):
         self._timed_steps = 0
         self._seen_first_step = False
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # of this step; its end already sets the next one's
         if self._clock is None and self._seen_first_step:
             self._clock = time.perf_counter()
 
@@ -84,22 +88,34 @@ class TrainingMetrics(lightning.Callback):
             trainer.should_stop = True  # a validation follows, wherever the last step falls in its interval
 
     def on_validation_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
-        _wait_for(module.device)
-        self._stop_clock()
         del trainer
+        _wait_for(module.device)
+        self._lap()
+        self._clock = None
 
-    def _stop_clock(self) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            loss = trainer.callback_metrics.get("train/bpc", math.nan)
+            log.info(
+                "step %d of %d: train %.4f, val %.4f bits per byte",
+                trainer.global_step, self.max_steps, loss, trainer.callback_metrics["val/bpc"],
+            )  # fmt: skip
+        del module
+
+    def _lap(self) -> None:
+        # The clock goes on: what is done between steps, logging too, is part of the price of a step.
+        now = time.perf_counter()
         if self._clock is not None:
-            self._elapsed_s += time.perf_counter() - self._clock
-            self._clock = None
+            self._elapsed_s += now - self._clock
+            self._clock = now
 
     def _report(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         loss = module.take_loss()  # waits for the device, so that the clock below is honest
-        self._stop_clock()
+        self._lap()
         metrics = {
             "train/loss": loss,
             "train/bpc": loss / math.log(2),
-            "train/lr": module.optimizer.lr_at(trainer.global_step - 1),  # the scheduler is one step ahead
+            "train/lr": self._lr,
             "train/grad_norm": module.grad_norm.item(),
             "train/tokens": trainer.global_step * self.tokens_per_step,
             **self._throughput(trainer, module),
@@ -162,13 +178,22 @@ class TextSample(lightning.Callback):
     Written to ``run_dir/samples.txt`` and, where the logger takes text, logged as a table.
     """
 
-    def __init__(self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int):
-        if num_bytes < 0:
-            raise ValueError(f"trainer.sample_bytes must be at least 0, got {num_bytes}")
+    def __init__(
+        self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int, resume_step: int | None = None
+    ):
         self.path = Path(run_dir) / "samples.txt"
         self.prompt = prompt
         self.num_bytes = num_bytes
         self.seed = seed
+        if resume_step is not None and self.path.exists():
+            self._drop_after(resume_step)
+
+    @rank_zero_only
+    def _drop_after(self, step: int) -> None:
+        # a run killed between a sample and its checkpoint draws that sample again
+        sections = re.split(r"^(?=--- step \d+ ---$)", self.path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        kept = [text for text in sections if text and int(text.split(maxsplit=3)[2]) <= step]
+        self.path.write_text("".join(kept), encoding="utf-8")
 
     @rank_zero_only
     def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
@@ -194,5 +219,5 @@ class TextSample(lightning.Callback):
 
 
 def decode(text: bytes) -> str:
-    """Bytes as text; what is not UTF-8 shows as the replacement character."""
-    return text.decode("utf-8", errors="replace")
+    """Bytes as text; what is not UTF-8, or would steer a terminal, shows as the replacement character."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.decode("utf-8", errors="replace"))

@@ -79,13 +79,28 @@ class GPTModule(lightning.LightningModule):
         # norm that is logged a second time.
         max_norm = math.inf if self.clip_norm is None else self.clip_norm
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), max_norm)
+        if self.grad_norm.device.type == "cpu" and not math.isfinite(self.grad_norm):
+            # at once where reading it is free; on a GPU at the next log step or validation
+            raise DivergedError(f"the gradient's norm is {self.grad_norm.item()} at step {self.global_step}")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, scheduler = self.optimizer.build(self.gpt)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        # A checkpoint restores the optimizer's own settings. The configuration's count: they are what is recorded,
+        # and a resumed run that was told another learning rate must use it.
+        built, _ = self.optimizer.build(self.gpt)
+        for group, configured in zip(self.trainer.optimizers[0].param_groups, built.param_groups, strict=True):
+            group.update({key: configured[key] for key in ("betas", "eps", "weight_decay", "initial_lr")})
+            group["lr"] = self.optimizer.lr_at(self.global_step)
+        self.lr_schedulers().base_lrs = [self.optimizer.lr] * len(built.param_groups)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        loss_sum = None if self._loss_sum is None else self._loss_sum.item()
+        # runs on every rank: each has its own sum, and all are restored from this one
+        loss_sum = None
+        if self._loss_sum is not None:
+            loss_sum = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean").item()
         checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -121,8 +136,10 @@ class GPTModule(lightning.LightningModule):
         # Sum of -ln p over scored bytes / (number of scored bytes * ln 2): never a mean of batch means.
         nats = self.trainer.strategy.reduce(self._nats, reduce_op="sum")
         scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum")
-        bits_per_byte = nats / (scored * math.log(2))
-        self.report({f"{split}/bpc": bits_per_byte.item()})
+        bits_per_byte = (nats / (scored * math.log(2))).item()
+        self.report({f"{split}/bpc": bits_per_byte})
+        if not math.isfinite(bits_per_byte):  # before a sample is drawn from these weights, or a checkpoint written
+            raise DivergedError(f"{split}/bpc is {bits_per_byte} at step {self.global_step}")
 
     def report(self, metrics: dict[str, float], progress_bar: tuple[str, ...] = ("val/bpc",)) -> None:
         """Sends metrics to the loggers, at the number of finished optimizer steps, and some to the progress bar.
@@ -132,7 +149,8 @@ class GPTModule(lightning.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step)
         for key, value in metrics.items():
-            self.log(key, value, logger=False, prog_bar=key in progress_bar)
+            # A CPU tensor: Lightning reads it after every micro-batch, and one on the GPU would make the host wait.
+            self.log(key, torch.tensor(float(value)), logger=False, prog_bar=key in progress_bar)
 
 
 def _mix(*numbers: int) -> int:

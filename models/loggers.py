@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -73,6 +74,11 @@ class CSVLogger(Logger):
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, fieldnames=self._columns).writerow(self._rows[-1])
 
+    def replay(self, logger: Logger) -> None:
+        """Logs to another logger every row that was kept from before the run was resumed."""
+        for row in self._rows:
+            logger.log_metrics({key: float(row[key]) for key in row if key != "step"}, step=int(row["step"]))
+
     def _rewrite(self) -> None:
         # Written whole and renamed: a kill at any moment leaves either the old file or the new one.
         temporary = self.path.with_suffix(".csv.tmp")
@@ -110,8 +116,7 @@ def wandb_and_csv(
         offline: write to disk only, no account and no network needed; ``wandb sync`` uploads it later.
         tags: wandb's tags.
     """
-    import wandb  # here: it takes a second to import, and logger=csv needs none of it
-    from lightning.pytorch.loggers import WandbLogger
+    import wandb  # here: it takes a second, and logger=csv needs none of it
 
     logger = WandbLogger(
         name=run_dir.name,
@@ -125,9 +130,21 @@ def wandb_and_csv(
         log_model=False,
         settings=wandb.Settings(silent=offline),  # offline it would only repeat what the summary says
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and wandb warns of it each time
     # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
     logger.experiment.define_metric("val/bpc", step_metric="trainer/global_step", summary="min")
-    return [logger, CSVLogger(run_dir, resume_step=resume_step)]
+    csv_logger = CSVLogger(run_dir, resume_step=resume_step)
+    if offline:
+        # wandb sync replaces what the server has of this id: the newest offline folder must hold the whole run
+        csv_logger.replay(logger)
+    return [logger, csv_logger]
+
+
+def finish(loggers: list[Logger], *, failed: bool) -> None:
+    """Closes wandb's run, so that the next job of a sweep gets its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=int(failed))
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

@@ -1,43 +1,56 @@
 """A run is a folder: its configuration, its record, its checkpoints, its metrics. Made, found again, closed here."""
 
-import datetime
+import hashlib
 import json
 import logging
 import os
 import pickle
-import platform
 import re
-import subprocess
-import sys
+import shutil
+import signal
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from models.gpt import GPT
+from models.environment import environment
 from models.lightning import DivergedError
-from models.trainer import BEST_CHECKPOINT, LAST_CHECKPOINT
+from models.trainer import LAST_CHECKPOINT
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
-# Differences of these keys do not change what a resumed run computes.
-NOT_COMPARED = ("resume", "test", "name", "run_root", "logger", "trainer.progress_bar", "trainer.sample_bytes")
+# Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
+INCIDENTAL = (
+    "resume",
+    "test",
+    "compressors",
+    "name",
+    "run_root",
+    "logger",
+    "experiment",
+    "sweep",
+    "hydra",
+    "trainer.accelerator",
+    "trainer.progress_bar",
+    "trainer.sample_bytes",
+    "trainer.val_every",
+    "trainer.val_bytes",
+    "trainer.log_every",
+    "trainer.data_on_device",
+)
+# What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
+MODEL_KEYS = ("seq_len", "model.", "attention.", "norm.")
+MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
 # Set by the first process of a multi-GPU run, so that the others, which start the same program, join its folder.
 RUN_VARIABLE = "FLASH_COSINE_SIM_RUN"
-
-# What torch.load raises for a file that is cut short, damaged or something else.
-UNPICKLING_ERRORS = (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError)
+LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +64,24 @@ class Run:
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
         record: what is stored in run.json.
+        started: whether ``start`` was called; before it, a resumed run's files are as they were.
     """
 
     folder: Path
     checkpoint: Path | None
     resume_step: int | None
     record: dict[str, Any]
+    started: bool = False
+
+    def start(self, config: DictConfig, choices: dict[str, str], **entries: Any) -> None:
+        """Stores the configuration and what else is known, once everything is built and training can begin."""
+        if self.checkpoint and _is_first_process():
+            for key, (before, now) in _changes(self.folder, config).items():
+                log.warning("resumed with a change: %s was %s, is %s", key, before, now)
+        if _is_first_process():
+            _write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
+        self.started = True
+        self.update(choices=choices, **environment(), **entries, status="running", error=None)
 
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json; only the first process writes."""
@@ -64,49 +89,48 @@ class Run:
         if _is_first_process():
             _write_text(self.folder / RECORD_FILE, json.dumps(self.record, indent=2, default=str) + "\n")
 
+    def end(self, status: str, error: BaseException | None = None, *, keep: bool = True) -> None:
+        """Marks how the run ended; a new one that never started is removed unless it is to be kept."""
+        if self.started or (self.checkpoint is None and keep):
+            message = "".join(traceback.format_exception_only(error)).strip() if error else None
+            self.update(status=status, error=message)
+        elif self.checkpoint is None and _is_first_process():
+            shutil.rmtree(self.folder)
+
 
 @contextmanager
-def open_run(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> Iterator[Run]:
+def open_run(
+    config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), *, keep_failed: bool
+) -> Iterator[Run]:
     """Finds or makes the run's folder, and marks the run finished, failed, diverged or interrupted when it ends.
 
     Args:
         config: the validated configuration; resume is null, "auto" or a path.
         choices: the option chosen of every configuration group.
-        overrides: the command line's KEY=VALUE, of which the run's name tells those of model and optimizer.
+        overrides: the command line's KEY=VALUE, of which the run's name tells those that change what it computes.
+        keep_failed: keep the folder of a run that failed before it started, as the mark of a sweep's failed job.
+
+    Raises:
+        ValueError: resume names no run, or one of another model.
     """
-    first = _is_first_process()
-    if first:
-        name = config.name or default_name(config, choices, overrides)
-        folder, checkpoint = find_folder(Path(config.run_root), name, config.resume)
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ[RUN_VARIABLE] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
-    else:
-        folder, checkpoint = (path and Path(path) for path in json.loads(os.environ[RUN_VARIABLE]))
-    record = read_record(folder) if checkpoint else {}
-    if checkpoint:
-        _warn_of_changes(folder, config)
-    record.setdefault("wandb_id", f"{re.sub('[^A-Za-z0-9_-]', '_', folder.name)[:100]}-{uuid.uuid4().hex[:8]}")
-    resume_step = _step_of(checkpoint) if checkpoint else None
-    run = Run(folder, checkpoint, resume_step, record)
-    if first:
-        _write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
-    run.update(choices=choices, **environment(), status="running", error=None)
-    handler = logging.FileHandler(folder / "train.log")
+    run = _start(config, config.name or default_name(config, choices, overrides))
+    handler = logging.FileHandler(run.folder / "train.log") if _is_first_process() else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        log.info("run folder %s%s", folder, f", continues at step {resume_step}" if checkpoint else "")
+        log.info("run folder %s%s", run.folder, f", continues at step {run.resume_step}" if run.checkpoint else "")
         yield run
-        run.update(status="finished")
+        run.end("finished")
     except DivergedError as error:
-        run.update(status="diverged", error=str(error))
+        run.end("diverged", error)
         raise
-    except KeyboardInterrupt:
-        run.update(status="interrupted")
-        raise
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        run.end("interrupted", keep=keep_failed)
+        raise SystemExit(_exit_code(stopped)) from None
     except BaseException as error:
-        run.update(status="failed", error="".join(traceback.format_exception_only(error)).strip())
-        log.error("the run failed", exc_info=error)
+        run.end("failed", error, keep=keep_failed)
+        if isinstance(handler, logging.FileHandler):  # the console shows what the caller makes of it
+            handler.emit(logging.makeLogRecord({"msg": "failed", "levelname": "ERROR", "exc_info": _info(error)}))
         raise
     finally:
         os.environ.pop(RUN_VARIABLE, None)
@@ -114,13 +138,52 @@ def open_run(config: DictConfig, choices: dict[str, str], overrides: Sequence[st
         handler.close()
 
 
+def _info(error: BaseException) -> tuple:
+    return type(error), error, error.__traceback__
+
+
+def _exit_code(stopped: BaseException) -> int:
+    # Lightning turns Ctrl-C into SystemExit(1) and SIGTERM into a SystemExit without a code, which means success
+    if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return stopped.code or 128 + signal.SIGTERM
+
+
+def _start(config: DictConfig, name: str) -> Run:
+    """The folder, found or made by the first process and told to the others."""
+    if _is_first_process():
+        folder, checkpoint = find_folder(Path(config.run_root), name, config.resume)
+        if checkpoint is None:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            _refuse_another_model(folder, config)
+            checkpoint = _make_last(checkpoint)
+        os.environ[RUN_VARIABLE] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
+    elif RUN_VARIABLE not in os.environ:
+        raise ValueError("train.py starts its own processes: use trainer.devices=N, not torchrun")
+    else:
+        folder, checkpoint = (path and Path(path) for path in json.loads(os.environ[RUN_VARIABLE]))
+    record = read_record(folder) if checkpoint else {}
+    # wandb takes ids of up to 64 characters
+    record.setdefault("wandb_id", f"{re.sub('[^A-Za-z0-9_-]', '_', folder.name)[:50]}-{uuid.uuid4().hex[:8]}")
+    return Run(folder, checkpoint, read_checkpoint(checkpoint)["global_step"] if checkpoint else None, record)
+
+
 def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
     """A name that says what the run is, so that the same command finds it again and a sweep's jobs differ."""
-    parts = [choices.get(group) or "none" for group in ("attention", "norm", "model", "data")]
+    groups = ("attention", "norm", "model", "data")
+    parts = [choices["experiment"]] if choices.get("experiment") else []
+    parts += [choices.get(group) or "none" for group in groups]
     parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
-    told = ("attention.", "norm.", "model.", "optimizer.")
-    parts += [override for override in overrides if override.lstrip("+").startswith(told)]
-    return re.sub(r"[^\w.,=-]", "_", "-".join(parts))
+    told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key not in told and not key.startswith(INCIDENTAL) and key != "data.path":
+            parts.append(override)
+    name = re.sub(r"[^\w.,=-]", "_", "-".join(parts))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path | None]:
@@ -135,26 +198,45 @@ def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path |
         return checkpoint.parent.parent, checkpoint
     if not re.fullmatch(r"[\w.,=+@-]+", name) or name in (".", ".."):
         raise ValueError(f"name must be a plain folder name (letters, digits and .,=+@_-), got {name!r}")
-    candidates = [root / name]
-    while _holds_a_run(candidates[-1]):
-        candidates.append(root / f"{name}-{len(candidates) + 1}")
-    *existing, new = candidates
+    numbered = {1: root / name} if (root / name).exists() else {}
+    for folder in root.glob(f"{name}-*"):
+        if re.fullmatch(r"[1-9]\d{0,5}", number := folder.name[len(name) + 1 :]):
+            numbered[int(number)] = folder
     if resume == "auto":
-        for folder in reversed(existing):
+        for _, folder in sorted(numbered.items(), reverse=True):
             checkpoint = folder / "checkpoints" / LAST_CHECKPOINT
             if checkpoint.exists():
                 return folder, checkpoint
         log.info("resume=auto: no checkpoint under %s*, a new run starts", root / name)
-    return new, None
+    for _, folder in sorted(numbered.items()):
+        if not _holds_a_run(folder):
+            return folder, None
+    number = max(numbered, default=0) + 1
+    return (root / name if number == 1 else root / f"{name}-{number}"), None
 
 
 def _holds_a_run(folder: Path) -> bool:
     """Whether anything there is worth keeping; a run that failed before its first step left nothing."""
-    if not folder.exists():
-        return False
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
     recorded = (folder / "metrics.csv").exists() or (folder / "checkpoints").exists()
     return recorded or record.get("status") not in ("failed", "interrupted")
+
+
+def _make_last(checkpoint: Path) -> Path:
+    """Makes the chosen checkpoint the one that the run goes on from, also if it is killed before the next one.
+
+    What was last.ckpt before is kept under another name.
+    """
+    last = checkpoint.parent / LAST_CHECKPOINT
+    if checkpoint.resolve() == last.resolve():
+        return checkpoint
+    read_checkpoint(checkpoint)
+    if last.exists():
+        os.replace(last, last.with_name(f"last-before-resuming-{checkpoint.name}"))
+    copy = last.with_name(LAST_CHECKPOINT + ".tmp")
+    shutil.copyfile(checkpoint, copy)
+    os.replace(copy, last)
+    return last
 
 
 def _checkpoint_at(path: Path) -> Path:
@@ -173,7 +255,7 @@ def _checkpoint_at(path: Path) -> Path:
 
 def load_config(folder: Path) -> DictConfig:
     """The resolved configuration of a run."""
-    path = _file_of_run(folder, CONFIG_FILE)
+    path = file_of_run(folder, CONFIG_FILE)
     try:
         config = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -183,69 +265,9 @@ def load_config(folder: Path) -> DictConfig:
     return config
 
 
-def build_gpt(config: DictConfig) -> GPT:
-    """The model that a configuration describes, freshly initialised."""
-    return instantiate(config.model, attention=instantiate(config.attention), block=instantiate(config.norm))
-
-
-def load_model(
-    folder: str | Path, checkpoint: str = "best", device: torch.device | str | None = None
-) -> tuple[GPT, DictConfig]:
-    """The trained model of a run, in evaluation mode, and the run's configuration.
-
-    Args:
-        folder: the run's folder.
-        checkpoint: "best", "last" or the path of a checkpoint.
-        device: where the model goes, None for the CPU.
-
-    Raises:
-        ValueError: folder is no run, or its checkpoint is missing, damaged or another model's.
-    """
-    path = find_checkpoint(folder, checkpoint)
-    config_path = Path(folder) / CONFIG_FILE
-    config = load_config(folder)
-    try:
-        gpt = build_gpt(config)
-    except (OmegaConfBaseException, InstantiationException) as error:
-        raise ValueError(f"{str(config_path)!r} does not describe a model: {error}") from error
-    try:
-        gpt.load_state_dict(_read_weights(path))
-    except RuntimeError as error:  # strict: every weight is there and no other
-        raise ValueError(
-            f"{str(path)!r} holds the weights of another model than {str(config_path)!r}: {error}"
-        ) from error
-    return gpt.to(device or "cpu").eval(), config
-
-
-def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:
-    """The path of a run's checkpoint "best" or "last", or of any other given by its path."""
-    _file_of_run(folder, CONFIG_FILE)
-    names = {"best": BEST_CHECKPOINT, "last": LAST_CHECKPOINT}
-    path = Path(folder) / "checkpoints" / names[checkpoint] if checkpoint in names else Path(checkpoint)
-    if not path.is_file():
-        existing = [name for name, file in names.items() if (Path(folder) / "checkpoints" / file).is_file()]
-        raise ValueError(
-            f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint!r}: "
-            f"{str(path)!r} is no file; the run has {' and '.join(existing) or 'no checkpoint yet'}"
-        )
-    return path
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds under ``gpt.``; mapped, so that the optimizer's state is never read."""
-    prefix = "gpt."
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        return {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(prefix)}
-    except (*UNPICKLING_ERRORS, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(
-            f"{str(path)!r} is no sound checkpoint of a run, as train.py writes them (cut short?): {reason}"
-        ) from error
-
-
 def read_record(folder: Path) -> dict[str, Any]:
-    path = _file_of_run(folder, RECORD_FILE)
+    """run.json of a run."""
+    path = file_of_run(folder, RECORD_FILE)
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
@@ -255,23 +277,48 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _file_of_run(folder: Path, name: str) -> Path:
+def file_of_run(folder: str | Path, name: str) -> Path:
+    """The path of one of a run's files; ValueError if the folder has none of that name."""
     path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is not a run's folder: it has no {name}")
     return path
 
 
-def _step_of(checkpoint: Path) -> int:
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as train.py writes it; mapped, so that only what is used is read.
+
+    Raises:
+        ValueError: the file is cut short, damaged or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: checkpoint[key] for key in ("global_step", "state_dict")}
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(
+            f"{str(path)!r} is no sound checkpoint of a run, as train.py writes them (cut short?): {reason}"
+        ) from error
 
 
-def _warn_of_changes(folder: Path, config: DictConfig) -> None:
+def _changes(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value is another than when the run was last started: before and now."""
     before = _flat(OmegaConf.to_container(load_config(folder)))
     now = _flat(OmegaConf.to_container(config, resolve=True))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(NOT_COMPARED):
-            log.warning("resumed with a change: %s was %s, is %s", key, before.get(key), now.get(key))
+    keys = [key for key in sorted(before.keys() | now.keys()) if not key.startswith(INCIDENTAL)]
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def _refuse_another_model(folder: Path, config: DictConfig) -> None:
+    changed = [
+        f"{key} was {before!r}, is {now!r}"
+        for key, (before, now) in _changes(folder, config).items()
+        if key.startswith(MODEL_KEYS) and key not in MODEL_KEYS_THAT_MAY_CHANGE
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {str(folder)!r} has another model: {'; '.join(changed)}; give the same keys again"
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -281,47 +328,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on beyond the configuration."""
-    packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy", "flash-cosine-sim-attention")
-    return {
-        "command": " ".join(sys.argv),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in packages},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    root = Path(__file__).parent
-    try:
-        return subprocess.run(
-            ("git", *arguments), cwd=root, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the record says null
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _is_first_process() -> bool:

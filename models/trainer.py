@@ -1,17 +1,23 @@
 """Builds the Lightning Trainer, and says how a step's tokens are cut into micro-batches."""
 
 import logging
+import os
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
 from models.callbacks import ProgressBar
+
+log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
@@ -43,6 +49,13 @@ def micro_batches(tokens_per_step: int, micro_batch_tokens: int, seq_len: int, d
         )
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
+    if sequences * seq_len != tokens_per_step:
+        log.warning(
+            "tokens_per_step=%d is no multiple of seq_len=%d: a step has %d",
+            tokens_per_step,
+            seq_len,
+            sequences * seq_len,
+        )
     per_device = sequences // devices
     largest = max(1, micro_batch_tokens // seq_len)
     size = next(size for size in range(min(largest, per_device), 0, -1) if per_device % size == 0)
@@ -73,6 +86,14 @@ def choose_precision(precision: str | None, *, cuda: bool) -> str:
     return precision
 
 
+def check_trainer(options: DictConfig) -> None:
+    """Raises ValueError for a value of conf/trainer/ that cannot be, before anything is written."""
+    for key, least in (("val_every", 1), ("log_every", 1), ("sample_bytes", 0), ("devices", 1)):
+        if options[key] < least:
+            raise ValueError(f"trainer.{key} must be at least {least}, got {options[key]}")
+    choose_precision(options.precision, cuda=uses_cuda(options.accelerator))
+
+
 def build_trainer(
     *,
     run_dir: Path,
@@ -94,8 +115,6 @@ def build_trainer(
         accumulate: micro-batches an optimizer step.
         options: conf/trainer/.
     """
-    if options.val_every < 1:
-        raise ValueError(f"trainer.val_every must be at least 1, got {options.val_every}")
     cuda = uses_cuda(options.accelerator)
     _silence_known_lines()
     checkpoint_dir = run_dir / "checkpoints"
@@ -103,7 +122,7 @@ def build_trainer(
         _checkpoint(checkpoint_dir, BEST_CHECKPOINT, monitor="val/bpc"),
         _checkpoint(checkpoint_dir, LAST_CHECKPOINT, monitor=None),
     ]
-    bar = [ProgressBar(refresh_rate=10)] if options.progress_bar else []
+    bar = options.progress_bar and sys.stdout.isatty()  # in a file it would be one long line; the log has the rest
     return lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=options.devices,
@@ -115,16 +134,17 @@ def build_trainer(
         val_check_interval=options.val_every * accumulate,  # Lightning counts micro-batches
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,  # GPTModule.report decides when there is something to log
+        log_every_n_steps=0,  # GPTModule.report logs: Lightning would gather metrics after every step
         logger=loggers,
-        callbacks=[*callbacks, *bar, *checkpoints],
-        enable_progress_bar=options.progress_bar,
+        callbacks=[*callbacks, *([ProgressBar(refresh_rate=10)] if bar else []), *checkpoints],
+        enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
         deterministic=options.deterministic,
+        inference_mode=False,  # under no_grad, as fit validates: torch.compile need not compile a third time for test
         default_root_dir=run_dir,
         # Started by hand or by this process, never by whatever scheduler the shell happens to run under.
-        plugins=[LightningEnvironment()] if options.devices == 1 else [],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
     )
 
 
@@ -141,8 +161,44 @@ def _silence_known_lines() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a kill leaves either the old one or the new one.
+
+    Lightning's own writes to the system's temporary folder; from another file system that ends in a plain copy over
+    the only checkpoint there is.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves checkpoint under path."""
+        if storage_options is not None:
+            raise TypeError(f"storage_options must be None, got {storage_options!r}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+class Checkpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best score when the run's folder was moved; this one takes its paths along."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best score, under this run's folder."""
+        before, now = str(state_dict["dirpath"]), str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            return value.replace(before, now, 1) if isinstance(value, str) else value
+
+        state = {key: moved(value) for key, value in state_dict.items()}
+        state["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state)
+
+
 def _checkpoint(folder: Path, filename: str, *, monitor: str | None) -> ModelCheckpoint:
-    return ModelCheckpoint(
+    return Checkpoint(
         dirpath=folder,
         filename=filename.removesuffix(".ckpt"),
         monitor=monitor,

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
-from models.runs import environment
+from models.environment import environment
 from scripts import Parser, choose_device, integer, run_script
 
 SCALE = 10.0

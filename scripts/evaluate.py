@@ -31,9 +31,10 @@ from torch import Tensor
 
 from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
 from models.gpt import GPT
+from models.load import find_checkpoint, load_model
 from models.report import console
-from models.runs import find_checkpoint, load_model, read_record
-from models.trainer import choose_precision
+from models.runs import read_record
+from models.trainer import choose_precision, default_micro_batch_tokens
 from scripts import Parser, autocast, choose_device, integer, run_script
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest
@@ -72,7 +73,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
     corpus = rebuild_corpus(arguments.run, config)
     data = getattr(corpus, arguments.split)[: arguments.max_bytes]
-    batch_size = arguments.batch_size or max(1, config.micro_batch_tokens // seq_len)
+    tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
+    batch_size = arguments.batch_size or max(1, tokens // seq_len)
     if stride is None:
         batches = EvalBatches(data, seq_len, batch_size, rank=0, world_size=1)
     else:

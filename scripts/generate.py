@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from models.callbacks import decode
-from models.runs import load_model
+from models.load import load_model
 from models.trainer import choose_precision
 from scripts import Parser, autocast, choose_device, integer, non_negative, run_script
 

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 import train
 from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
+from models.load import load_model
 from models.report import HEADINGS, PLOT_FILE, read_results
-from models.runs import load_model
 from scripts import compare, evaluate, generate
 from scripts.evaluate import SlidingBatches, score_batches
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     (root / "text").write_bytes(TEXT)
     overrides = [
         *("data=file", f"data.path={root / 'text'}", "model=tiny", "model.num_layers=1", "model.width=32"),
-        *(f"seq_len={SEQ_LEN}", "max_steps=6", "tokens_per_step=64", "micro_batch_tokens=64", "test=true"),
+        *(f"seq_len={SEQ_LEN}", "max_steps=6", "tokens_per_step=64", "test=true"),
         *("logger=csv", "trainer.val_every=3", "trainer.val_bytes=null", "trainer.log_every=2", "lr=0.01"),
         *("trainer.accelerator=cpu", "trainer.progress_bar=false", "trainer.sample_bytes=4"),
         *(f"run_root={root / 'runs'}", "name=first"),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from test_config import configure
 
 from conf.schema import validate
-from models.lightning import DivergedError
+from models.lightning import DivergedError, GPTModule
 from models.report import read_results
 from train import build_module, train
 
@@ -107,29 +108,57 @@ def test_every_combination_learns_and_records(text, tmp_path, attention, norm):
     assert (folder / "loss_and_memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sigkill_and_resume_repeat_the_uninterrupted_run_bit_for_bit(text, tmp_path):
-    # the checkpoint of step 4 falls inside the log interval of steps 4 to 6
-    changes = ["name=run", "max_steps=12", "norm=post", "trainer.log_every=3"]
-    whole = command(text, tmp_path / "whole", *changes)
-    assert whole.returncode == 0, whole.stderr
-    kill = """
-import os, signal
-import models.callbacks as callbacks
-report = callbacks.TrainingMetrics.on_train_batch_end
-def report_and_die(self, trainer, *rest):
-    report(self, trainer, *rest)
-    if trainer.global_step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-callbacks.TrainingMetrics.on_train_batch_end = report_and_die
-"""
-    killed = command(text, tmp_path / "killed", *changes, code=kill)
-    assert killed.returncode == -signal.SIGKILL
-    assert [row["step"] for row in metrics(tmp_path / "killed/run")] == ["3", "4", "6"]
-    assert json.loads((tmp_path / "killed/run/run.json").read_text())["status"] == "running"
-    resumed = command(text, tmp_path / "killed", *changes, "resume=auto")
-    assert resumed.returncode == 0, resumed.stderr
+# Where a run is killed: between checkpoints, after a sample and before its checkpoint, while a checkpoint is written.
+KILL_IN = {
+    "step 7": ("callbacks.TrainingMetrics", "on_train_batch_end", "args[1].global_step == 7"),
+    "sample of step 8": ("callbacks.TextSample", "on_validation_end", "args[1].global_step == 8"),
+    "checkpoint of step 8": ("trainer.os", "fsync", "writes_last(args) and len(seen) == 2"),
+}
 
-    before, after = weights(tmp_path / "whole/run"), weights(tmp_path / "killed/run")
+
+def killed_in(place):
+    """Code that kills the process, without any warning, after the named function did its work."""
+    owner, name, condition = KILL_IN[place]
+    return f"""
+import os, signal
+import models.callbacks as callbacks, models.trainer as trainer
+original, seen = {owner}.{name}, []
+def writes_last(args):
+    if "last.ckpt" in os.readlink(f"/proc/self/fd/{{args[0].fileno() if hasattr(args[0], 'fileno') else args[0]}}"):
+        seen.append(1)
+        return True
+def work_and_die(*args):
+    original(*args)
+    if {condition}:
+        os.kill(os.getpid(), signal.SIGKILL)
+{owner}.{name} = work_and_die
+"""
+
+
+# the checkpoint of step 4 falls inside the log interval of steps 4 to 6
+RESUMED = ["name=run", "max_steps=12", "norm=post", "trainer.log_every=3", "model.positions=learned"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """The folder of the run that the killed ones must equal."""
+    root = tmp_path_factory.mktemp("whole")
+    whole = command(text, root, *RESUMED)
+    assert whole.returncode == 0, whole.stderr
+    return root / "run"
+
+
+@pytest.mark.parametrize("place", KILL_IN)
+def test_sigkill_and_resume_repeat_the_uninterrupted_run_bit_for_bit(text, tmp_path, uninterrupted, place):
+    killed = command(text, tmp_path, *RESUMED, code=killed_in(place))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert metrics(tmp_path / "run")[-1]["step"] == ("6" if place == "step 7" else "8")
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "running"
+    resumed = command(text, tmp_path, *RESUMED, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continues at step 4" in resumed.stdout
+
+    before, after = weights(uninterrupted), weights(tmp_path / "run")
     assert before["global_step"] == after["global_step"] == 12
     for name, value in before["state_dict"].items():
         assert torch.equal(value, after["state_dict"][name]), name
@@ -138,13 +167,10 @@ callbacks.TrainingMetrics.on_train_batch_end = report_and_die
     ):
         assert all(torch.equal(first[key], second[key]) for key in first)
     columns = ("step", "train/loss", "train/bpc", "train/lr", "train/grad_norm", "train/tokens", "val/bpc")
-    rows = [
-        [{key: row[key] for key in columns} for row in metrics(tmp_path / f"{run}/run")] for run in ("whole", "killed")
-    ]
+    rows = [[{key: row[key] for key in columns} for row in metrics(run)] for run in (uninterrupted, tmp_path / "run")]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == ["3", "4", "6", "8", "9", "12"]
-    samples = [(tmp_path / f"{run}/run/samples.txt").read_text() for run in ("whole", "killed")]
-    assert samples[0] == samples[1]
+    assert (uninterrupted / "samples.txt").read_text() == (tmp_path / "run/samples.txt").read_text()
 
 
 def test_a_new_run_never_overwrites_one(text, tmp_path):
@@ -155,11 +181,83 @@ def test_a_new_run_never_overwrites_one(text, tmp_path):
     assert read_results(tmp_path / "run-2").last("step") == 4
 
 
-def test_a_resumed_run_says_what_changed(text, tmp_path, caplog):
+def test_a_resumed_run_says_and_does_what_changed(text, tmp_path, caplog):
     folder = fit(text, tmp_path)
-    fit(text, tmp_path, "resume=auto", "max_steps=12", "optimizer.weight_decay=0.2")
+    changes = ["max_steps=12", "lr=0.5", "optimizer.weight_decay=0.2", "optimizer.betas=[0.8,0.9]"]
+    fit(text, tmp_path, "resume=auto", *changes)
     assert "resumed with a change: optimizer.weight_decay was 0.1, is 0.2" in caplog.text
-    assert read_results(folder).last("step") == 12
+    assert "resumed with a change: lr was 0.001, is 0.5" in (folder / "train.log").read_text()
+    optimizer = build_module(validate(configure(*overrides(text, tmp_path, *changes)))).optimizer
+    rates = {row["step"]: float(row["train/lr"]) for row in metrics(folder)}
+    assert rates["10"] == pytest.approx(optimizer.lr_at(9)) and rates["12"] == pytest.approx(optimizer.lr_at(11))
+    group = weights(folder)["optimizer_states"][0]["param_groups"][0]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.2, (0.8, 0.9))
+
+
+def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
+    folder = fit(text, tmp_path)
+    before = weights(folder)["state_dict"]
+    fit(text, tmp_path, "resume=auto", "test=true")
+    results = read_results(folder)
+    assert results.status == "finished" and results.last("test/bpc") < 8
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder)["state_dict"].items())
+
+
+def test_another_model_or_corpus_is_refused_and_harms_nothing(text, tmp_path):
+    folder = fit(text, tmp_path)
+    files = ("config.yaml", "run.json", "metrics.csv", "samples.txt", "checkpoints/last.ckpt")
+    before = [(folder / name).read_bytes() for name in files]
+    with pytest.raises(ValueError, match="has another model: model.width was 32, is 64"):
+        fit(text, tmp_path, f"resume={folder}", "model.width=64")
+    other = tmp_path / "other"
+    other.write_bytes(text.read_bytes()[::-1])
+    with pytest.raises(ValueError, match="the corpus changed"):
+        fit(text, tmp_path, "resume=auto", f"data.path={other}")
+    assert before == [(folder / name).read_bytes() for name in files]
+    fit(text, tmp_path, "resume=auto", "attention.backend=sdpa", "max_steps=10")
+
+
+def test_resuming_from_the_best_checkpoint_goes_on_from_there(text, tmp_path):
+    folder = fit(text, tmp_path)
+    best, last = (folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    at_step_8 = last.read_bytes()
+    fit(text, tmp_path, "resume=auto", "max_steps=12")
+    best.write_bytes(at_step_8)
+    fit(text, tmp_path, f"resume={best}", "max_steps=12")
+    results = read_results(folder)
+    assert results.last("step") == 12 and results.series("val/bpc")[0] == [4, 8, 12]
+    kept = torch.load(folder / "checkpoints/last-before-resuming-best.ckpt", weights_only=True)
+    assert kept["global_step"] == 12
+
+
+def test_a_damaged_checkpoint_is_named(text, tmp_path):
+    folder = fit(text, tmp_path)
+    last = folder / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="last.ckpt' is no sound checkpoint"):
+        fit(text, tmp_path, "resume=auto")
+
+
+def test_a_moved_run_keeps_its_best_score(text, tmp_path):
+    folder = fit(text, tmp_path / "before")
+    score = read_results(folder).best("val/bpc")
+    moved = tmp_path / "after" / "run"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    fit(text, tmp_path / "after", "resume=auto", "max_steps=12")
+    state = weights(moved)["callbacks"]
+    best = next(value for key, value in state.items() if "'val/bpc'" in key)
+    assert best["best_model_score"].item() <= score + 1e-6
+    assert Path(best["best_model_path"]).parent == moved / "checkpoints"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so(text, tmp_path, sent):
+    code = killed_in("step 7").replace("SIGKILL", sent.name)
+    stopped = command(text, tmp_path, "name=run", "max_steps=400", code=code)
+    assert stopped.returncode == 128 + sent, stopped.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted", stopped.stderr
+    assert "Traceback" not in stopped.stderr
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
@@ -170,20 +268,52 @@ def test_resuming_from_what_is_no_run_is_refused(text, tmp_path, path):
 
 
 def test_divergence_is_marked_and_raised(text, tmp_path):
-    with pytest.raises(DivergedError, match="the training loss is"):
+    with pytest.raises(DivergedError, match="the gradient's norm is"):
         fit(text, tmp_path, "lr=1e30", "trainer.clip_norm=null", "max_steps=20")
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["status"] == "diverged"
     assert "nan" in record["error"] or "inf" in record["error"]
 
 
-def test_failure_is_marked_and_its_empty_folder_taken_again(text, tmp_path):
-    with pytest.raises(Exception, match="must divide model.width"):
-        fit(text, tmp_path, "model.num_heads=3")
+def test_a_validation_that_is_not_finite_stops_before_its_checkpoint(text, tmp_path, monkeypatch):
+    score = GPTModule.validation_step
+
+    def broken(self, batch, batch_idx):
+        score(self, batch, batch_idx)
+        if self.global_step == 8:
+            self._nats += math.nan
+
+    monkeypatch.setattr(GPTModule, "validation_step", broken)
+    with pytest.raises(DivergedError, match="val/bpc is nan at step 8"):
+        fit(text, tmp_path)
+    assert weights(tmp_path / "run")["global_step"] == 4
+    assert (tmp_path / "run/samples.txt").read_text().count("--- step") == 1
+
+
+def test_a_run_that_cannot_start_leaves_nothing_and_one_line(text, tmp_path):
+    failed = command(text, tmp_path, "name=run", "model.num_heads=3")
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: model.num_heads must divide model.width = 32, got 3"
+    for wrong, said in {
+        "seed=-1": "seed must be an integer from 0",
+        "trainer.val_bytes=4": "trainer.val_bytes must be null or more than seq_len = 32, got 4",
+        "trainer.val_every=0": "trainer.val_every must be at least 1, got 0",
+        "trainer.log_every=0": "trainer.log_every must be at least 1, got 0",
+        "trainer.precision=16-mixed": "trainer.precision must be null or one of",
+        "name=../x": "name must be a plain folder name",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            fit(text, tmp_path, wrong)
+    assert not list(tmp_path.glob("*/run.json"))
+
+
+def test_a_failure_in_training_is_marked_and_its_traceback_kept(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPTModule, "on_validation_epoch_end", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(text, tmp_path)
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["status"] == "failed" and "must divide model.width" in record["error"]
-    assert fit(text, tmp_path).name == "run"
-    assert not (tmp_path / "run-2").exists()
+    assert record["status"] == "failed" and "ZeroDivisionError" in record["error"]
+    assert "Traceback" in (tmp_path / "run/train.log").read_text()
 
 
 def test_a_sweep_runs_every_job_and_marks_those_that_fail(text, tmp_path):
@@ -191,9 +321,8 @@ def test_a_sweep_runs_every_job_and_marks_those_that_fail(text, tmp_path):
     swept = command(text, tmp_path, "sweep=attention_norm", "lr=1e-3", "max_steps=4", flags=["-m"])
     assert swept.returncode == 0, swept.stderr
     folders = sorted(path.name for path in tmp_path.iterdir() if (path / "run.json").exists())
-    told = "-model.num_layers=1-model.width=32-model.num_heads=2-model.dropout=0.1"
-    expected = [f"{a}-{n}-tiny-file-len32-lr0.001-seed0{told}" for a in ("cosine", "regular") for n in ("post", "pre")]
-    assert folders == expected
+    expected = [f"{a}-{n}-tiny-file-len32-lr0.001-seed0-" for a in ("cosine", "regular") for n in ("post", "pre")]
+    assert [name[: len(start)] for name, start in zip(folders, expected, strict=True)] == expected
     assert {read_results(tmp_path / name).status for name in folders} == {"finished"}
 
     changes = ["model.num_heads=3,2", "lr=1e30,1e-3", "trainer.clip_norm=null", "max_steps=20", "trainer.val_bytes=100"]
@@ -203,13 +332,20 @@ def test_a_sweep_runs_every_job_and_marks_those_that_fail(text, tmp_path):
     assert sorted(statuses.values()) == ["diverged", "failed", "failed", "finished"], statuses
 
 
+def test_a_sweep_needs_its_flag_and_one_process_a_job(text, tmp_path):
+    alone = command(text, tmp_path, "sweep=attention_norm")
+    assert alone.returncode == 1 and "sweep=attention_norm needs -m" in alone.stderr
+    several = command(text, tmp_path, "seed=0,1", "trainer.devices=2", flags=["-m"])
+    assert several.returncode == 1 and "trainer.devices=1, got 2" in several.stderr
+    assert not list(tmp_path.glob("*/metrics.csv"))
+
+
 def test_validation_is_bits_per_scored_byte(text, tmp_path):
     folder = fit(text, tmp_path, "model.dropout=0")
     config = validate(configure(*overrides(text, tmp_path)))
     module = build_module(config)
     module.load_state_dict(weights(folder)["state_dict"])
     content = text.read_bytes()
-    val = content[int(len(content) * 0.9) :][:600]
     record = json.loads((folder / "run.json").read_text())["corpus"]
     start = record["train_bytes"]
     val = torch.tensor(list(content[start : start + 600]))
@@ -282,6 +418,22 @@ def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
     assert read_results(folder).last("val/bpc") == pytest.approx(read_results(alone).last("val/bpc"), abs=0.3)
 
 
+def test_two_processes_resume_as_one_run(text, tmp_path):
+    changes = [*RESUMED, "trainer.devices=2"]
+    whole = command(text, tmp_path / "whole", *changes)
+    assert whole.returncode == 0, whole.stderr
+    killed = command(text, tmp_path / "killed", *changes, code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL
+    resumed = command(text, tmp_path / "killed", *changes, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = tmp_path / "whole/run", tmp_path / "killed/run"
+    assert all(
+        torch.equal(value, weights(second)["state_dict"][name]) for name, value in weights(first)["state_dict"].items()
+    )
+    losses = [[(row["step"], row["train/loss"], row["val/bpc"]) for row in metrics(run)] for run in (first, second)]
+    assert losses[0] == losses[1]
+
+
 def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(text, tmp_path):
     changes = ["name=run", "logger=wandb", "max_steps=4", "compressors=true"]
     first = command(text, tmp_path, *changes)
@@ -290,7 +442,43 @@ def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(text, 
     assert second.returncode == 0, second.stderr
     offline = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(offline) == 2 and len({path.name.split("-", 3)[3] for path in offline}) == 1
-    assert all(any(path.glob("*.wandb")) for path in offline)
+    assert logged_steps(offline[0]) == {2, 4}
+    assert logged_steps(offline[1]) == {2, 4, 6, 8}  # whole: the server replaces what it has of the id
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2", "4", "6", "8"]
     for expected in ("wandb sync", "gzip -9", "xz -9e", "loss_and_memory.png", "a sample after step 8", "finished"):
         assert expected in second.stdout, expected
+    assert offline[1].name in second.stdout and "WARNING" not in first.stdout + first.stderr
+
+
+def test_every_job_of_a_sweep_has_its_own_wandb_run(text, tmp_path):
+    swept = command(text, tmp_path, "logger=wandb", "seed=0,1", "max_steps=4", flags=["-m"])
+    assert swept.returncode == 0, swept.stderr
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
+
+
+def logged_steps(folder):
+    """The optimizer steps in an offline run's own file."""
+    from wandb.proto import wandb_internal_pb2
+
+    steps = set()
+    for data in records(next(folder.glob("*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        for item in record.history.item:
+            if "trainer/global_step" in (item.key, *item.nested_key):
+                steps.add(int(float(item.value_json)))
+    return steps
+
+
+def records(content, block=32768):
+    """The records of wandb's file: LevelDB's log format after 7 bytes, (crc, length, type) before each fragment."""
+    offset, parts = 7, []
+    while offset + 7 <= len(content):
+        if block - offset % block < 7:  # the rest of a block that holds no header
+            offset += block - offset % block
+            continue
+        length, kind = struct.unpack_from("<HB", content, offset + 4)
+        parts.append(content[offset + 7 : offset + 7 + length])
+        offset += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
