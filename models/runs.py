@@ -44,6 +44,9 @@ INCIDENTAL = (
     "trainer.val_bytes",
     "trainer.log_every",
     "trainer.data_on_device",
+    "data.path",  # what the bytes are is checked by their hash
+    "data.cache_dir",
+    "data.download",
 )
 # What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
 MODEL_KEYS = ("seq_len", "model.", "attention.", "norm.")
@@ -75,6 +78,7 @@ class Run:
 
     def start(self, config: DictConfig, choices: dict[str, str], **entries: Any) -> None:
         """Stores the configuration and what else is known, once everything is built and training can begin."""
+        log.info("run folder %s%s", self.folder, f", continues at step {self.resume_step}" if self.checkpoint else "")
         if self.checkpoint and _is_first_process():
             for key, (before, now) in _changes(self.folder, config).items():
                 log.warning("resumed with a change: %s was %s, is %s", key, before, now)
@@ -118,7 +122,6 @@ def open_run(
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        log.info("run folder %s%s", run.folder, f", continues at step {run.resume_step}" if run.checkpoint else "")
         yield run
         run.end("finished")
     except DivergedError as error:
@@ -178,7 +181,7 @@ def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequenc
     told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key not in told and not key.startswith(INCIDENTAL) and key != "data.path":
+        if key not in told and not key.startswith(INCIDENTAL):
             parts.append(override)
     name = re.sub(r"[^\w.,=-]", "_", "-".join(parts))
     if len(name) > LONGEST_NAME:
