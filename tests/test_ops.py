@@ -18,8 +18,8 @@ partials = torch.ops.flash_cosine_sim_attention.partials
 backward = torch.ops.flash_cosine_sim_attention.backward
 
 
-def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_len_q=7, seq_len_k=9):
-    """Return q, k, v, mask, attn_bias, scale as the operators take them."""
+def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_len_q=7, seq_len_k=9, number=False):
+    """Return q, k, v, mask, attn_bias, scale, scale_value as the operators take them."""
     torch.manual_seed(0)
     options = {"dtype": dtype, "requires_grad": requires_grad}
     q = torch.randn(2, 4, seq_len_q, 16, **options)
@@ -29,31 +29,100 @@ def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_le
     attn_bias = torch.randn(1, 4, seq_len_q, seq_len_k, **options)
     scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=scale_dtype, requires_grad=requires_grad)
-    return q, k, v, key_mask if mask else None, attn_bias if bias else None, scale
+    scale, scale_value = (None, 1.5) if number else (scale, 1.0)
+    return q, k, v, key_mask if mask else None, attn_bias if bias else None, scale, scale_value
+
+
+def seq_first(tensor):
+    """The same values in (batch, seq_len, heads, head_dim) storage."""
+    return tensor.detach().transpose(1, 2).contiguous().transpose(1, 2)
+
+
+GRADIENTS = ("dq", "dk", "dv", "dattn_bias", "dscale")
+
+
+def gradients(*names):
+    """need_dq, need_dk, need_dv, need_dattn_bias, need_dscale; all of them without names."""
+    return tuple(not names or name in names for name in GRADIENTS)
 
 
 @pytest.mark.parametrize("operator", [forward, partials])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask, bias", [(True, True), (False, False)])
-def test_opcheck(operator, dtype, mask, bias):
-    torch.library.opcheck(operator.default, (*inputs(dtype, mask=mask, bias=bias), 2, True, True))
+@pytest.mark.parametrize("mask, bias, number", [(True, True, False), (False, False, False), (False, True, True)])
+def test_opcheck(operator, dtype, mask, bias, number):
+    tensors = inputs(dtype, mask=mask, bias=bias, number=number)
+    torch.library.opcheck(operator.default, (*tensors, 2, True, True, False))
+
+
+@pytest.mark.parametrize("operator", [forward, partials])
+def test_opcheck_of_strided_inputs(operator):
+    q, k, v, *rest = inputs()
+    strided = [seq_first(tensor).requires_grad_() for tensor in (q, k, v)]
+    torch.library.opcheck(operator.default, (*strided, *rest, 2, True, True, False))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("with_row_sum_grad", [False, True])
-def test_opcheck_backward(bias, with_row_sum_grad):
-    tensors = inputs(requires_grad=False, bias=bias)
-    o, row_sum_log2 = forward(*tensors, 2, True, True)
+@pytest.mark.parametrize("number", [False, True])
+def test_opcheck_backward(bias, with_row_sum_grad, number):
+    q, k, v, *rest = inputs(requires_grad=False, bias=bias, number=number)
+    tensors = seq_first(q), k, seq_first(v), *rest
+    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
     drow_sum_log2 = torch.randn_like(row_sum_log2) if with_row_sum_grad else None
-    arguments = (torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, 2, True, True, bias, False)
+    names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else set()) | (set() if number else {"dscale"})
+    options = 2, True, True, False, *gradients(*names), False
+    arguments = torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, *options
     torch.library.opcheck(backward.default, arguments)
+
+
+@pytest.mark.parametrize("number", [False, True])
+def test_gradients_that_are_not_needed_are_not_made(number):
+    """The operator returns (0,) for them, asked for by what requires a gradient; the others stay the same."""
+    tensors = inputs(requires_grad=False, number=number)
+    names = ["dq", "dk", "dv", "dattn_bias"] + ([] if number else ["dscale"])
+    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
+    do = torch.randn_like(o)
+
+    def run(*names):
+        options = 2, True, True, False, *gradients(*names), False
+        return dict(zip(GRADIENTS, backward(do, *tensors, o, row_sum_log2, None, *options), strict=True))
+
+    every = run(*names)
+    for name in names:
+        grads = run(name)
+        assert torch.equal(grads.pop(name), every[name])
+        assert all(grad.shape == (0,) for grad in grads.values())
+
+    asked = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
+            if function is backward.default:
+                asked.append(args[-6:-1])
+            return function(*args, **(kwargs or {}))
+
+    differentiable = dict(zip(GRADIENTS, (*tensors[:3], *tensors[4:6]), strict=True))
+    for name in names:
+        differentiable[name].requires_grad_()
+        with Record():
+            forward(*tensors, 2, True, True, False)[0].backward(do)
+        assert torch.equal(differentiable[name].grad, every[name])
+        assert asked.pop() == gradients(name)
+        differentiable[name].requires_grad_(False)
+
+
+def test_a_number_equals_a_tensor_as_scale():
+    q, k, v, mask, attn_bias, _, _ = inputs(requires_grad=False)
+    number = forward(q, k, v, mask, attn_bias, None, 1.5, 2, True, True, False)
+    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), 7.0, 2, True, True, False)
+    torch.testing.assert_close(number, tensor)
 
 
 @pytest.mark.parametrize("groups, causal, l2norm_qk", [(1, False, True), (4, True, True), (1, True, False)])
 @pytest.mark.parametrize("return_partials", [False, True])
 def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
     """The closed-form backward against autograd through the specification, in float64."""
-    q, k, v, mask, attn_bias, scale = inputs(torch.float64)
+    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64)
     differentiable = (q, k, v, attn_bias, scale)
     options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "return_partials": return_partials}
     ours = ops.kernel_attention(q, k, v, mask=mask, attn_bias=attn_bias, scale=scale, **options)
@@ -70,10 +139,10 @@ def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
 
 def test_gradcheck_with_row_sum():
     """row_sum_log2 is differentiable too; -inf, in a row without a visible key, has gradient 0."""
-    q, k, v, mask, attn_bias, scale = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
+    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
 
     def attend(q, k, v, attn_bias, scale):
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, 2, True, True)
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, 1.0, 2, True, True, False)
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale))
@@ -81,26 +150,69 @@ def test_gradcheck_with_row_sum():
 
 def test_row_sum_is_not_shifted():
     tensors = inputs(requires_grad=False)
-    _, row_sum_log2 = forward(*tensors, 1, False, True)
-    _, denominator = partials(*tensors, 1, False, True)
+    _, row_sum_log2 = forward(*tensors, 1, False, True, False)
+    _, denominator = partials(*tensors, 1, False, True, False)
     torch.testing.assert_close(row_sum_log2, denominator.log2())
     assert (row_sum_log2[1] == -torch.inf).all()
 
 
 def test_scale_of_one_element_gets_one_gradient():
-    q, k, v, mask, attn_bias, _ = inputs()
+    q, k, v, mask, attn_bias, _, _ = inputs()
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, 1, True, True)[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("device", ["meta", "fake"])
-def test_meta_and_fake_shapes(device):
-    tensors = [t if t is None else t.detach() for t in inputs(torch.bfloat16)]
+def same_layout(tensor, like):
+    return tensor.shape == like.shape and tensor.dtype == like.dtype and tensor.stride() == like.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("peaked", [False, True])
+def test_gradient_of_partials_in_any_dtype(dtype, peaked):
+    """As accurate as the dtype allows: with dnumerator of one over the row sum, where the rows are all but
+    one-hot; and of one, where denominator * dnumerator, its gradient's scale, is far beyond float16's range.
+    """
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 33, 64)
+    k, v = (torch.randn(1, 2, 8000, 64) for _ in range(2))
+    if peaked:
+        k[:, :, :33] = q + 0.3 * torch.randn_like(q)  # each query has its own key, all but parallel to it
+    tensors = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    options = {"scale": 14.0 if peaked else 12.0, "groups": 1, "causal": False, "l2norm_qk": True}
+    options["return_partials"] = True
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = plain_cosine_sim_attention(*exact, **options)
+    row_sum = expected[1].detach()
+    do = torch.randn_like(expected[0]), torch.randn_like(expected[1])
+    if peaked:
+        do = do[0] / row_sum.unsqueeze(-1), do[1] / row_sum
+    else:
+        assert (row_sum.unsqueeze(-1) * do[0]).abs().max() > 2**16
+    ours = ops.kernel_attention(*tensors, mask=None, attn_bias=None, **options)
+    plain = plain_cosine_sim_attention(*tensors, **options)
+    grads, plain_grads, expected_grads = (
+        torch.autograd.grad(results, leaves, [part.to(results[0].dtype) for part in do])
+        for results, leaves in ((ours, tensors), (plain, tensors), (expected, exact))
+    )
+    for name, grad, plain_grad, expected_grad in zip("qkv", grads, plain_grads, expected_grads, strict=True):
+        assert grad.isfinite().all()
+        error, plain_error = ((g.double() - expected_grad).norm() for g in (grad, plain_grad))
+        # do is rounded as well as the result: sqrt(2). In one-hot rows that cancels from dq and dk, if delta is
+        # of the same do and o; else it does not (1.37).
+        assert error <= (1.15 if peaked and name != "v" else 1.6) * plain_error, name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
+def test_outputs_keep_the_layout_of_the_inputs(device):
+    *tensors, scale_value = inputs(torch.bfloat16)
+    tensors = [tensor.detach() for tensor in tensors]
+    tensors[:3] = map(seq_first, tensors[:3])
+    tensors[4] = tensors[4].mT.contiguous().mT
     with torch._subclasses.FakeTensorMode() as mode:
         if device == "fake":
             tensors = [mode.from_tensor(tensor) for tensor in tensors]
@@ -108,26 +220,121 @@ def test_meta_and_fake_shapes(device):
             assert o.shape == (2, 4, 7, 16)
     if device == "meta":
         tensors = [tensor.to("meta") for tensor in tensors]
-    strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors[:3]]
-    o, row_sum_log2 = forward(*strided, *tensors[3:], 1, True, True)
-    assert o.shape == (2, 4, 7, 16) and o.dtype == torch.bfloat16 and o.is_contiguous()
-    assert row_sum_log2.shape == (2, 4, 7) and row_sum_log2.dtype == torch.float32
-    grads = backward(o, *strided, *tensors[3:], o, row_sum_log2, None, 1, True, True, True, False)
-    for grad, tensor in zip(grads, (*strided, *tensors[4:]), strict=True):
-        assert grad.shape == tensor.shape and grad.dtype == tensor.dtype and grad.is_contiguous()
-    numerator, denominator = partials(*strided, *tensors[3:], 1, True, True)
+    q = tensors[0]
+    o, row_sum_log2 = forward(*tensors, scale_value, 1, True, True, False)
+    assert same_layout(o, q) and not o.is_contiguous()
+    assert row_sum_log2.shape == (2, 4, 7) and row_sum_log2.dtype == torch.float32 and row_sum_log2.is_contiguous()
+    do = torch.empty_like(o[..., :1]).expand_as(o)
+    rows = o, row_sum_log2, None
+    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients(), False)
+    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:]), strict=True):
+        assert same_layout(grad, tensor)
+    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients("dv"), False)
+    assert [grad.shape == (0,) for grad in grads] == [True, True, False, True, True]
+    numerator, denominator = partials(*tensors, scale_value, 1, True, True, False)
     assert numerator.shape == o.shape and denominator.shape == row_sum_log2.shape
     assert numerator.dtype == denominator.dtype == torch.float32
+    assert numerator.is_contiguous() and denominator.is_contiguous()
+
+
+def test_the_last_dimension_reaches_the_operators_contiguous(monkeypatch):
+    seen = []
+
+    def record(*arguments):
+        seen.extend(tensor.stride(-1) for tensor in arguments[:3])
+        return forward(*arguments)
+
+    monkeypatch.setattr(ops, "_forward", record)
+    q, k, v, *_ = (t.mT.contiguous().mT for t in inputs()[:3])
+    options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
+    ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
+    assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize("setting", ["allow_tf32", "set_float32_matmul_precision", "fp32_precision"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_and_backward_get_the_same_tf32_setting(setting, compiled):
+    torch._dynamo.reset()
+    matmul = torch.backends.cuda.matmul
+    switch = {
+        "allow_tf32": lambda on: setattr(matmul, "allow_tf32", on),
+        "set_float32_matmul_precision": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+        "fp32_precision": lambda on: setattr(matmul, "fp32_precision", "tf32" if on else "ieee"),
+    }[setting]
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
+            if function in (forward.default, backward.default):
+                (position,) = [i for i, a in enumerate(function._schema.arguments) if a.name == "allow_tf32"]
+                seen.append(args[position])
+            return function(*args, **(kwargs or {}))
+
+    def attend(q, k, v):
+        options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
+        return ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
+
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    q, k, v, *_ = inputs()
+    try:
+        for on in (True, False):
+            switch(on)
+            o = attend(q, k, v)
+            switch(not on)
+            with Record():
+                if not compiled:
+                    o = attend(q, k, v)
+                    switch(on)
+                o.sum().backward()
+    finally:
+        switch(False)
+    assert seen == ([True, False] if compiled else [False, False, True, True])
+
+
+def jvp(q, *rest):
+    return torch.func.jvp(lambda q: forward(q, *rest, 1, True, True, False)[0], (q,), (torch.ones_like(q),))
+
+
+def dual_level(q, *rest):
+    with torch.autograd.forward_ad.dual_level():
+        forward(q, *rest, 1, True, True, False)  # no tangent, no error
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        forward(dual, *rest, 1, True, True, False)
+
+
+@pytest.mark.parametrize("differentiate", [jvp, dual_level])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_a_clear_error(differentiate, requires_grad):
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative; use backend='reference'"):
+        differentiate(*inputs(requires_grad=requires_grad))
+
+
+def test_no_graph_without_a_gradient():
+    for tensors, context in ((inputs(requires_grad=False), torch.enable_grad()), (inputs(), torch.no_grad())):
+        with context:
+            assert not any(part.requires_grad for part in forward(*tensors, 1, True, True, False))
+
+
+def test_operator_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, *tensors):
+            return forward(*tensors, 1, True, True, False)[0]
+
+    tensors = inputs(requires_grad=False)
+    program = torch.export.export(Attention(), tensors)
+    torch.testing.assert_close(program.module()(*tensors), Attention()(*tensors))
+    assert "flash_cosine_sim_attention.forward" in program.graph_module.code
 
 
 @pytest.mark.parametrize("operator", [forward, partials])
 def test_autocast_keeps_the_scale_in_float32(operator):
-    q, k, v, mask, attn_bias, _ = inputs()
+    q, k, v, mask, attn_bias, _, _ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, 1, True, True)
+        result = operator(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, 1, True, True)
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, 1.0, 1, True, True, False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))
@@ -140,12 +347,26 @@ def test_operator_compiles_under_autocast():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return forward(*tensors, 1, True, True)[0]
+            return forward(*tensors, 1, True, True, False)[0]
 
     o = attend(*tensors)
     assert o.dtype == torch.bfloat16
     o.float().sum().backward()
     assert tensors[0].grad.dtype == tensors[5].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("operator", [forward, partials])
+def test_operator_through_inductor(operator):
+    torch._dynamo.reset()
+    grads = []
+    compiled = torch.compile(lambda *tensors: operator(*tensors, 2, True, True, False), fullgraph=True)
+    for function in (compiled, lambda *tensors: operator(*tensors, 2, True, True, False)):
+        q, k, v, mask, *rest = inputs()
+        q = seq_first(q).requires_grad_()
+        result = function(q, k, v, mask, *rest)
+        result[0].square().sum().backward()
+        grads.append([result[0], q.grad, k.grad, v.grad, rest[0].grad, rest[1].grad])
+    torch.testing.assert_close(*grads)
 
 
 def test_deterministic_flag_reaches_the_backward():
@@ -162,7 +383,7 @@ def test_deterministic_flag_reaches_the_backward():
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             try:
-                forward(*tensors, 1, False, True)[0].sum().backward()
+                forward(*tensors, 1, False, True, False)[0].sum().backward()
             finally:
                 torch.use_deterministic_algorithms(False)
     assert flags == [False, True]
@@ -170,7 +391,7 @@ def test_deterministic_flag_reaches_the_backward():
 
 def test_double_backward_is_a_clear_error():
     tensors = inputs()
-    o, _ = forward(*tensors, 1, False, True)
+    o, _ = forward(*tensors, 1, False, True, False)
     (dq,) = torch.autograd.grad(o.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward; use backend='reference'"):
         dq.sum().backward()
@@ -184,14 +405,14 @@ def test_flops(seq_len_q, seq_len_k, causal):
     expected = 4 * 2 * 4 * pairs * 16  # 4 b h pairs d
     tensors = inputs(seq_len_q=seq_len_q, seq_len_k=seq_len_k)
     with FlopCounterMode(display=False) as counter:
-        o, _ = forward(*tensors, 1, causal, True)
+        o, _ = forward(*tensors, 1, causal, True, False)
     counts = counter.get_flop_counts()["Global"]
     assert counts[forward] == expected
     with FlopCounterMode(display=False) as counter:
         o.sum().backward()
     assert counter.get_flop_counts()["Global"][backward] == 2.5 * expected
     with FlopCounterMode(display=False) as counter:
-        partials(*tensors, 1, causal, True)
+        partials(*tensors, 1, causal, True, False)
     assert counter.get_flop_counts()["Global"][partials] == expected
 
 
@@ -226,6 +447,18 @@ def test_backend_auto_logs_its_reason_once(no_kernels, caplog):  # noqa: ARG001
     assert torch.equal(o, flash_cosine_sim_attention(q, k, v, backend="sdpa"))
 
 
+@pytest.mark.parametrize("compile_backend", ["aot_eager", "eager"])
+def test_backend_auto_logs_its_reason_under_compile(no_kernels, caplog, compile_backend):  # noqa: ARG001
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True, backend=compile_backend)
+    with caplog.at_level(logging.INFO, logger="flash_cosine_sim_attention"):
+        for seq_len in (5, 6, 7):  # traced more than once
+            compiled(*(torch.randn(1, 2, seq_len, 16) for _ in range(3)))
+        flash_cosine_sim_attention(*inputs()[:3])
+    messages = [r.getMessage() for r in caplog.records if r.name == "flash_cosine_sim_attention"]
+    assert len(messages) == 1 and "backend='auto' uses PyTorch's SDPA" in messages[0]
+
+
 def test_a_broken_library_is_reported_where_it_is_used(no_kernels, tmp_path):  # noqa: ARG001
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
     ops.load_kernels(tmp_path)
@@ -236,10 +469,34 @@ def test_a_broken_library_is_reported_where_it_is_used(no_kernels, tmp_path):  #
     flash_cosine_sim_attention(q, k, v)
 
 
+@pytest.mark.parametrize("missing", [["forward", "partials", "backward"], ["backward"], []])
+def test_a_library_without_kernels_is_not_available(no_kernels, tmp_path, monkeypatch, caplog, missing):  # noqa: ARG001
+    (tmp_path / "_C.abi3.so").touch()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)  # noqa: ARG005
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if len(missing) < 3:  # else there is none, in truth
+        monkeypatch.setattr(
+            torch._C,
+            "_dispatch_has_kernel_for_dispatch_key",
+            lambda name, key: has_kernel(name, "CPU") and key == "CUDA" and name.split("::")[1] not in missing,
+        )
+    ops.load_kernels(tmp_path)
+    assert ops.kernels_available() == (not missing)
+    if missing:
+        q, k, v = inputs()[:3]
+        with pytest.raises(ImportError, match=f"_C.abi3.so loads, but has no CUDA kernel for {', '.join(missing)};"):
+            flash_cosine_sim_attention(q, k, v, backend="cuda")
+        monkeypatch.setattr(interface, "_why_not_cuda", lambda _: f"not available ({ops.kernels_error()})")
+        with caplog.at_level(logging.INFO, logger="flash_cosine_sim_attention"):
+            flash_cosine_sim_attention(q, k, v)
+        assert "has no CUDA kernel for" in caplog.text
+
+
 def test_import_is_light():
-    """It compiles nothing, initialises no device, needs no NumPy, and is quick next to importing torch."""
+    """It compiles nothing, initialises no device, works without NumPy, and is quick next to importing torch."""
     source = """
 import sys, time
+sys.modules["numpy"] = None  # importing it fails, for torch too, which does without
 start_s = time.process_time()
 import torch
 before = set(sys.modules)
@@ -247,8 +504,10 @@ torch_s = time.process_time()
 import flash_cosine_sim_attention
 library_s = time.process_time() - torch_s
 assert not torch.cuda.is_initialized()
-assert not {"numpy", "einops", "torch._inductor"} & (set(sys.modules) - before)
+assert not {"einops", "torch._dynamo", "torch._inductor"} & (set(sys.modules) - before)
+q = torch.ones(1, 1, 3, 8)
+assert torch.equal(flash_cosine_sim_attention.flash_cosine_sim_attention(q, q, q), q)
 assert library_s < 0.2 * (torch_s - start_s), (library_s, torch_s - start_s)
 """
     kernels = Path(interface.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=kernels)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", source], check=True, cwd=kernels)

@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,7 @@ def test_public_signature_is_the_predecessors():
         assert [p.name for p in positional] == names
         assert [p.default for p in positional[3:]] == defaults
         assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
-    assert __version__ == "0.1.0"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -196,41 +198,53 @@ def test_l2norm_of_zero_has_no_gradient():
 def test_l2norm_tensors_errors():
     with pytest.raises(ValueError, match="at least one tensor"):
         l2norm_tensors()
-    with pytest.raises(ValueError, match="groups must divide the last dimension, got 3"):
+    with pytest.raises(ValueError, match="groups must divide the last dimension 8, got 3"):
         l2norm_tensors(torch.randn(2, 8), groups=3)
+    for groups in (2.0, True, "2"):
+        with pytest.raises(TypeError, match="groups must be an int, got "):
+            l2norm_tensors(torch.randn(2, 8), groups=groups)
+    with pytest.raises(ValueError, match="got a tensor without one"):
+        l2norm_tensors(torch.tensor(1.0))
     with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
         l2norm_tensors(torch.ones(2, 8, dtype=torch.int64))
 
 
-def assert_close_to_exact(backend, q, k, v, floor=0.0, **options):
-    """float32, forward and gradients, within 1e-5 of the largest exact value of each, or of `floor`."""
+def assert_close_to_exact(backend, dtype, q, k, v, floor=0.0, **options):
+    """Forward and gradients, within a tolerance times the largest exact value of each, or `floor`."""
+    # sdpa rounds scale * q to bfloat16, hence a logit of 30 by up to 30 * eps / 4.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
     outcomes = []
-    for dtype in (torch.float64, torch.float32):
-        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
-        o = attend(backend if dtype == torch.float32 else "reference", *tensors, **options)
-        grads = torch.autograd.grad(o, tensors, torch.ones_like(o).cumsum(-1))
+    for run_dtype in (torch.float64, dtype):
+        tensors = [tensor.detach().to(dtype).to(run_dtype).requires_grad_() for tensor in (q, k, v)]
+        o = attend("reference" if run_dtype == torch.float64 else backend, *tensors, **options)
+        grads = torch.autograd.grad(o, tensors, torch.linspace(0, 10, o.shape[-1], dtype=run_dtype).expand_as(o))
         outcomes.append([o.detach(), *grads])
     for expected, actual in zip(*outcomes, strict=True):
         assert actual.isfinite().all()
-        atol = 1e-5 * max(expected.abs().max().item(), floor)
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=atol)
+        atol = tolerance * max(expected.abs().max().item(), floor)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_adversarial_inputs(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adversarial_inputs(backend, dtype):
     q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
     direction = torch.randn(16).expand_as(q)
+
+    def check(*tensors, **options):
+        assert_close_to_exact(backend, dtype, *tensors, **options)
+
     # Gradients that cancel exactly are compared with the size of their terms, scale * |dP| / |q| > 10.
-    assert_close_to_exact(backend, direction, -direction, v, floor=10)  # cos = -1 everywhere
-    assert_close_to_exact(backend, q, direction, v, floor=10)  # all keys equal
-    assert_close_to_exact(backend, k, k, v, floor=10, scale=60)  # one-hot rows, at the largest scale
-    assert_close_to_exact(backend, q, k[:, :, [0, 0, 1, 1, 0, 2]], v, scale=30)  # duplicates
-    assert_close_to_exact(backend, q * 1e-20, k * 1e20, v)
+    check(direction, -direction, v, floor=10)  # cos = -1 everywhere
+    check(q, direction, v, floor=10)  # all keys equal
+    check(k, k, v, floor=10, scale=60)  # one-hot rows, at the largest scale
+    check(q, k[:, :, [0, 0, 1, 1, 0, 2]], v, scale=30)  # duplicates
+    check(q * 1e-20, k * 1e20, v)
     zeros = torch.zeros_like(q)
     for first, second in ((zeros, k), (q, zeros), (zeros, zeros)):
-        assert_close_to_exact(backend, first, second, v, floor=10)
-        tensors = [first.clone().requires_grad_(), second.clone().requires_grad_()]
-        attend(backend, *tensors, v).sum().backward()
+        check(first, second, v, floor=10)
+        tensors = [first.to(dtype, copy=True).requires_grad_(), second.to(dtype, copy=True).requires_grad_()]
+        attend(backend, *tensors, v.to(dtype)).sum().backward()
         for tensor, source in zip(tensors, (first, second), strict=True):
             assert source is not zeros or not tensor.grad.any()
 
@@ -297,9 +311,22 @@ def test_strides_do_not_matter(backend, strides):
             "last_dim": lambda: torch.randn(2, 4, 16, 21).mT,
         }[strides]()
 
+    def run(q, k, v, do):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        o = attend(backend, *leaves, **options)
+        grads = torch.autograd.grad(o, leaves, do)
+        if backend == "operators" and strides == "seq_first":
+            assert o.stride() == q.stride() and all(grad.stride() == q.stride() for grad in grads)
+        return o, *grads
+
     q, k, v = tensor(), tensor(), tensor()
-    o = attend(backend, q, k, v, **options)
-    torch.testing.assert_close(o, attend(backend, *(t.contiguous() for t in (q, k, v)), **options))
+    # A tensor's own strides; those of o; none at all, as out of sum().
+    for do in (tensor(), torch.randn(2, 4, 21, 16), torch.ones(()).expand(2, 4, 21, 16)):
+        torch.testing.assert_close(run(q, k, v, do), run(*(t.contiguous() for t in (q, k, v, do))))
+
+
+class Temperature(torch.nn.Parameter):
+    pass
 
 
 Q, K = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
@@ -319,7 +346,12 @@ ERRORS = [
     (ValueError, "groups must divide head_dim 16, got 0", {"groups": 0}),
     (TypeError, "groups must be an int, got float", {"groups": 2.0}),
     (TypeError, "mask must be a bool tensor, True = attend, got torch.float32", {"mask": torch.ones(2, 7)}),
-    (ValueError, r"mask must be .* = \(2, 7\), got \(2, 5\)", {"mask": torch.ones(2, 5) > 0}),
+    (ValueError, r"mask must be .* = \(2, 7\), or .*got \(2, 5\)", {"mask": torch.ones(2, 5) > 0}),
+    (ValueError, r"mask must be .* = \(2, 7\), or .*got \(7,\)", {"mask": torch.ones(7) > 0}),
+    (TypeError, "causal must be a bool, got int", {"causal": 1}),
+    (TypeError, "causal must be a bool, got Tensor", {"causal": torch.ones(2, 7) > 0}),
+    (TypeError, "l2norm_qk must be a bool, got NoneType", {"l2norm_qk": None}),
+    (TypeError, "attn_bias_batch_dim must be a bool, got str", {"attn_bias_batch_dim": "yes"}),
     (TypeError, "attn_bias must be a tensor of a floating dtype", {"attn_bias": torch.ones(4, 5, 7) > 0}),
     (ValueError, r"\(num_heads, seq_len_q, seq_len_k\) = \(4, 5, 7\)", {"attn_bias": torch.ones(2, 5, 7)}),
     (
@@ -327,9 +359,14 @@ ERRORS = [
         r"attn_bias must be \(batch, seq_len_q, seq_len_k\) = \(2, 5, 7\).*got \(4, 5, 7\)",
         {"attn_bias": torch.ones(4, 5, 7), "attn_bias_batch_dim": True},
     ),
-    (ValueError, r"attn_bias must be .*got \(5, 7\)", {"attn_bias": torch.ones(5, 7)}),
+    (ValueError, r"attn_bias must be .*got \(1, 7\)", {"attn_bias": torch.ones(1, 7)}),
+    (ValueError, r"attn_bias must be .*got \(7, 5\)", {"attn_bias": torch.ones(7, 5)}),
+    (ValueError, r"attn_bias must be .*got \(7,\)", {"attn_bias": torch.ones(7)}),
     (ValueError, r"must be at most 60, got 61 \* 1", {"scale": 61}),
-    (ValueError, r"must be at most 60, got 8 \* 8", {"groups": 8}),
+    (ValueError, r"got 8 \* 8: .*lower scale or groups \(groups=8 with scale=1,", {"groups": 8}),
+    (ValueError, "must be at most 60, got 61.0", {"scale": np.float32(61)}),
+    (ValueError, "must be at most 60, got 61.0", {"scale": Temperature(torch.tensor(61.0))}),
+    (TypeError, "scale must be a number or a tensor, got bool", {"scale": True}),
     (ValueError, "must be at most 60, got nan", {"scale": math.nan}),
     (ValueError, "must be at most 60, got 100.0", {"scale": torch.tensor([1.0, 2.0, -100.0, 3.0])}),
     (TypeError, "scale must be a number or a tensor, got str", {"scale": "8"}),
@@ -345,6 +382,31 @@ def test_errors_say_what_is_accepted(error, message, changes):
         changes = dict.fromkeys("qkv", torch.randn(1, 1, 2, int(changes.split()[1])))
     with pytest.raises(error, match=message):
         flash_cosine_sim_attention(**{"q": Q, "k": K, "v": K, **changes})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shorthands(backend):
+    """A mask or a bias for the whole batch, and any kind of number as scale."""
+    mask, bias = torch.rand(1, 7) > 0.3, torch.randn(5, 7)
+    expected = attend(backend, Q, K, K, mask.expand(2, -1), bias.expand(4, -1, -1), 4.0)
+    for scale in (4, np.float32(4), np.int64(4), Temperature(torch.tensor(4.0))):
+        torch.testing.assert_close(attend(backend, Q, K, K, mask, bias, scale), expected)
+    merged = attend(backend, Q.flatten(0, 1), *[K.repeat_interleave(2, dim=1).flatten(0, 1)] * 2, mask, bias, 4.0)
+    torch.testing.assert_close(merged.unflatten(0, (2, 4)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA has no batching rule
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_scale_under_torch_func(backend):
+    def loss(scale):
+        return flash_cosine_sim_attention(Q, K, K, scale=scale, backend=backend).square().sum()
+
+    scale = torch.full((4,), 4.0, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(scale), scale)
+    torch.testing.assert_close(torch.func.grad(loss)(scale.detach()), expected)
+    scales = torch.rand(3, 4)
+    expected = torch.stack([loss(scale) for scale in scales])
+    torch.testing.assert_close(torch.vmap(loss)(scales), expected)
 
 
 def test_reference_takes_any_head_dim():

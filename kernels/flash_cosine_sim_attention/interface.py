@@ -1,12 +1,13 @@
 """The public functions: validate once, bring the arguments to one form, choose the back end; nothing else."""
 
 import logging
+import numbers
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .reference import compute_dtype, reference_attention
+from .reference import check_groups, compute_dtype, reference_attention
 from .sdpa import sdpa_attention
 
 BACKENDS = ("auto", "cuda", "sdpa", "reference")
@@ -43,14 +44,17 @@ def flash_cosine_sim_attention(
         q: (batch, num_heads, seq_len_q, head_dim), or (batch * num_heads, seq_len_q, head_dim) with k and v
             merged likewise. head_dim is a multiple of 8 up to 256. Any strides will do.
         k, v: (batch, num_kv_heads, seq_len_k, head_dim) where num_kv_heads divides num_heads; or
-            (batch, seq_len_k, head_dim), one head shared by all of a 4-D q; or merged like q.
-        mask: bool (batch, seq_len_k), True = attend; (batch * num_heads, seq_len_k) if merged.
-        attn_bias: (num_heads, seq_len_q, seq_len_k), or 4-D broadcastable to (batch, num_heads, seq_len_q,
-            seq_len_k), or (batch * num_heads, seq_len_q, seq_len_k) if merged. Differentiable; used in q's
-            dtype.
+            (batch, seq_len_k, head_dim), one head shared by all of a 4-D q; or merged like q. They must be
+            finite at masked positions too: 0 * NaN is NaN.
+        mask: bool (batch, seq_len_k), True = attend; (batch * num_heads, seq_len_k) if merged; or
+            (1, seq_len_k).
+        attn_bias: (num_heads, seq_len_q, seq_len_k), or (seq_len_q, seq_len_k), or 4-D broadcastable to
+            (batch, num_heads, seq_len_q, seq_len_k), or (batch * num_heads, seq_len_q, seq_len_k) if merged.
+            Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
-            differentiable and kept in float32. scale * groups bounds the logits: up to 40 is the documented
-            range, above 60 is a ValueError. The values of a CUDA tensor are not checked, for that would
+            differentiable and kept in float32. scale * groups bounds the logits without a bias: above 60 is
+            a ValueError, and the documented range is scale * groups + max |attn_bias| <= 40 (a bias may be
+            as negative as one likes, or -inf). The values of a CUDA tensor are not checked, for that would
             synchronise, nor those of any tensor under torch.compile: keep them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
@@ -62,7 +66,8 @@ def flash_cosine_sim_attention(
             back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
         return_partials: return (numerator, denominator) in float32, of shapes (batch, num_heads, seq_len_q,
             head_dim) and (batch, num_heads, seq_len_q), whose quotient is the output. They are not shifted,
-            so shards over the keys merge by plain addition.
+            so shards over the keys merge by plain addition, and logits beyond the range, by a larger bias
+            say, overflow.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message says what is accepted.
@@ -103,13 +108,20 @@ def _attend(
     """Validate, normalise the arguments' shapes and dtypes, call the back end `attend`, restore q's shape."""
     q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
     _check_tensors(q, k, v)
+    for name, flag in (
+        ("causal", causal),
+        ("l2norm_qk", l2norm_qk),
+        ("attn_bias_batch_dim", attn_bias_batch_dim),
+        ("return_partials", return_partials),
+    ):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     merged = q.ndim == 3
     q, k, v = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (q, k, v))
     _check_shapes(q, k, v, any_head_dim)
-    _check_groups(groups, q.shape[-1])
-    _check_mask(mask, q, k)
+    check_groups(groups, q.shape[-1], "head_dim")
     options = {
-        "mask": mask,
+        "mask": _as_2d_mask(mask, q, k),
         "attn_bias": _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged),
         "scale": _as_number_or_vector(scale, groups, q, merged),
         "groups": groups,
@@ -142,12 +154,16 @@ def _choose_backend(backend: str, q: Tensor):
     reason = _why_not_cuda(q)
     if reason is None:
         return ops.kernel_attention
-    if not torch.compiler.is_compiling() and reason not in _logged_reasons:
-        _logged_reasons.add(reason)
-        # On the CPU it is no surprise; on a GPU the user may be missing the point of the library.
-        level = logging.WARNING if q.is_cuda else logging.INFO
-        logger.log(level, "backend='auto' uses PyTorch's SDPA: %s", reason)
+    # On the CPU it is no surprise; on a GPU the user may be missing the point of the library.
+    _log_fallback_once(reason, logging.WARNING if q.is_cuda else logging.INFO)
     return sdpa_attention
+
+
+@ops.constant_when_compiled  # torch.compile cannot trace logging: it calls this while it traces
+def _log_fallback_once(reason: str, level: int) -> None:
+    if reason not in _logged_reasons:
+        _logged_reasons.add(reason)
+        logger.log(level, "backend='auto' uses PyTorch's SDPA: %s", reason)
 
 
 def _why_not_cuda(q: Tensor) -> str | None:
@@ -207,40 +223,40 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool) -> None:
     """q (batch, num_heads, seq_len_q, head_dim); k, v (batch, num_kv_heads, seq_len_k, head_dim)."""
-    shapes = f"(q: {tuple(q.shape)}, k: {tuple(k.shape)}, v: {tuple(v.shape)})"
     if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k and v must have q's batch size {q.shape[0]}, got {k.shape[0]} {shapes}")
+        raise ValueError(f"k and v must have q's batch size {q.shape[0]}, got {k.shape[0]} {_shapes(q, k, v)}")
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {shapes}")
+        raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v)}")
     head_dim = q.shape[-1]
     if k.shape[-1] != head_dim:
-        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {k.shape[-1]} {shapes}")
+        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {k.shape[-1]} {_shapes(q, k, v)}")
     if not any_head_dim and (head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM):
         raise ValueError(
-            f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {shapes}; "
+            f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {_shapes(q, k, v)}; "
             "backend='reference' takes any"
         )
 
 
-def _check_groups(groups: int, head_dim: int) -> None:
-    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
-        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
-    if groups < 1 or head_dim % groups:
-        raise ValueError(f"groups must divide head_dim {head_dim}, got {groups}")
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"(q: {tuple(q.shape)}, k: {tuple(k.shape)}, v: {tuple(v.shape)})"
 
 
-def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+def _as_2d_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Return mask as (batch, seq_len_k)."""
     if mask is None:
-        return
+        return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True = attend, got {got}")
-    expected = (k.shape[0], k.shape[-2])
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"mask must be (batch, seq_len_k) = {expected}, got {tuple(mask.shape)}")
+    batch, seq_len_k = k.shape[0], k.shape[-2]
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != seq_len_k:
+        raise ValueError(
+            f"mask must be (batch, seq_len_k) = {(batch, seq_len_k)}, or (1, seq_len_k); got {tuple(mask.shape)}"
+        )
     if mask.device != q.device:
         raise ValueError(f"mask must be on q's device {q.device}, got {mask.device}")
+    return mask.expand(batch, -1)
 
 
 def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool) -> Tensor | None:
@@ -252,18 +268,22 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
         raise TypeError(f"attn_bias must be a tensor of a floating dtype, got {got}")
     if attn_bias.device != q.device:
         raise ValueError(f"attn_bias must be on q's device {q.device}, got {attn_bias.device}")
-    got = tuple(attn_bias.shape)
-    if attn_bias.ndim == 3:
+    got = attn_bias.shape
+    if attn_bias.ndim == 2:
+        attn_bias = attn_bias[None, None]
+    elif attn_bias.ndim == 3:
         attn_bias = attn_bias.unsqueeze(1 if batch_dim else 0)
     full = (*q.shape[:-1], k.shape[-2])
     sizes = zip(attn_bias.shape, full, strict=False)
-    if attn_bias.ndim != 4 or any(size not in (1, full_size) for size, full_size in sizes):
+    # A 2-D one is not broadcast further: (1, seq_len_k) would more likely be meant as a mask.
+    broadcastable = attn_bias.ndim == 4 and all(size in (1, full_size) for size, full_size in sizes)
+    if not broadcastable or (len(got) == 2 and got != full[2:]):
         batch, num_heads, seq_len_q, seq_len_k = full
         first = batch if batch_dim else num_heads
         raise ValueError(
             f"attn_bias must be ({'batch' if batch_dim else 'num_heads'}, seq_len_q, seq_len_k) = "
-            f"{(first, seq_len_q, seq_len_k)}, or 4-D and broadcastable to (batch, num_heads, seq_len_q, "
-            f"seq_len_k) = {full}; got {got}"
+            f"{(first, seq_len_q, seq_len_k)}, or (seq_len_q, seq_len_k), or 4-D and broadcastable to (batch, "
+            f"num_heads, seq_len_q, seq_len_k) = {full}; got {tuple(got)}"
         )
     return attn_bias.to(q.dtype)
 
@@ -271,10 +291,10 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
 def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> float | Tensor:
     """Return scale as a number, or as a tensor (1,) or (num_heads,) in float32 (float64 for float64)."""
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
         _check_range(scale, groups)
-        return scale
+        return torch.sym_float(scale)
     num_heads = q.shape[1]
     if not scale.is_floating_point():
         raise TypeError(f"a scale tensor must be of a floating dtype, got {scale.dtype}")
@@ -283,11 +303,15 @@ def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: 
         raise ValueError(f"a scale tensor must be of shape () or ({heads},), got {tuple(scale.shape)}")
     if scale.device != q.device:
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
-    # Reading a value from the GPU would wait for it. A fake tensor (a subclass of Tensor) has none.
-    has_value = type(scale) in (Tensor, torch.nn.Parameter) and scale.device.type == "cpu"
-    if has_value and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _has_readable_values(scale):
         _check_range(scale.detach().abs().max().item(), groups)
     return scale.to(compute_dtype(q.dtype)).reshape(-1)
+
+
+def _has_readable_values(tensor: Tensor) -> bool:
+    """On the CPU, as reading from the GPU would wait for it, and neither fake nor wrapped by torch.func."""
+    is_data = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_data and tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _check_range(scale: float, groups: int) -> None:
@@ -295,5 +319,5 @@ def _check_range(scale: float, groups: int) -> None:
     if not bound <= MAX_LOGIT:  # NaN too
         raise ValueError(
             f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
-            "softmax is all but argmax there; lower scale or groups"
+            "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
         )

@@ -14,6 +14,7 @@ All functions but `l2norm_tensors` take what interface.py has normalised: 4-D q,
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
 
     Takes tensors (..., head_dim) of any floating dtype and returns a tuple of the same shapes and dtypes. The
     norm is taken in float32 (float64 for float64) and neither overflows nor underflows. A zero vector stays
-    zero, with a zero gradient. Raises ValueError without tensors or where `groups` does not divide head_dim.
+    zero, with a zero gradient. Raises ValueError without tensors or where `groups` does not divide head_dim,
+    TypeError for any other dtype or where `groups` is no int.
     """
     if not tensors:
         raise ValueError("l2norm_tensors needs at least one tensor, got none")
@@ -34,9 +36,17 @@ def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"l2norm_tensors accepts tensors of a floating dtype, got {got}")
-        if groups < 1 or tensor.ndim == 0 or tensor.shape[-1] % groups:
-            raise ValueError(f"groups must divide the last dimension, got {groups} for {tuple(tensor.shape)}")
+        if tensor.ndim == 0:
+            raise ValueError("l2norm_tensors normalises the last dimension, got a tensor without one")
+        check_groups(groups, tensor.shape[-1], "the last dimension")
     return tuple(l2norm(tensor, groups).to(tensor.dtype) for tensor in tensors)
+
+
+def check_groups(groups: int, size: int, name: str) -> None:
+    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1 or size % groups:
+        raise ValueError(f"groups must divide {name} {size}, got {groups}")
 
 
 def l2norm(x: Tensor, groups: int) -> Tensor:
@@ -82,7 +92,7 @@ def reference_forward(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
-    scale: Tensor,
+    scale: float | Tensor,
     groups: int,
     causal: bool,
     l2norm_qk: bool,
@@ -99,7 +109,7 @@ def reference_forward(
     row_sum = weights.sum(-1, keepdim=True)
     o = (weights @ value) / row_sum.masked_fill(row_sum == 0, 1)
     row_sum_log2 = row_sum.log2() + row_max * LOG2_E
-    return o.to(q.dtype).contiguous(), row_sum_log2.squeeze(-1).contiguous()
+    return _laid_out_like(q, o.to(q.dtype)), row_sum_log2.squeeze(-1).contiguous()
 
 
 def reference_partials(
@@ -108,7 +118,7 @@ def reference_partials(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
-    scale: Tensor,
+    scale: float | Tensor,
     groups: int,
     causal: bool,
     l2norm_qk: bool,
@@ -126,16 +136,16 @@ def reference_backward(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
-    scale: Tensor,
+    scale: float | Tensor,
     o: Tensor,
     row_sum_log2: Tensor,
     drow_sum_log2: Tensor | None,
     groups: int,
     causal: bool,
     l2norm_qk: bool,
-    attn_bias_grad: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, dattn_bias (empty unless attn_bias_grad) and dscale, each in its input's dtype.
+    """Return dq, dk, dv, dattn_bias and dscale, each in its input's dtype and layout, or (0,) if not in `needs`.
 
     The row statistics replace the softmax's Jacobian as in Dao et al. 2022, "FlashAttention", appendix B,
     arXiv:2205.14135; the scores are computed again instead of being stored.
@@ -156,18 +166,24 @@ def reference_backward(
     dlogits = probabilities * (do @ value.mT - delta)
 
     # S = scale * cos + bias:  dq^ = scale * dS k^;  dk^ = scale * dS^T q^;  dbias = dS;  dscale = sum(dS cos)
-    dcos = dlogits * scale.view(-1, 1, 1)
-    dq = _unnormalised_grad(dcos @ k_hat, q, groups, l2norm_qk)
-    dk = _unnormalised_grad(_sum_head_group(dcos.mT @ q_hat, k.shape[1]), k, groups, l2norm_qk)
-    dv = _sum_head_group(probabilities.mT @ do, v.shape[1]).to(v.dtype)
-    dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
-    if scale.numel() == 1:
-        dscale = dscale.sum(0, keepdim=True)
-    if attn_bias is not None and attn_bias_grad:
-        dattn_bias = dlogits.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
-    else:
-        dattn_bias = q.new_empty(0)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dattn_bias.contiguous(), dscale.to(scale.dtype)
+    need_dq, need_dk, need_dv, need_dattn_bias, need_dscale = needs
+    dcos = dlogits * _per_head(scale)
+    # Each its own tensor: an operator's outputs must not share memory.
+    dq, dk, dv, dattn_bias = (q.new_empty(0) for _ in range(4))
+    dscale = q.new_empty(0, dtype=q_hat.dtype)
+    if need_dq:
+        dq = _laid_out_like(q, _unnormalised_grad(dcos @ k_hat, q, groups, l2norm_qk))
+    if need_dk:
+        dk_hat = _sum_head_group(dcos.mT @ q_hat, k.shape[1])
+        dk = _laid_out_like(k, _unnormalised_grad(dk_hat, k, groups, l2norm_qk))
+    if need_dv:
+        dv = _laid_out_like(v, _sum_head_group(probabilities.mT @ do, v.shape[1]).to(v.dtype))
+    if need_dattn_bias:
+        dattn_bias = _laid_out_like(attn_bias, dlogits.sum_to_size(attn_bias.shape).to(attn_bias.dtype))
+    if need_dscale:
+        dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
+        dscale = (dscale.sum(0, keepdim=True) if scale.numel() == 1 else dscale).to(scale.dtype)
+    return dq, dk, dv, dattn_bias, dscale
 
 
 def expand_kv_heads(kv: Tensor, num_heads: int) -> Tensor:
@@ -203,13 +219,23 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, groups: int, l2norm_qk: bool) -> 
 
 def _logits(cos: Tensor, scale: float | Tensor, attn_bias: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
     seq_len_q, seq_len_k = cos.shape[-2:]
-    logits = cos * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
+    logits = cos * _per_head(scale)
     if attn_bias is not None:
         logits = logits + attn_bias.to(cos.dtype)
     # Bottom-right aligned: the last query sees every key, as key/value caches need.
     diagonal = seq_len_k - seq_len_q if causal else None
     visible = visible_keys(mask, diagonal, seq_len_q, seq_len_k, cos.device)
     return logits if visible is None else logits.masked_fill(~visible, -math.inf)
+
+
+def _per_head(scale: float | Tensor) -> float | Tensor:
+    return scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale
+
+
+def _laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with the strides of torch.empty_like(like), as the operators promise."""
+    empty = torch.empty_like(like, dtype=tensor.dtype)
+    return tensor if tensor.stride() == empty.stride() else empty.copy_(tensor)
 
 
 def _finite_row_max(logits: Tensor) -> Tensor:

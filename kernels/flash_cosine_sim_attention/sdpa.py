@@ -4,7 +4,8 @@ It serves every argument, and its memory grows linearly with the sequence length
 before q's only rounding to the input dtype. What SDPA's fused kernels take as it is goes there in one call:
 no mask, square causal, key mask. A bias, or causal with a key mask or with a longer k, needs an explicit mask
 of seq_len_q x seq_len_k: those run in blocks of query rows, each recomputed in the backward pass, so that the
-mask (and the scores, where a kernel stores them) of one block only are alive.
+mask (and the scores, where a kernel stores them) of one block only are alive. The loop over the blocks is
+Python's: under torch.compile with dynamic lengths, the explicitly masked path has one graph per number of blocks.
 
 PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
 (aten._scaled_dot_product_flash_attention_for_cpu): FlopCounterMode shows 0 for this back end on a CPU.
