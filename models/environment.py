@@ -22,7 +22,8 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in packages},
+        # torch's own word says which CUDA it was built for, its metadata may not
+        "versions": {package: _version(package) for package in packages} | {"torch": torch.__version__},
     }
 
 

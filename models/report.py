@@ -93,7 +93,7 @@ def table(runs: list[Results], title: str) -> Table:
     columns = Table(title=title)
     for heading in HEADINGS:
         left = heading in ("run", "status")
-        columns.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        columns.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "run")
     for run in runs:
         name, status, *numbers = map(escape, _cells(run))
         columns.add_row(name, f"[{STATUS_STYLES.get(run.status, 'red')}]{status}[/]", *numbers)

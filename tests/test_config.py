@@ -1,5 +1,6 @@
 """Every YAML composes and builds; every wrong value is refused with the key and what is accepted."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,8 @@ def test_an_unknown_key_on_the_command_line_is_answered_with_the_accepted_ones()
         hints(["seq_len=8", "attention=cosine", "+anything=1", "-m", "hydra.verbose=true", "attention.scale=3"]) == []
     )
     command = [sys.executable, "train.py", "seqlen=8"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert answer.returncode != 0
     assert "seqlen is not a key; accepted: seq_len, max_steps" in answer.stderr
 
