@@ -22,7 +22,14 @@ from models.load import build_gpt
 from models.loggers import finish
 from models.report import conclude
 from models.runs import Run, open_run
-from models.trainer import build_trainer, check_trainer, default_micro_batch_tokens, micro_batches, uses_cuda
+from models.trainer import (
+    build_trainer,
+    check_trainer,
+    compiles_by_default,
+    default_micro_batch_tokens,
+    micro_batches,
+    uses_cuda,
+)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -80,7 +87,7 @@ def build_module(config: DictConfig) -> GPTModule:
         instantiate(config.optimizer),
         seed=config.seed,
         clip_norm=config.trainer.clip_norm,
-        compile=cuda if config.compile is None else config.compile,
+        compile=compiles_by_default(cuda=cuda) if config.compile is None else config.compile,
     )
 
 

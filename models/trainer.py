@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -65,6 +66,16 @@ def micro_batches(tokens_per_step: int, micro_batch_tokens: int, seq_len: int, d
 def default_micro_batch_tokens(*, cuda: bool) -> int:
     """What keeps a large GPU busy, or fits the memory of a small CPU machine at model=small."""
     return 65536 if cuda else 8192
+
+
+def compiles_by_default(*, cuda: bool) -> bool:
+    """Whether compile=null means true: torch.compile pays on a GPU, and needs a C compiler to build its launchers."""
+    if not cuda:
+        return False
+    found = os.environ.get("CC") or any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
+    if not found:
+        log.warning("compile=null: no C compiler was found (cc, gcc, clang, CC), so the model is not compiled")
+    return bool(found)
 
 
 def uses_cuda(accelerator: str) -> bool:

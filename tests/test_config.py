@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from conf.schema import GROUPS, ConfigError, hints, validate
-from models.trainer import build_trainer, choose_precision, micro_batches, uses_cuda
+from models.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
 from train import build_module
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,15 @@ def test_a_step_is_cut_into_equal_micro_batches(arguments, expected):
 def test_steps_that_cannot_be_cut_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         micro_batches(*arguments)
+
+
+def test_compiling_by_default_needs_a_gpu_and_a_c_compiler(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", "gcc")
+    assert compiles_by_default(cuda=True) and not compiles_by_default(cuda=False)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compiles_by_default(cuda=True)
+    assert "no C compiler was found" in caplog.text
 
 
 def test_precision_follows_the_device():

@@ -17,6 +17,7 @@ from test_config import configure
 from conf.schema import validate
 from models.lightning import DivergedError, GPTModule
 from models.report import read_results
+from scripts import loop_overhead
 from train import build_module, train
 
 ROOT = Path(__file__).parent.parent
@@ -399,6 +400,19 @@ def test_compiled_training_keeps_clean_keys_and_the_same_losses(text, tmp_path):
     assert weights(plain)["state_dict"].keys() == weights(compiled)["state_dict"].keys()
     losses = [read_results(folder).series("train/loss")[1] for folder in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_both_loops_are_timed_on_the_same_training(text, tmp_path, capsys):
+    changes = overrides(text, tmp_path, "trainer.clip_norm=null")
+    report = tmp_path / "loop.json"
+    assert loop_overhead.main([*changes, "--steps", "8", "--rounds", "1", "--json", str(report)]) == 0
+    result = json.loads(report.read_text())
+    bare, lightning = (result["tokens_per_s"][loop][0] for loop in ("bare", "lightning"))
+    assert result["ratio"] == pytest.approx(lightning / bare) and bare > 0
+    assert "Lightning / bare" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        loop_overhead.main([*changes, "--steps", "2"])
+    assert "--steps must be at least 3 * trainer.log_every = 6" in capsys.readouterr().err
 
 
 def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
