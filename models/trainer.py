@@ -134,7 +134,7 @@ def build_trainer(
         _checkpoint(checkpoint_dir, LAST_CHECKPOINT, monitor=None),
     ]
     bar = options.progress_bar and sys.stdout.isatty()  # in a file it would be one long line; the log has the rest
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=options.devices,
         strategy="auto" if options.devices == 1 else "ddp",
@@ -157,6 +157,10 @@ def build_trainer(
         # Started by hand or by this process, never by whatever scheduler the shell happens to run under.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
     )
+    # Before every micro-batch Lightning asks all processes for a SIGTERM and waits for the GPU to read the answer.
+    # Each process has its own handler, and a group of processes is signalled together.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 def _silence_known_lines() -> None:
