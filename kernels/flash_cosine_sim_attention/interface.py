@@ -179,8 +179,8 @@ def _why_not_cuda(q: Tensor) -> str | None:
 def _require_cuda(q: Tensor) -> None:
     if not ops.kernels_available():
         raise ImportError(
-            f"backend='cuda' needs the compiled kernels ({ops.kernels_error()}): build them from a source tree that has csrc/*.cu, with "
-            "nvcc on PATH, `pip install --no-build-isolation -e .`, or use backend='auto'"
+            f"backend='cuda' needs the compiled kernels ({ops.kernels_error()}): build them from a source tree "
+            "that has csrc/*.cu, with nvcc on PATH, `pip install --no-build-isolation -e .`, or use backend='auto'"
         )
     reason = _why_not_cuda(q)
     if reason is not None:
