@@ -161,7 +161,7 @@ def plot(runs: list[Results], path: Path) -> None:
             memory.plot([step * tokens_per_step for step in steps], values, style, color=color)
     loss.set(xlabel="tokens (bytes)", ylabel="bits per byte", title="validation (dots) and training loss")
     memory.set(xlabel="tokens (bytes)", ylabel="GiB", title="peak allocated (dotted: reserved), or resident on a CPU")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.1 * memory.get_ylim()[1])
     for axes in (loss, memory):
         axes.grid(alpha=0.3)
     if runs:
