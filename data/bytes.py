@@ -119,9 +119,10 @@ class ByteDataModule(LightningDataModule):
     def train_batch(self, step: int, micro_step: int, rank: int, device: torch.device) -> Tensor:
         """Return random training windows (micro_batch_size, seq_len + 1) int64 on `device`.
 
-        A pure function of (seed, step, micro_step, rank), so that a resumed run draws the same batches with
-        no state to restore. Every window of the split is equally likely. With on_device the first call for
-        a device waits for the copy of the split; no later call makes the host wait.
+        A pure function of (seed, step, micro_step, rank) under one version of NumPy, which does not promise its
+        draws across versions: a resumed run draws the same batches with no state to restore. Every window of the
+        split is equally likely. With on_device the first call for a device waits for the copy of the split; no
+        later call makes the host wait.
         """
         starts = self._window_starts(step, micro_step, rank)  # (micro_batch_size,)
         if not self.on_device:

@@ -23,7 +23,6 @@ GIB = 2**30
 # match counts, so the more specific name stands first. Lightning's table has no entry for the H200.
 PEAK_BF16_FLOPS = (
     ("B200", 2250e12),
-    ("B300", 2250e12),
     ("H200", 989e12),
     ("GH200", 989e12),
     ("H100 PCIe", 756e12),
@@ -32,7 +31,6 @@ PEAK_BF16_FLOPS = (
     ("H20", 148e12),
     ("A100", 312e12),
     ("A40", 149.7e12),
-    ("A10G", 70e12),
     ("A10", 125e12),
     ("L40S", 362e12),
     ("L40", 181e12),

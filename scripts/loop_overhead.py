@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import CONF, validate
+from models.environment import environment
 from models.report import read_results
-from models.runs import environment
 from models.trainer import choose_precision, uses_cuda
 from train import build_data, build_module, train
 

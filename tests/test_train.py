@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from test_config import configure
 
 from conf.schema import validate
+from models.callbacks import decode, peak_flops
 from models.lightning import DivergedError, GPTModule
+from models.loggers import CSVLogger
 from models.report import read_results
 from scripts import loop_overhead
 from train import build_module, train
@@ -430,6 +433,43 @@ def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
     assert weights(folder)["state_dict"].keys() == weights(alone)["state_dict"].keys()
     # other windows, the same corpus: close, not equal
     assert read_results(folder).last("val/bpc") == pytest.approx(read_results(alone).last("val/bpc"), abs=0.3)
+
+
+def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, monkeypatch):
+    log, score = CSVLogger.log_metrics, GPTModule.on_validation_epoch_end
+    monkeypatch.setattr(CSVLogger, "log_metrics", lambda *a, **k: (time.sleep(0.3), log(*a, **k)))
+    monkeypatch.setattr(GPTModule, "on_validation_epoch_end", lambda self: (time.sleep(3), score(self)))
+    results = read_results(fit(text, tmp_path, "max_steps=8", "trainer.val_every=2", "trainer.log_every=1"))
+    rates = dict(zip(*results.series("throughput/tokens_per_s"), strict=True))
+    assert 1 not in rates  # the first step compiles
+    for step in (4, 6, 8):  # the step before was logged inside this interval, and the one before that validated
+        assert rates[step] < 256 / 0.3
+    for step in (3, 5, 7):  # a validation lies just before
+        assert rates[step] > 256 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA Unheard-of", None),
+    ],
+)
+def test_the_peak_is_the_named_gpus_own_or_unknown(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_a_sample_cannot_steer_the_terminal():
+    assert decode(b"a\x1b[2J\x00b\r\n\tc \xc3\xa9 \xff") == "a\ufffd[2J\ufffdb\ufffd\n\tc é \ufffd"
 
 
 def test_two_processes_resume_as_one_run(text, tmp_path):
