@@ -1,0 +1,136 @@
+// The host contract between binding.cpp (torch), dispatch.cpp (which kernel) and the .cu files (no torch).
+//
+//   q^ = q / |q|,  k^ = k / |k|          per group of head_dim / groups channels
+//   S  = scale * q^ k^T + attn_bias      -inf where masked
+//   O  = exp(S) V / rowsum(exp(S))       0 where no key is visible
+//
+// The kernels work in base 2: c = scale * log2(e), P = 2^(c q^ k^T + log2(e) attn_bias). With unit vectors
+// |c q^ k^T| <= c * groups, so P is used as it is: no row maximum, no shift, no rescaling.
+//
+// All pointers are device pointers and all strides count elements. The last dimension of every Tensor is
+// contiguous and its rows are aligned to 16 bytes. Everything runs on the given stream; nothing synchronises; a
+// failed launch throws std::runtime_error.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace flash_cosine_sim {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16 };
+
+// (batch, heads, rows, head_dim)
+struct Tensor {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_row = 0;
+};
+
+// bool (batch, seq_len_k), true = attend; data == nullptr: all keys are visible
+struct Mask {
+  const bool* data = nullptr;
+  int64_t stride_batch = 0, stride_key = 0;
+};
+
+// (batch, num_heads, seq_len_q, seq_len_k) in the inputs' dtype; a broadcast dimension has stride 0
+struct Bias {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_query = 0, stride_key = 0;
+};
+
+// What forward and backward share.
+struct Attention {
+  DType dtype = DType::kBFloat16;
+  int batch = 0, num_heads = 0, num_kv_heads = 0, seq_len_q = 0, seq_len_k = 0, head_dim = 0;
+  int groups = 1;
+  bool causal = false;  // key j is visible to query i iff j <= i + seq_len_k - seq_len_q
+  bool l2norm_qk = true;
+  bool allow_tf32 = false;  // float32: one TF32 product instead of three
+  // scale: float32 of one element (stride 0) or one per head (stride 1) on the device; nullptr: scale_value
+  const float* scale = nullptr;
+  int scale_stride = 0;
+  float scale_value = 1.f;
+  Tensor q, k, v;  // as the user gave them
+  // What enters the products. With l2norm_qk, buffers that launch_normalize fills: q_hat = c * q^ and
+  // k_hat = k^, each rounded once. Without it q_hat is q and k_hat is k, and the kernels multiply scores by c.
+  Tensor q_hat, k_hat;
+  Mask mask;
+  Bias bias;
+};
+
+struct ForwardParams : Attention {
+  Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
+  float* row_sum_log2 = nullptr;  // (batch, num_heads, seq_len_q), -inf in an empty row; with o
+  // Partials: (batch, num_heads, seq_len_q, head_dim) and (batch, num_heads, seq_len_q), contiguous.
+  float* numerator = nullptr;
+  float* denominator = nullptr;
+};
+
+struct BackwardParams : Attention {
+  Tensor o, dout;
+  const float* row_sum_log2 = nullptr;   // (batch, num_heads, seq_len_q)
+  const float* drow_sum_log2 = nullptr;  // the same, or nullptr for zero
+  // Outputs; data == nullptr: not needed. q_hat may be the memory of dq and k_hat that of dk: each is read for
+  // the last time before the gradient is written.
+  Tensor dq, dk, dv;
+  Bias dbias;               // its own memory; stride 0 in the dimensions along which attn_bias is broadcast
+  float* dscale = nullptr;  // (1,) or (num_heads,), as scale
+  bool deterministic = false;
+  // Workspace, in the sizes that plan_backward gives; contiguous.
+  float* delta = nullptr;  // (batch, num_heads, seq_len_q): rowsum(dO * O) - log2(e) * drow_sum_log2
+  // sum_j dS_ij k^_j, (batch, num_heads, seq_len_q, head_dim): the gradient of q^ but for the factor scale.
+  // run_backward sets it to zero. nullptr if neither dq nor dscale is needed.
+  float* dq_accumulator = nullptr;
+  int* dq_order = nullptr;  // deterministic: whose turn it is at each block of queries; zeroed by run_backward
+  // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
+  // launch_dkv_merge adds up in order; nullptr if num_splits is 0.
+  float* dkv_partials = nullptr;
+  int num_splits = 0;
+};
+
+// How much workspace a backward pass needs, in elements.
+struct BackwardPlan {
+  int64_t dq_accumulator = 0;
+  int64_t dq_order = 0;
+  int64_t dkv_partials = 0;
+  int num_splits = 0;  // 0: the main kernel writes dk and dv itself
+};
+
+// Head dims that have kernels; other multiples of 8 run in the next larger one, zero-padded in shared memory.
+inline constexpr int kHeadDims[] = {16, 32, 64, 96, 128, 256};
+
+// dispatch.cpp: all that binding.cpp calls. Both passes normalise q and k into q_hat and k_hat if l2norm_qk.
+void run_forward(const ForwardParams& params, cudaStream_t stream);
+// Reads shapes, options and which outputs are needed; no workspace pointer.
+BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors);
+void run_backward(const BackwardParams& params, cudaStream_t stream);
+
+// normalize.cu: q_hat = c * q^ and k_hat = k^ in one launch.
+void launch_normalize(const Attention& params, cudaStream_t stream);
+
+// postprocess.cu
+void launch_delta(const BackwardParams& params, cudaStream_t stream);
+// dq from dq_accumulator, through the factor scale and the norm; its rows' shares of dscale go into delta,
+// which nobody reads any more, and are then added up in order.
+void launch_dq(const BackwardParams& params, cudaStream_t stream);
+// dk and dv from dkv_partials, dk through the norm.
+void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream);
+
+// How a kernel multiplies. The inputs' dtype decides, but for two options.
+enum class Math : int {
+  kBf16,
+  kFp16,       // probabilities in float16: they must not exceed 65504
+  kFp16WideP,  // forward only: probabilities in TF32, which has float16's precision and float32's range
+  kFp32,       // each product as three of TF32, so to float32's accuracy
+  kTf32,
+};
+
+// forward_sm80.cuh, backward_sm80.cuh: mma.sync, compute capability 8.0 and newer
+template <Math kMath, int kHeadDim>
+void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
+template <Math kMath, int kHeadDim>
+void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
+template <Math kMath, int kHeadDim>
+void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,373 @@
+// The operators' CUDA implementations: they allocate, fill in the parameters of attention.h and call dispatch.cpp.
+// ops.py defines the schemas and says what an implementation may rely on.
+//
+// The only file that includes torch, and of torch only the stable ABI, so that one library serves every release
+// from 2.11 on. The host time of every call counts: nothing here asks the device or goes through torch's
+// dispatcher where the C shim has a direct way.
+
+#include "attention.h"
+#include "cuda_check.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+// Weak: a CPU build of torch has no such symbol, and must load the library nevertheless.
+#pragma weak aoti_torch_get_current_cuda_stream
+// In torch from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace flash_cosine_sim {
+namespace {
+
+using torch::headeronly::ScalarType;
+using TorchTensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<TorchTensor>;
+
+constexpr int64_t kAlignmentBytes = 16;   // of the rows of a Tensor
+constexpr int64_t kWorkspaceBytes = 256;  // alignment of the pieces of a workspace
+
+struct Device {
+  int num_multiprocessors = 0;
+  int capability_major = 0, capability_minor = 0;
+};
+
+// Asked once for all devices; a static variable's initialisation is thread-safe.
+const std::vector<Device>& devices() {
+  static const std::vector<Device> all = [] {
+    int num_devices = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&num_devices));
+    std::vector<Device> result(num_devices);
+    for (int index = 0; index < num_devices; ++index) {
+      Device& device = result[index];
+      CUDA_CHECK(cudaDeviceGetAttribute(&device.num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
+      CUDA_CHECK(cudaDeviceGetAttribute(&device.capability_major, cudaDevAttrComputeCapabilityMajor, index));
+      CUDA_CHECK(cudaDeviceGetAttribute(&device.capability_minor, cudaDevAttrComputeCapabilityMinor, index));
+    }
+    return result;
+  }();
+  return all;
+}
+
+DType dtype_of(const TorchTensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, "q must be float32, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+int to_int(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max(), name, " must be less than 2^31, got ", size);
+  return static_cast<int>(size);
+}
+
+// Where one call runs, and how it allocates. While it lives, q's device is the current one.
+class Call {
+ public:
+  const int device_index;
+  const DType dtype;
+  const int64_t itemsize;
+
+  explicit Call(const TorchTensor& q)
+      : device_index(q.get_device_index()),
+        dtype(dtype_of(q)),
+        itemsize(dtype == DType::kFloat32 ? 4 : 2),
+        guard_(device_index) {
+    const Device& device = devices().at(device_index);
+    STD_TORCH_CHECK(device.capability_major >= 8, "the CUDA kernels need compute capability 8.0 or newer, cuda:",
+                    device_index, " has ", device.capability_major, ".", device.capability_minor);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &torch_dtype_));
+  }
+
+  cudaStream_t stream() const { return stream_; }
+  int num_multiprocessors() const { return devices()[device_index].num_multiprocessors; }
+
+  // Uninitialised and contiguous, in q's dtype.
+  TorchTensor empty(std::initializer_list<int64_t> sizes) const { return allocate(sizes, torch_dtype_); }
+  TorchTensor empty_float32(std::initializer_list<int64_t> sizes) const {
+    return allocate(sizes, aoti_torch_dtype_float32());
+  }
+
+  TorchTensor empty_like(const TorchTensor& tensor) const {
+    return with_reason([&] { return torch::stable::empty_like(tensor); });
+  }
+
+  // `tensor` where attention.h can describe it, else a contiguous copy.
+  TorchTensor with_aligned_rows(const TorchTensor& tensor) const {
+    if (has_aligned_rows(tensor)) return tensor;
+    TorchTensor copy = empty({tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)});
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), tensor.get(), /*non_blocking=*/0));
+    return copy;
+  }
+
+  bool has_aligned_rows(const TorchTensor& tensor) const {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    bool aligned = strides[3] == 1 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kAlignmentBytes == 0;
+    for (int dim = 0; dim < 3; ++dim) {
+      aligned &= sizes[dim] <= 1 || strides[dim] * itemsize % kAlignmentBytes == 0;
+    }
+    return aligned;
+  }
+
+ private:
+  const torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int32_t torch_dtype_ = 0;
+
+  TorchTensor allocate(std::initializer_list<int64_t> sizes, int32_t torch_dtype) const {
+    int64_t strides[4];
+    int64_t stride = 1;
+    for (int dim = static_cast<int>(sizes.size()) - 1; dim >= 0; --dim) {
+      strides[dim] = stride;
+      stride *= sizes.begin()[dim];
+    }
+    return with_reason([&] {
+      AtenTensorHandle handle = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, torch_dtype,
+                                                             aoti_torch_device_type_cuda(), device_index, &handle));
+      return TorchTensor(handle);
+    });
+  }
+
+  // The C shim says that an allocation failed, but not why. Programs that catch the error look for these words.
+  template <typename Allocate>
+  TorchTensor with_reason(Allocate allocate) const {
+    try {
+      return allocate();
+    } catch (const std::runtime_error&) {
+      if (torch_exception_get_what_without_backtrace) {
+        throw std::runtime_error(torch_exception_get_what_without_backtrace());
+      }
+      throw std::runtime_error("CUDA out of memory. What torch said is on stderr");
+    }
+  }
+};
+
+// An output with the strides of empty_like, or, where the kernels cannot write those, a contiguous stand-in.
+struct Output {
+  TorchTensor result, rows;
+
+  Output(const Call& call, const TorchTensor& like)
+      : result(call.empty_like(like)), rows(call.has_aligned_rows(result) ? result : make_rows(call, like)) {}
+
+  void finish() const {
+    if (rows.get() != result.get()) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), rows.get(), /*non_blocking=*/0));
+    }
+  }
+
+ private:
+  static TorchTensor make_rows(const Call& call, const TorchTensor& like) {
+    return call.empty({like.size(0), like.size(1), like.size(2), like.size(3)});
+  }
+};
+
+TorchTensor as_contiguous(const TorchTensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor as_tensor(const TorchTensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  // The stride of a dimension of size 1 may be anything; head_dim is a multiple of the alignment.
+  const auto stride = [&](int dim) { return sizes[dim] <= 1 ? sizes[3] : strides[dim]; };
+  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
+}
+
+Tensor contiguous_tensor(void* data, const TorchTensor& shape) {
+  const auto sizes = shape.sizes();
+  return {data, sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3]};
+}
+
+Bias as_bias(const TorchTensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const auto stride = [&](int dim) { return sizes[dim] == 1 ? 0 : strides[dim]; };
+  return {tensor.data_ptr(), stride(0), stride(1), stride(2), stride(3)};
+}
+
+// All of Attention but q_hat and k_hat. q, k, v and scale are replaced by copies where attention.h asks for it, and
+// must outlive the launch.
+void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, TorchTensor& v,
+          const OptionalTensor& mask, const OptionalTensor& attn_bias, OptionalTensor& scale, double scale_value,
+          int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+  params.dtype = call.dtype;
+  params.batch = to_int(q.size(0), "batch");
+  params.num_heads = to_int(q.size(1), "num_heads");
+  params.num_kv_heads = to_int(k.size(1), "num_kv_heads");
+  params.seq_len_q = to_int(q.size(2), "seq_len_q");
+  params.seq_len_k = to_int(k.size(2), "seq_len_k");
+  params.head_dim = to_int(q.size(3), "head_dim");
+  params.groups = static_cast<int>(groups);  // divides head_dim
+  params.causal = causal;
+  params.l2norm_qk = l2norm_qk;
+  params.allow_tf32 = allow_tf32;
+  if (scale) {
+    scale = as_contiguous(*scale);
+    params.scale = static_cast<const float*>(scale->data_ptr());
+    params.scale_stride = scale->numel() == 1 ? 0 : 1;
+  }
+  params.scale_value = static_cast<float>(scale_value);
+  q = call.with_aligned_rows(q);
+  k = call.with_aligned_rows(k);
+  v = call.with_aligned_rows(v);
+  params.q = as_tensor(q);
+  params.k = as_tensor(k);
+  params.v = as_tensor(v);
+  if (mask) params.mask = {static_cast<const bool*>(mask->data_ptr()), mask->stride(0), mask->stride(1)};
+  if (attn_bias) params.bias = as_bias(*attn_bias);
+}
+
+int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// Sets q_hat and k_hat of a forward pass. Returns the memory that must outlive the launch.
+OptionalTensor allocate_hats(Attention& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
+  params.q_hat = params.q;
+  params.k_hat = params.k;
+  if (!params.l2norm_qk) return std::nullopt;
+  const int64_t q_numel = round_up(q.numel(), kWorkspaceBytes / call.itemsize);
+  TorchTensor hats = call.empty({q_numel + k.numel()});
+  char* data = static_cast<char*>(hats.data_ptr());
+  params.q_hat = contiguous_tensor(data, q);
+  params.k_hat = contiguous_tensor(data + q_numel * call.itemsize, k);
+  return hats;
+}
+
+std::tuple<TorchTensor, TorchTensor> forward(
+    TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias, OptionalTensor scale,
+    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+  const Call call(q);
+  Output o(call, q);
+  TorchTensor row_sum_log2 = call.empty_float32({q.size(0), q.size(1), q.size(2)});
+  ForwardParams params;
+  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  params.o = as_tensor(o.rows);
+  params.row_sum_log2 = static_cast<float*>(row_sum_log2.data_ptr());
+  if (q.numel() > 0) {  // else the pointer to o is null, which asks for partials
+    const OptionalTensor hats = allocate_hats(params, call, q, k);
+    run_forward(params, call.stream());
+    o.finish();
+  }
+  return {o.result, row_sum_log2};
+}
+
+std::tuple<TorchTensor, TorchTensor> partials(
+    TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias, OptionalTensor scale,
+    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+  const Call call(q);
+  TorchTensor numerator = call.empty_float32({q.size(0), q.size(1), q.size(2), q.size(3)});
+  TorchTensor denominator = call.empty_float32({q.size(0), q.size(1), q.size(2)});
+  ForwardParams params;
+  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  params.numerator = static_cast<float*>(numerator.data_ptr());
+  params.denominator = static_cast<float*>(denominator.data_ptr());
+  if (q.numel() > 0) {
+    const OptionalTensor hats = allocate_hats(params, call, q, k);
+    run_forward(params, call.stream());
+  }
+  return {numerator, denominator};
+}
+
+// Sets the workspace of a backward pass: pieces of one allocation, which is returned.
+TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
+  static_assert(sizeof(int) == sizeof(float), "dq_order lies in a float32 tensor");
+  const BackwardPlan plan = plan_backward(params, call.num_multiprocessors());
+  const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
+  const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
+  TorchTensor workspace = call.empty_float32(
+      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) + padded(plan.dq_order)});
+  float* next = static_cast<float*>(workspace.data_ptr());
+  const auto take = [&](int64_t size) {
+    float* piece = size == 0 ? nullptr : next;
+    next += padded(size);
+    return piece;
+  };
+  params.delta = take(delta);
+  params.dq_accumulator = take(plan.dq_accumulator);
+  params.dkv_partials = take(plan.dkv_partials);
+  params.dq_order = reinterpret_cast<int*>(take(plan.dq_order));
+  params.num_splits = plan.num_splits;
+  return workspace;
+}
+
+std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> backward(
+    TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias,
+    OptionalTensor scale, double scale_value, TorchTensor o, TorchTensor row_sum_log2, OptionalTensor drow_sum_log2,
+    int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32, bool need_dq, bool need_dk, bool need_dv,
+    bool need_dattn_bias, bool need_dscale, bool deterministic) {
+  const Call call(q);
+  // In the layouts of q, k and v as they came, before fill() copies them.
+  std::optional<Output> dq, dk, dv;
+  if (need_dq) dq.emplace(call, q);
+  if (need_dk) dk.emplace(call, k);
+  if (need_dv) dv.emplace(call, v);
+
+  BackwardParams params;
+  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  params.deterministic = deterministic;
+  if (dq) params.dq = as_tensor(dq->rows);
+  if (dk) params.dk = as_tensor(dk->rows);
+  if (dv) params.dv = as_tensor(dv->rows);
+  params.q_hat = params.q;
+  params.k_hat = params.k;
+  OptionalTensor q_hat, k_hat;  // where no gradient lends its memory
+  if (l2norm_qk) {
+    if (!dq) q_hat = call.empty({q.size(0), q.size(1), q.size(2), q.size(3)});
+    if (!dk) k_hat = call.empty({k.size(0), k.size(1), k.size(2), k.size(3)});
+    params.q_hat = dq ? params.dq : as_tensor(*q_hat);
+    params.k_hat = dk ? params.dk : as_tensor(*k_hat);
+  }
+
+  o = call.with_aligned_rows(o);
+  dout = call.with_aligned_rows(dout);
+  row_sum_log2 = as_contiguous(row_sum_log2);
+  params.o = as_tensor(o);
+  params.dout = as_tensor(dout);
+  params.row_sum_log2 = static_cast<const float*>(row_sum_log2.data_ptr());
+  if (drow_sum_log2) {
+    drow_sum_log2 = as_contiguous(*drow_sum_log2);
+    params.drow_sum_log2 = static_cast<const float*>(drow_sum_log2->data_ptr());
+  }
+  TorchTensor dattn_bias = need_dattn_bias ? call.empty_like(*attn_bias) : call.empty({0});
+  if (need_dattn_bias) params.dbias = as_bias(dattn_bias);
+  TorchTensor dscale = need_dscale ? call.empty_like(*scale) : call.empty_float32({0});
+  if (need_dscale) params.dscale = static_cast<float*>(dscale.data_ptr());
+
+  const TorchTensor workspace = allocate_workspace(params, call);
+  run_backward(params, call.stream());
+  const auto result = [&](const std::optional<Output>& output) { return output ? output->result : call.empty({0}); };
+  const TorchTensor grads[] = {result(dq), result(dk), result(dv), dattn_bias, dscale};
+  if (q.numel() > 0 && k.numel() > 0) {
+    const TorchTensor workspace = allocate_workspace(params, call);
+    run_backward(params, call.stream());
+    for (const std::optional<Output>* output : {&dq, &dk, &dv}) {
+      if (*output) (*output)->finish();
+    }
+  } else {
+    // There is no score, hence no gradient; but a broadcast bias and a scale are not empty, nor need q or k be.
+    for (const TorchTensor& grad : grads) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(grad.get()));
+  }
+  return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+}
+
+}  // namespace
+}  // namespace flash_cosine_sim
+
+STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&flash_cosine_sim::forward));
+  m.impl("partials", TORCH_BOX(&flash_cosine_sim::partials));
+  m.impl("backward", TORCH_BOX(&flash_cosine_sim::backward));
+}

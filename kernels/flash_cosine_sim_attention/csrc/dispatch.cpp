@@ -1,0 +1,131 @@
+// Which kernels run, in which order: the inputs' dtype, head dim and options decide.
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_check.h"
+#include "traits.h"
+
+namespace flash_cosine_sim {
+namespace {
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls function(Constant<the smallest head dim with a kernel that holds head_dim>).
+template <typename Function>
+void with_head_dim(int head_dim, Function function) {
+  if (head_dim <= 16) return function(Constant<16>());
+  if (head_dim <= 32) return function(Constant<32>());
+  if (head_dim <= 64) return function(Constant<64>());
+  if (head_dim <= 96) return function(Constant<96>());
+  if (head_dim <= 128) return function(Constant<128>());
+  if (head_dim <= 256) return function(Constant<256>());
+  throw std::runtime_error("head_dim must be at most 256, got " + std::to_string(head_dim));
+}
+
+template <Math kMath>
+struct MathConstant {
+  static constexpr Math value = kMath;
+};
+
+template <typename Function>
+void with_math(const Attention& params, Function function) {
+  switch (params.dtype) {
+    case DType::kBFloat16: return function(MathConstant<Math::kBf16>());
+    case DType::kFloat16: return function(MathConstant<Math::kFp16>());
+    case DType::kFloat32:
+      if (params.allow_tf32) return function(MathConstant<Math::kTf32>());
+      return function(MathConstant<Math::kFp32>());
+  }
+  throw std::runtime_error("unknown dtype");
+}
+
+// Whether 2^S may leave float16's range: 2^(10 log2(e)) = 2^14.4 is below its largest number, 2^16, and the
+// smallest, 2^-14.4, hardly below its smallest normal one, 2^-14. A scale on the device is not known here.
+bool exceeds_fp16(const Attention& params) {
+  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr;
+  return !bounded || std::abs(params.scale_value) * params.groups > 10.f;
+}
+
+bool needs_main_kernel(const BackwardParams& params) {
+  return params.dq.data != nullptr || params.dscale != nullptr || params.dk.data != nullptr ||
+         params.dv.data != nullptr;
+}
+
+}  // namespace
+
+void run_forward(const ForwardParams& params, cudaStream_t stream) {
+  if (params.batch == 0 || params.seq_len_q == 0) return;
+  if (params.l2norm_qk) launch_normalize(params, stream);
+  with_head_dim(params.head_dim, [&](auto head_dim) {
+    if (params.dtype == DType::kFloat16 && exceeds_fp16(params)) {
+      launch_forward_sm80<Math::kFp16WideP, head_dim.value>(params, stream);
+    } else {
+      with_math(params,
+                [&](auto math) { launch_forward_sm80<math.value, head_dim.value>(params, stream); });
+    }
+  });
+}
+
+BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors) {
+  BackwardPlan plan;
+  if (!needs_main_kernel(params) || params.batch == 0) return plan;
+  const int64_t num_heads = int64_t(params.batch) * params.num_heads;
+  const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
+  const int group = params.num_heads / params.num_kv_heads;
+  const bool needs_dq = params.dq.data != nullptr || params.dscale != nullptr;
+  if (needs_dq) plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
+  with_math(params, [&](auto math) {
+    with_head_dim(params.head_dim, [&](auto head_dim) {
+      using Traits = BackwardTraits<math.value, head_dim.value>;
+      const int64_t num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
+      const int64_t num_blocks_q = (params.seq_len_q + Traits::kBlockQ - 1) / Traits::kBlockQ;
+      if (needs_dq && params.deterministic) plan.dq_order = Traits::kSlices * num_heads * num_blocks_q;
+      const int64_t num_blocks = num_kv_heads * num_blocks_k;
+      const int64_t items = group * num_blocks_q;  // that each of them walks over
+      if (num_blocks == 0) return;
+      if (!params.l2norm_qk && group > 1 && params.scale_stride != 0) {
+        plan.num_splits = group;  // a factor per head, which a split has but one of
+      } else if (2 * num_blocks <= num_multiprocessors && items >= 8) {
+        // Too few blocks to fill the GPU: several share the walk, and their sums are added up afterwards.
+        const int64_t wanted = (2 * num_multiprocessors + num_blocks - 1) / num_blocks;
+        plan.num_splits = static_cast<int>(std::min(wanted, items / 4));
+      } else if (Traits::kSlices > 1) {
+        plan.num_splits = 1;  // no block has a whole row of dk to take through the norm
+      }
+    });
+  });
+  if (params.dk.data != nullptr || params.dv.data != nullptr || plan.num_splits > 0) {
+    plan.dkv_partials = plan.num_splits * 2 * num_kv_heads * params.seq_len_k * params.head_dim;
+  }
+  return plan;
+}
+
+void run_backward(const BackwardParams& params, cudaStream_t stream) {
+  if (params.batch == 0) return;
+  if (params.l2norm_qk) launch_normalize(params, stream);
+  launch_delta(params, stream);
+  with_math(params, [&](auto math) {
+    with_head_dim(params.head_dim, [&](auto head_dim) {
+      // First, for the main kernel may write dk where k_hat is.
+      if (params.dbias.data != nullptr) launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream);
+      if (!needs_main_kernel(params)) return;
+      const BackwardPlan plan = plan_backward(params, 0);
+      if (params.dq_accumulator != nullptr) {
+        CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, plan.dq_accumulator * sizeof(float), stream));
+      }
+      if (params.dq_order != nullptr) {
+        CUDA_CHECK(cudaMemsetAsync(params.dq_order, 0, plan.dq_order * sizeof(int), stream));
+      }
+      if (params.seq_len_k > 0) launch_backward_sm80<math.value, head_dim.value>(params, stream);
+    });
+  });
+  launch_dkv_merge(params, stream);
+  launch_dq(params, stream);
+}
+
+}  // namespace flash_cosine_sim
