@@ -106,22 +106,10 @@ struct Backward {
   // Rows [row, ...) of a b^T, for a tile of keys a and queries [column, ...) of a tile b.
   static __device__ void multiply_scores(Scores& scores, uint32_t tile_a, uint32_t tile_b, int row, int column) {
     // Unrolled further, loads would be hoisted until registers run out.
-#pragma unroll(kSteps >= 4 ? 2 : kSteps)
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) load_a<kRowBytes>(a[m], tile_a, row + 16 * m, step);
-#pragma unroll
-      for (int n = 0; n < kChunkQ / 8; n += 2) {
-        uint32_t b[4];
-        load_b<kRowBytes>(b, tile_b, column + 8 * n, step);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma<kMath>(scores[m][n], a[m], b[0], b[1]);
-          mma<kMath>(scores[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    constexpr int kUnroll = sizeof(T) == 4 ? 4 : kSteps >= 4 ? 2 : kSteps;
+    multiply<kMath, kSteps, kUnroll>(
+        scores, [&](uint32_t (&a)[4], int m, int step) { load_a<kRowBytes>(a, tile_a, row + 16 * m, step); },
+        [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_b, column + 8 * n, step); });
   }
 
   // gradient += x b for x in accumulators (keys, queries [query, ...)) and a slice of columns of the tile b.
@@ -130,29 +118,20 @@ struct Backward {
     // Multiples of 128 bytes do not take part in the swizzle.
     static_assert(Traits::kSlices == 1 || kOutDim * sizeof(T) % 128 == 0);
     tile_b += slice * kOutDim * static_cast<int>(sizeof(T));
-    constexpr int kQueries = kContraction<kMath>;
-#pragma unroll
-    for (int step = 0; step < kChunkQ / kQueries; ++step) {
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) accumulator_to_a<kMath>(a[m], x[m], step);
-#pragma unroll
-      for (int n = 0; n < kOutDim / 8; n += 2) {
-        uint32_t b[4];
-        load_b_transposed<kMath, kRowBytes>(b, tile_b, 8 * n, query / kQueries + step);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma<kMath>(gradient[m][n], a[m], b[0], b[1]);
-          mma<kMath>(gradient[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    constexpr int kQueries = kContraction<kMath>, kStepsQ = kChunkQ / kQueries;
+    multiply<kMath, kStepsQ, kStepsQ>(
+        gradient, [&](uint32_t (&a)[4], int m, int step) { accumulator_to_a<kMath>(a, x[m], step); },
+        [&](uint32_t (&b)[4], int n, int step) {
+          load_b_transposed<kMath, kRowBytes>(b, tile_b, 8 * n, query / kQueries + step);
+        });
   }
 
   // Scale, bias and masks of S^T. `row` is the warp's first key, `visible` a bit for each of its keys.
   static __device__ void finish_scores(const BackwardParams& params, int batch, int head, Scores& scores, int row,
-                                       int first_query, float score_scale, unsigned visible, bool causal) {
-    const int lane = threadIdx.x & 31, diagonal = params.seq_len_k - params.seq_len_q;
+                                       int first_query, unsigned visible, bool causal) {
+    // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
+    const int lane = opaque(static_cast<int>(threadIdx.x & 31)), diagonal = params.seq_len_k - params.seq_len_q;
+    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
 #pragma unroll
     for (int n = 0; n < kChunkQ / 8; ++n) {
 #pragma unroll
@@ -196,27 +175,22 @@ struct Backward {
   // Adds dS k_hat, of one block of queries and this block's keys, to dq_accumulator.
   static __device__ void accumulate_dq(const BackwardParams& params, const Work& work, const Item& item,
                                        uint32_t tile_ds, uint32_t tile_k) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), warp = thread / 32, lane = thread & 31;
     const int row = 16 * (warp % Traits::kWarpsQ);
     const int column = work.slice * kOutDim + warp / Traits::kWarpsQ * Traits::kDimPerWarp;
     // As above: whole 128 bytes go into the address, so that the compiler knows what is left of the column.
     constexpr bool kWhole = Traits::kDimPerWarp * sizeof(T) % 128 == 0;
     tile_k += kWhole ? column * static_cast<int>(sizeof(T)) : 0;
     const int first_column = kWhole ? 0 : column;
-    float dq[Traits::kDimPerWarp / 8][4] = {};
-    constexpr int kStepsK = kBlockK / kContraction<kMath>;
-#pragma unroll(sizeof(T) == 4 ? 2 : 4)
-    for (int step = 0; step < kStepsK; ++step) {
-      uint32_t a[4];
-      load_a_transposed<kMath, Traits::kRowBytesDS>(a, tile_ds, row, step);
-#pragma unroll
-      for (int n = 0; n < Traits::kDimPerWarp / 8; n += 2) {
-        uint32_t b[4];
-        load_b_transposed<kMath, kRowBytes>(b, tile_k, first_column + 8 * n, step);
-        mma<kMath>(dq[n], a, b[0], b[1]);
-        mma<kMath>(dq[n + 1], a, b[2], b[3]);
-      }
-    }
+    float dq[1][Traits::kDimPerWarp / 8][4] = {};
+    multiply<kMath, kBlockK / kContraction<kMath>, 4>(
+        dq,
+        [&](uint32_t (&a)[4], int, int step) {
+          load_a_transposed<kMath, Traits::kRowBytesDS>(a, tile_ds, row, step);
+        },
+        [&](uint32_t (&b)[4], int n, int step) {
+          load_b_transposed<kMath, kRowBytes>(b, tile_k, first_column + 8 * n, step);
+        });
     const int64_t first_row = (int64_t(work.batch) * params.num_heads + item.head) * params.seq_len_q;
     int* order = dq_order(params, work, item);
     if (order != nullptr) {
@@ -233,7 +207,7 @@ struct Backward {
 #pragma unroll
       for (int n = 0; n < Traits::kDimPerWarp / 8; ++n) {
         if (column + 8 * n >= params.head_dim) continue;
-        red_add_v2_f32(target + column + 8 * n, dq[n][2 * half], dq[n][2 * half + 1]);
+        red_add_v2_f32(target + column + 8 * n, dq[0][n][2 * half], dq[0][n][2 * half + 1]);
       }
     }
     if (order != nullptr) {
@@ -357,7 +331,6 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       B::load_queries(params, stages + (stage ^ 1) * 2 * Traits::kTileBytesQ, work.batch, next);
       next_statistic = B::load_row_statistic(params, work.batch, next);
     }
-    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, item.head);
     const int diagonal = params.seq_len_k - params.seq_len_q;
     // Not unrolled: the accumulators of one chunk leave no register for the addresses of another.
 #pragma unroll 1
@@ -368,8 +341,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       B::multiply_scores(dp, tile_v, tile_do, row, chunk);
       const bool on_diagonal = params.causal && first_key + row + 16 * B::kRowTiles - 1 > first_query + diagonal;
       if (!params.l2norm_qk || params.bias.data != nullptr || on_diagonal || visible != all_keys) {
-        B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, score_scale, visible,
-                         on_diagonal);
+        B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, visible, on_diagonal);
       }
       B::softmax_gradient(scores, dp, row_statistics + chunk);
 #pragma unroll

@@ -18,7 +18,7 @@ struct BiasGradient {
   using T = Element<kMath>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK;
   static constexpr int kRowBytes = Traits::kRowBytes, kSteps = kRowBytes / 32;
-  using Scores = float[kBlockK / 8][4];
+  using Scores = float[1][kBlockK / 8][4];  // one tile of 16 rows a warp
 
   // The half-open range of one of four loops: all of a broadcast dimension, else the block's own index.
   struct Range {
@@ -43,19 +43,11 @@ struct BiasGradient {
   }
 
   // Rows of a warp of the tile a times all rows of the tile b.
-  static __device__ void multiply(Scores& scores, uint32_t tile_a, uint32_t tile_b, int row) {
-#pragma unroll(kSteps > 4 ? 4 : kSteps)
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4];
-      load_a<kRowBytes>(a, tile_a, row, step);
-#pragma unroll
-      for (int n = 0; n < kBlockK / 8; n += 2) {
-        uint32_t b[4];
-        load_b<kRowBytes>(b, tile_b, 8 * n, step);
-        mma<kMath>(scores[n], a, b[0], b[1]);
-        mma<kMath>(scores[n + 1], a, b[2], b[3]);
-      }
-    }
+  static __device__ void multiply_rows(Scores& scores, uint32_t tile_a, uint32_t tile_b, int row) {
+    constexpr int kUnroll = kSteps > 4 ? 4 : kSteps;
+    multiply<kMath, kSteps, kUnroll>(
+        scores, [&](uint32_t (&a)[4], int, int step) { load_a<kRowBytes>(a, tile_a, row, step); },
+        [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_b, 8 * n, step); });
   }
 
   // Adds dS of the warp's rows, queries [query, ...), and keys [first_key, ...) of a head to `sum`.
@@ -78,8 +70,8 @@ struct BiasGradient {
         for (int i = 0; i < 2; ++i) {
           const int offset = 8 * n + 2 * (lane & 3) + i, key = first_key + offset;
           if (!((visible >> offset) & 1) || (params.causal && key > row + diagonal)) continue;
-          const float score = scores[n][2 * half + i] * score_scale + bias[8 * n + i];
-          sum[n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[n][2 * half + i] - delta);
+          const float score = scores[0][n][2 * half + i] * score_scale + bias[8 * n + i];
+          sum[0][n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[0][n][2 * half + i] - delta);
         }
       }
     }
@@ -96,12 +88,12 @@ struct BiasGradient {
       for (int half = 0; half < 2; ++half) {
         float total = 0.f;
 #pragma unroll
-        for (int n = 0; n < kBlockK / 8; ++n) total += sum[n][2 * half] + sum[n][2 * half + 1];
+        for (int n = 0; n < kBlockK / 8; ++n) total += sum[0][n][2 * half] + sum[0][n][2 * half + 1];
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
 #pragma unroll
-        for (int n = 0; n < kBlockK / 8; ++n) sum[n][2 * half] = sum[n][2 * half + 1] = 0.f;
-        if ((lane & 3) == 0) sum[0][2 * half] = total;
+        for (int n = 0; n < kBlockK / 8; ++n) sum[0][n][2 * half] = sum[0][n][2 * half + 1] = 0.f;
+        if ((lane & 3) == 0) sum[0][0][2 * half] = total;
       }
     }
     if (one_query) {
@@ -109,7 +101,7 @@ struct BiasGradient {
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float total = sum[n][i] + sum[n][2 + i];
+          float total = sum[0][n][i] + sum[0][n][2 + i];
 #pragma unroll
           for (int distance = 4; distance < 32; distance *= 2) {
             total += __shfl_xor_sync(0xffffffffu, total, distance);
@@ -139,7 +131,7 @@ struct BiasGradient {
           const int offset = 8 * n + 2 * (lane & 3) + i, key = first_key + offset;
           if (one_key ? offset != 0 : key >= params.seq_len_k) continue;
           T* place = target + query * params.dbias.stride_query + (one_key ? 0 : key * params.dbias.stride_key);
-          *place = from_float<T>(sum[n][2 * half + i]);
+          *place = from_float<T>(sum[0][n][2 * half + i]);
         }
       }
     }
@@ -147,7 +139,8 @@ struct BiasGradient {
 };
 
 template <Math kMath, int kHeadDim>
-__global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads)
+__global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads,
+                                  BiasGradientTraits<kMath, kHeadDim>::kMinBlocks)
     bias_gradient_sm80_kernel(const __grid_constant__ BackwardParams params) {
   using G = BiasGradient<kMath, kHeadDim>;
   constexpr int kBlockQ = G::kBlockQ, kBlockK = G::kBlockK;
@@ -177,8 +170,8 @@ __global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads)
           cp_async_wait_all();
           __syncthreads();
           typename G::Scores scores = {}, dp = {};
-          G::multiply(scores, tile_q, tile_k, row);
-          G::multiply(dp, tile_do, tile_v, row);
+          G::multiply_rows(scores, tile_q, tile_k, row);
+          G::multiply_rows(dp, tile_do, tile_v, row);
           G::add_gradient(params, batch, head, sum, scores, dp, first_query + row, first_key);
           __syncthreads();  // before the next tiles arrive
         }

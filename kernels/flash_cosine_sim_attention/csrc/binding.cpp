@@ -346,8 +346,6 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
   TorchTensor dscale = need_dscale ? call.empty_like(*scale) : call.empty_float32({0});
   if (need_dscale) params.dscale = static_cast<float*>(dscale.data_ptr());
 
-  const TorchTensor workspace = allocate_workspace(params, call);
-  run_backward(params, call.stream());
   const auto result = [&](const std::optional<Output>& output) { return output ? output->result : call.empty({0}); };
   const TorchTensor grads[] = {result(dq), result(dk), result(dv), dattn_bias, dscale};
   if (q.numel() > 0 && k.numel() > 0) {

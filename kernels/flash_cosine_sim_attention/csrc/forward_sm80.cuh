@@ -7,7 +7,11 @@
 //              +---------------+
 //
 // With bounded scores P needs no row maximum, so nothing is ever rescaled: a slice of 16 (float32: 8) keys goes
-// from scores to P to the product with V on its own, and the row sum is reduced across lanes once, at the end.
+// from scores to P to the product with V on its own, and the row sums are reduced across lanes once, at the end.
+//
+// There are two sums of a row. O is divided by that of P as rounded for the product with V: a row that attends to one
+// key then gives that key's value exactly, as it does where the row maximum makes P = 1. The backward pass, whose P
+// is not rounded, needs that of P itself.
 #pragma once
 
 #include "cuda_check.h"
@@ -21,12 +25,17 @@ struct Forward {
   using Traits = ForwardTraits<kMath, kHeadDim>;
   using T = Element<kMath>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kRowBytes = Traits::kRowBytes;
-  static constexpr int kRowTiles = Traits::kRowTiles;
+  static constexpr int kRowTiles = Traits::kRowTiles, kOutDim = Traits::kOutDim;
   static constexpr int kSteps = kRowBytes / 32;                  // of the contraction over the head dim
   static constexpr int kSlices = kBlockK / kContraction<kMath>;  // of the contraction over keys
 
   using Scores = float[kRowTiles][kBlockK / 8][4];
-  using Output = float[kRowTiles][kHeadDim / 8][4];
+  using Output = float[kRowTiles][kOutDim / 8][4];  // of the warp's columns
+  struct RowSums {
+    float exact[kRowTiles][2] = {};
+    float rounded[kRowTiles][2] = {};  // 16-bit elements only: float32 does not round P
+  };
+  static constexpr bool kRoundsP = sizeof(T) == 2;
   using QFragments = uint32_t[kRowTiles][Traits::kQInRegisters ? kSteps : 1][4];
 
   // Which tile of which head a block works on.
@@ -67,36 +76,27 @@ struct Forward {
   // S = q_hat k_hat^T for a warp's rows and a block of keys.
   static __device__ void multiply_qk(Scores& scores, const QFragments& q, uint32_t tile_q, uint32_t tile_k, int row) {
     // Unrolled further, loads would be hoisted until registers run out.
-#pragma unroll(kSteps > 8 ? 4 : kSteps)
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[kRowTiles][4];
+    constexpr int kUnroll = kSteps > 8 ? 4 : kSteps;
+    multiply<kMath, kSteps, kUnroll>(
+        scores,
+        [&](uint32_t (&a)[4], int m, int step) {
+          if constexpr (Traits::kQInRegisters) {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        if constexpr (Traits::kQInRegisters) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a[m][i] = q[m][step][i];
-        } else {
-          load_a<kRowBytes>(a[m], tile_q, row + 16 * m, step);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kBlockK / 8; n += 2) {
-        uint32_t b[4];
-        load_b<kRowBytes>(b, tile_k, 8 * n, step);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma<kMath>(scores[m][n], a[m], b[0], b[1]);
-          mma<kMath>(scores[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+            for (int i = 0; i < 4; ++i) a[i] = q[m][step][i];
+          } else {
+            load_a<kRowBytes>(a, tile_q, row + 16 * m, step);
+          }
+        },
+        [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_k, 8 * n, step); });
   }
 
   // Multiplies by c if q_hat does not contain it, adds the bias, hides what may not be seen. `row` is the query of
   // the warp's first row.
   static __device__ void finish_scores(const ForwardParams& params, const Work& work, Scores& scores, int row,
-                                       int first_key, float score_scale, uint64_t visible, bool diagonal) {
-    const int lane = threadIdx.x & 31, last_key = params.seq_len_k - params.seq_len_q;  // of query 0, if causal
+                                       int first_key, uint64_t visible, bool diagonal) {
+    // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
+    const int lane = opaque(static_cast<int>(threadIdx.x & 31)), last_key = params.seq_len_k - params.seq_len_q;  // of query 0, if causal
+    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -119,45 +119,56 @@ struct Forward {
     }
   }
 
-  // P = 2^S, added to the row sums and multiplied with V, slice by slice.
-  static __device__ void multiply_pv(Output& o, float (&row_sum)[kRowTiles][2], Scores& scores, uint32_t tile_v) {
+  // P = 2^S for keys [8 * first_block, 8 * last_block), in place, added to the exact row sums.
+  static __device__ void exponentiate(Scores& scores, RowSums& sums, int first_block, int last_block) {
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      constexpr int kBlocks = kContraction<kMath> / 8;  // of 8 keys
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int n = first_block; n < last_block; ++n) {
 #pragma unroll
-        for (int n = slice * kBlocks; n < (slice + 1) * kBlocks; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[m][n][i] = ex2_approx_ftz(scores[m][n][i]);
-            row_sum[m][i >> 1] += scores[m][n][i];
-          }
-        }
-      }
-      if constexpr (kMath == Math::kFp16WideP) {
-        multiply_wide_slice(o, scores, tile_v, slice);
-      } else {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) accumulator_to_a<kMath>(a[m], scores[m], slice);
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; n += 2) {
-          uint32_t b[4];
-          load_b_transposed<kMath, kRowBytes>(b, tile_v, 8 * n, slice);
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            mma<kMath>(o[m][n], a[m], b[0], b[1]);
-            mma<kMath>(o[m][n + 1], a[m], b[2], b[3]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          scores[m][n][i] = ex2_approx_ftz(scores[m][n][i]);
+          sums.exact[m][i >> 1] += scores[m][n][i];
         }
       }
     }
   }
 
+  // P = 2^S, added to the row sums and multiplied with V, slice by slice.
+  static __device__ void multiply_pv(Output& o, RowSums& sums, Scores& scores, uint32_t tile_v) {
+    constexpr int kStepsAtOnce = kMath == Math::kFp32 ? kStepsFp32 : 1;
+    constexpr int kBlocks = kStepsAtOnce * kContraction<kMath> / 8;  // of 8 keys
+#pragma unroll
+    for (int slice = 0; slice < kSlices; slice += kStepsAtOnce) {
+      exponentiate(scores, sums, slice / kStepsAtOnce * kBlocks, (slice / kStepsAtOnce + 1) * kBlocks);
+      if constexpr (kMath == Math::kFp16WideP) {
+        multiply_wide_slice(o, sums, scores, tile_v, slice);
+      } else {
+        multiply<kMath, kStepsAtOnce, kStepsAtOnce>(
+            o,
+            [&](uint32_t (&a)[4], int m, int step) {
+              accumulator_to_a<kMath>(a, scores[m], slice + step);
+              if constexpr (kRoundsP) add_rounded(sums.rounded[m], a);
+            },
+            [&](uint32_t (&b)[4], int n, int step) {
+              load_b_transposed<kMath, kRowBytes>(b, tile_v, 8 * n, slice + step);
+            });
+      }
+    }
+  }
+
+  static __device__ void add_rounded(float (&sums)[2], const uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 p = unpack<T>(a[i]);
+      sums[i & 1] += p.x + p.y;
+    }
+  }
+
   // The same with P in TF32 and V, whose float16 is exact in TF32, widened on the way: a register of V holds two
   // keys of a column, in the order of accumulator_to_a for float32.
-  static __device__ void multiply_wide_slice(Output& o, const Scores& scores, uint32_t tile_v, int slice) {
+  static __device__ void multiply_wide_slice(Output& o, RowSums& sums, const Scores& scores, uint32_t tile_v,
+                                             int slice) {
     uint32_t a[kRowTiles][2][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -166,11 +177,14 @@ struct Forward {
         uint32_t wide[4];
         accumulator_to_a<Math::kTf32>(wide, scores[m], 2 * slice + half);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][half][i] = cvt_rna_tf32(__uint_as_float(wide[i]));
+        for (int i = 0; i < 4; ++i) {
+          a[m][half][i] = cvt_rna_tf32(__uint_as_float(wide[i]));
+          sums.rounded[m][i & 1] += __uint_as_float(a[m][half][i]);
+        }
       }
     }
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; n += 2) {
+    for (int n = 0; n < kOutDim / 8; n += 2) {
       uint32_t b[4];
       load_b_transposed<kMath, kRowBytes>(b, tile_v, 8 * n, slice);
 #pragma unroll
@@ -184,34 +198,39 @@ struct Forward {
     }
   }
 
-  // Divides by the row sums and writes the warp's rows through shared memory, for whole 16-byte stores. `tile` is
-  // the memory of the warp's own rows of q, which nobody reads any more.
+  // Divides by the row sums and writes the warp's rows and columns through shared memory, for whole 16-byte stores:
+  // through that of its rows of q, which nobody else reads, but for a warp that shares them.
   static __device__ void write_output(const ForwardParams& params, const Work& work, Output& o,
-                                      const float (&row_sum)[kRowTiles][2], uint32_t tile_q, const char* shared_q,
-                                      int row) {
+                                      const RowSums& sums, uint32_t tile_q, const char* shared_q,
+                                      int row, int column) {
     const int lane = threadIdx.x & 31;
     const int64_t first_row = (int64_t(work.batch) * params.num_heads + work.head) * params.seq_len_q;
+    if constexpr (Traits::kWarpsDim > 1) __syncthreads();
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float sum = row_sum[m][half];
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        const float sum = (kRoundsP ? sums.rounded : sums.exact)[m][half];
+        const float inverse = sum == 0.f ? 0.f : rcp_approx_ftz(sum);
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
+        for (int n = 0; n < kOutDim / 8; ++n) {
           o[m][n][2 * half] *= inverse;
           o[m][n][2 * half + 1] *= inverse;
         }
         const int query = work.first_query + row + 16 * m + 8 * half + (lane >> 2);
-        if ((lane & 3) == 0 && query < params.seq_len_q) params.row_sum_log2[first_row + query] = log2f(sum);
+        if ((lane & 3) == 0 && column == 0 && query < params.seq_len_q) {
+          params.row_sum_log2[first_row + query] = log2f(sums.exact[m][half]);
+        }
       }
-      store_accumulator<kMath, kRowBytes>(tile_q, o[m], row + 16 * m, 0);
+      store_accumulator<kMath, kRowBytes>(tile_q, o[m], row + 16 * m, column);
     }
     __syncwarp();
-    constexpr int kChunks = kRowBytes / 16;
+    constexpr int kChunks = kOutDim * static_cast<int>(sizeof(T)) / 16;
+    const int first_chunk = column * static_cast<int>(sizeof(T)) / 16;
     for (int index = lane; index < 16 * kRowTiles * kChunks; index += 32) {
-      const int line = row + index / kChunks, chunk = index % kChunks, query = work.first_query + line;
+      const int line = row + index / kChunks, chunk = first_chunk + index % kChunks;
+      const int query = work.first_query + line;
       if (query >= params.seq_len_q || chunk * 16 >= params.head_dim * static_cast<int>(sizeof(T))) continue;
       const uint4 value = *reinterpret_cast<const uint4*>(shared_q + swizzle<kRowBytes>(line, chunk));
       char* address = const_cast<char*>(rows_of(params.o, work.batch, work.head, query)) + chunk * 16;
@@ -220,7 +239,7 @@ struct Forward {
   }
 
   static __device__ void write_partials(const ForwardParams& params, const Work& work, const Output& o,
-                                        const float (&row_sum)[kRowTiles][2], int row) {
+                                        const RowSums& sums, int row, int column) {
     const int lane = threadIdx.x & 31;
     const int64_t first_row = (int64_t(work.batch) * params.num_heads + work.head) * params.seq_len_q;
 #pragma unroll
@@ -229,11 +248,13 @@ struct Forward {
       for (int half = 0; half < 2; ++half) {
         const int query = work.first_query + row + 16 * m + 8 * half + (lane >> 2);
         if (query >= params.seq_len_q) continue;
-        if ((lane & 3) == 0) params.denominator[first_row + query] = row_sum[m][half];
-        float* numerator = params.numerator + (first_row + query) * params.head_dim + 2 * (lane & 3);
+        if ((lane & 3) == 0 && column == 0) {
+          params.denominator[first_row + query] = (kRoundsP ? sums.rounded : sums.exact)[m][half];
+        }
+        float* numerator = params.numerator + (first_row + query) * params.head_dim + column + 2 * (lane & 3);
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          if (8 * n >= params.head_dim) continue;
+        for (int n = 0; n < kOutDim / 8; ++n) {
+          if (column + 8 * n >= params.head_dim) continue;
           *reinterpret_cast<float2*>(numerator + 8 * n) = make_float2(o[m][n][2 * half], o[m][n][2 * half + 1]);
         }
       }
@@ -249,7 +270,9 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_q = shared_address(shared), stages = tile_q + F::kBlockQ * kRowBytes;
   const auto work = F::find_work(params, num_blocks_q, heads_per_section);
-  const int row = static_cast<int>(threadIdx.x / 32) * 16 * F::kRowTiles;  // the warp's first
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int row = warp / F::Traits::kWarpsDim * 16 * F::kRowTiles;  // the warp's first
+  const int column = warp % F::Traits::kWarpsDim * F::kOutDim;      // and of its columns of O
   const int first_query = work.first_query + row;
   const int diagonal = params.seq_len_k - params.seq_len_q;  // the last key that query 0 sees, if causal
   int num_keys = params.seq_len_k;
@@ -263,10 +286,8 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   if (num_blocks_k > 0) F::load_keys(params, work, stages, 0);
 
   typename F::Output o = {};
-  float row_sum[F::kRowTiles][2] = {};
+  typename F::RowSums sums;
   typename F::QFragments q;
-  const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
-  const bool plain = params.l2norm_qk && params.bias.data == nullptr;
 
   for (int block = 0; block < num_blocks_k; ++block) {
     const uint32_t tile_k = stages + (block & 1) * kStageBytes;
@@ -296,10 +317,12 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
     }
     typename F::Scores scores = {};
     F::multiply_qk(scores, q, tile_q, tile_k, row);
-    if (!plain || on_diagonal || visible != kAllKeys<kBlockK>) {
-      F::finish_scores(params, work, scores, first_query, first_key, score_scale, visible, on_diagonal);
+    if (!params.l2norm_qk || params.bias.data != nullptr || on_diagonal || visible != kAllKeys<kBlockK>) {
+      F::finish_scores(params, work, scores, first_query, first_key, visible, on_diagonal);
     }
-    F::multiply_pv(o, row_sum, scores, tile_k + kBlockK * kRowBytes);
+    // Whole 128 bytes of columns, which do not take part in the swizzle.
+    static_assert(F::Traits::kWarpsDim == 1 || F::kOutDim * sizeof(typename F::T) % 128 == 0);
+    F::multiply_pv(o, sums, scores, tile_k + kBlockK * kRowBytes + column * static_cast<int>(sizeof(typename F::T)));
   }
   cp_async_wait_all();  // without any key q may still be on its way into the memory that o goes through
 
@@ -307,15 +330,20 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   for (int m = 0; m < F::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_sum[m][half] += __shfl_xor_sync(0xffffffffu, row_sum[m][half], 1);
-      row_sum[m][half] += __shfl_xor_sync(0xffffffffu, row_sum[m][half], 2);
+#pragma unroll
+      for (int distance = 1; distance <= 2; ++distance) {
+        sums.exact[m][half] += __shfl_xor_sync(0xffffffffu, sums.exact[m][half], distance);
+        if constexpr (F::kRoundsP) {
+          sums.rounded[m][half] += __shfl_xor_sync(0xffffffffu, sums.rounded[m][half], distance);
+        }
+      }
     }
   }
   if (params.o.data == nullptr) {
-    F::write_partials(params, work, o, row_sum, row);
+    F::write_partials(params, work, o, sums, row, column);
   } else {
     if (num_blocks_k == 0) __syncthreads();  // other threads' copies of q
-    F::write_output(params, work, o, row_sum, tile_q, shared, row);
+    F::write_output(params, work, o, sums, tile_q, shared, row, column);
   }
 }
 

@@ -315,7 +315,7 @@ void with_dtype(DType dtype, Body&& body) {
 // are not touched. Called by all threads of a block, after a __syncthreads() that made the tile visible; needs
 // blockDim.x to be a multiple of 32 and has no __syncthreads() within.
 template <typename T>
-__device__ inline void project_rows(float* tile, int pitch, int num_rows, int head_dim, int groups, bool l2norm_qk,
+__device__ __noinline__ void project_rows(float* tile, int pitch, int num_rows, int head_dim, int groups, bool l2norm_qk,
                                     const T* raw, int64_t raw_row_stride, T* out, int64_t out_row_stride) {
   const rows::RowLanes<T> lanes(head_dim);
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;

@@ -41,14 +41,14 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const char* source, int
                                           int valid_bytes) {
   constexpr int kChunks = kRowBytes / 16;
   constexpr int kTotal = kRows * kChunks;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = opaque(static_cast<int>(threadIdx.x));  // a few instructions once a tile, not registers always
   if constexpr (kThreads % kChunks == 0 && kTotal % kThreads == 0) {
     // A thread keeps to one column of chunks, so one pointer walks down: the loop is in the kernels' inner loop.
     constexpr int kRowsPerPass = kThreads / kChunks;
     const int chunk = thread % kChunks, last_row = chunk * 16 < valid_bytes ? num_rows : 0;
     int row = thread / kChunks;
     const char* address = source + row * row_bytes + chunk * 16;
-#pragma unroll(kTotal / kThreads > 8 ? 4 : 8)
+#pragma unroll(kTotal / kThreads > 8 ? 2 : 8)
     for (int pass = 0; pass < kTotal / kThreads; ++pass) {
       const bool valid = row < last_row;
       cp_async_16(tile + swizzle<kRowBytes>(row, chunk), valid ? address : source, valid);

@@ -12,25 +12,28 @@ inline constexpr int kMaxSharedBytes = 99 * 1024;
 
 constexpr int element_size(Math math) { return math == Math::kFp32 || math == Math::kTf32 ? 4 : 2; }
 
-// A block of kWarps warps owns kBlockQ queries, each warp 16 * kRowTiles of them, and walks over the keys in blocks
-// of kBlockK, two of which are in shared memory: one in use, one on its way.
+// A block of kWarps warps owns kBlockQ queries, a warp 16 * kRowTiles of them, and walks over the keys in blocks of
+// kBlockK, two of which are in shared memory: one in use, one on its way.
 template <Math kMath, int kHeadDim>
 struct ForwardTraits {
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
   // 32 rows a warp use every b twice, which halves the reads of shared memory; their accumulators (O: kHeadDim a
-  // lane, scores: kBlockK) must leave room in 255 registers.
+  // lane, scores: kBlockK) must leave room in 255 registers. In float32 three products per b suffice.
   static constexpr bool kWideP = kMath == Math::kFp16WideP;  // takes twice the registers for P
-  static constexpr int kRowTiles = kRowBytes <= (kWideP ? 192 : 256) ? 2 : 1;
-  static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
+  static constexpr int kRowTiles = kElementSize == 2 && kRowBytes <= (kWideP ? 192 : 256) ? 2 : 1;
+  // The longest rows are shared by two warps, each with half of the columns of O; both make the scores.
+  static constexpr int kWarpsDim = kRowBytes <= 512 ? 1 : 2;
+  static constexpr int kOutDim = kHeadDim / kWarpsDim;
+  static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlockQ = 16 * kRowTiles * kWarps;
+  static constexpr int kBlockQ = 16 * kRowTiles * kWarps / kWarpsDim;
   static constexpr int kBlockK = kRowBytes > (kWideP ? 256 : 512) ? 16 : kElementSize == 4 || kHeadDim >= 96 ? 32 : 64;
   static constexpr int kStages = 2;
   static constexpr int kSharedBytes = (kBlockQ + 2 * kStages * kBlockK) * kRowBytes;
   // Short rows leave registers for q; longer ones read it from shared memory for every block of keys.
   static constexpr bool kQInRegisters = kElementSize == 2 && kHeadDim <= 64;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = kElementSize == 4 && kHeadDim <= 32 ? 3 : 2;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -40,15 +43,15 @@ template <Math kMath, int kHeadDim>
 struct BackwardTraits {
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
-  static constexpr int kOutDim = kHeadDim <= 128 ? kHeadDim : 128;
+  static constexpr int kOutDim = kRowBytes > 512 ? 64 : kHeadDim <= 128 ? kHeadDim : 128;
   static constexpr int kSlices = kHeadDim / kOutDim;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = kRowBytes <= 128 ? 2 : 1;
+  static constexpr int kRowTiles = kElementSize == 2 && kRowBytes <= 128 ? 2 : 1;
   static constexpr int kBlockK = 16 * kRowTiles * kWarps;
   static constexpr int kBlockQ = kRowBytes <= 192 ? 64 : kHeadDim <= 128 && kRowBytes <= 384 ? 32 : 16;
   // Scores are made for so many queries at a time: 2 * kChunkQ * kRowTiles / 2 registers for S and dP.
-  static constexpr int kChunkQ = kBlockQ < 32 ? kBlockQ : 32;
+  static constexpr int kChunkQ = kBlockQ < 32 || (kElementSize == 4 && kHeadDim >= 64) ? 16 : 32;
   static constexpr int kStages = kElementSize == 4 && kHeadDim >= 96 ? 1 : 2;
   // The warps share out dQ, kBlockQ x kOutDim: so many along the queries, the others along the head dim.
   static constexpr int kWarpsQ = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
@@ -81,6 +84,7 @@ struct BiasGradientTraits {
   // Three accumulators of 4 * kBlockK / 8 registers: S, dP and the sum of dS.
   static constexpr int kBlockK = kRowBytes <= 512 ? 32 : 16;
   static constexpr int kSharedBytes = 2 * (kBlockQ + kBlockK) * kRowBytes;
+  static constexpr int kMinBlocks = 2;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
