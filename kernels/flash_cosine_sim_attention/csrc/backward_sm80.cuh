@@ -43,10 +43,9 @@ struct Backward {
 
   // Neighbouring blocks share keys, and keys ascend: in deterministic mode a block waits for those of lower keys
   // only, which were launched before it.
-  static __device__ Work find_work(const BackwardParams& params) {
+  static __device__ Work find_work(const BackwardParams& params, unsigned index) {
     const int num_splits = max(params.num_splits, 1), num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
     Work work;
-    unsigned index = blockIdx.x;
     work.slice = static_cast<int>(index % Traits::kSlices);
     index /= Traits::kSlices;
     work.split = static_cast<int>(index % num_splits);
@@ -59,9 +58,10 @@ struct Backward {
     const int first_query = work.block_k * kBlockK - (params.seq_len_k - params.seq_len_q);  // that sees a key
     work.first_block_q = params.causal ? min(max(first_query, 0) / kBlockQ, total) : 0;
     work.num_blocks_q = total - work.first_block_q;
-    const int64_t items = int64_t(params.num_heads / params.num_kv_heads) * work.num_blocks_q;
-    work.begin = static_cast<int>(items * work.split / num_splits);
-    work.end = static_cast<int>(items * (work.split + 1) / num_splits);
+    const int items = params.num_heads / params.num_kv_heads * work.num_blocks_q;
+    const int share = items / num_splits, remainder = items % num_splits;
+    work.begin = work.split * share + min(work.split, remainder);
+    work.end = work.begin + share + (work.split < remainder);
     return work;
   }
 
@@ -106,7 +106,7 @@ struct Backward {
   // Rows [row, ...) of a b^T, for a tile of keys a and queries [column, ...) of a tile b.
   static __device__ void multiply_scores(Scores& scores, uint32_t tile_a, uint32_t tile_b, int row, int column) {
     // Unrolled further, loads would be hoisted until registers run out.
-    constexpr int kUnroll = sizeof(T) == 4 ? 4 : kSteps >= 4 ? 2 : kSteps;
+    constexpr int kUnroll = kSteps >= 4 ? (sizeof(T) == 4 && kHeadDim <= 64 ? 4 : 2) : kSteps;
     multiply<kMath, kSteps, kUnroll>(
         scores, [&](uint32_t (&a)[4], int m, int step) { load_a<kRowBytes>(a, tile_a, row + 16 * m, step); },
         [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_b, column + 8 * n, step); });
@@ -183,7 +183,7 @@ struct Backward {
     tile_k += kWhole ? column * static_cast<int>(sizeof(T)) : 0;
     const int first_column = kWhole ? 0 : column;
     float dq[1][Traits::kDimPerWarp / 8][4] = {};
-    multiply<kMath, kBlockK / kContraction<kMath>, 4>(
+    multiply<kMath, kBlockK / kContraction<kMath>, (sizeof(T) == 4 && kHeadDim > 64 ? 2 : 4)>(
         dq,
         [&](uint32_t (&a)[4], int, int step) {
           load_a_transposed<kMath, Traits::kRowBytesDS>(a, tile_ds, row, step);
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   const uint32_t stages = tile_k + Traits::kOffsetQ, tile_ds = tile_k + Traits::kOffsetDS;
   float* statistics = reinterpret_cast<float*>(shared + Traits::kOffsetRows);  // [stage][which][query]
 
-  auto work = B::find_work(params);
+  auto work = B::find_work(params, blockIdx.x);
   const int first_key = work.block_k * B::kBlockK;
   const int row = static_cast<int>(threadIdx.x / 32) * 16 * B::kRowTiles;  // the warp's first
   const unsigned all_keys = ~0u >> (32 - 16 * B::kRowTiles);
@@ -358,6 +358,8 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
     }
   }
 
+  // In float32 found anew, or it would occupy registers through the loop.
+  if constexpr (sizeof(typename B::T) == 4) work = B::find_work(params, opaque(static_cast<int>(blockIdx.x)));
   // dK^ = scale dS^T q^. With the norm q_hat = scale log2(e) q^, else it is q^ itself; splits of a group of heads
   // with a scale each then have one head each (plan_backward).
   const auto head = B::find_item(params, work, work.num_blocks_q > 0 ? work.begin : 0).head;

@@ -136,7 +136,7 @@ struct Forward {
 
   // P = 2^S, added to the row sums and multiplied with V, slice by slice.
   static __device__ void multiply_pv(Output& o, RowSums& sums, Scores& scores, uint32_t tile_v) {
-    constexpr int kStepsAtOnce = kMath == Math::kFp32 ? kStepsFp32 : 1;
+    constexpr int kStepsAtOnce = kMath != Math::kFp32 ? 1 : kSlices < kStepsFp32 ? kSlices : kStepsFp32;
     constexpr int kBlocks = kStepsAtOnce * kContraction<kMath> / 8;  // of 8 keys
 #pragma unroll
     for (int slice = 0; slice < kSlices; slice += kStepsAtOnce) {

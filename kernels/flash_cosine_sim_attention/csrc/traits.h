@@ -21,7 +21,7 @@ struct ForwardTraits {
   // 32 rows a warp use every b twice, which halves the reads of shared memory; their accumulators (O: kHeadDim a
   // lane, scores: kBlockK) must leave room in 255 registers. In float32 three products per b suffice.
   static constexpr bool kWideP = kMath == Math::kFp16WideP;  // takes twice the registers for P
-  static constexpr int kRowTiles = kElementSize == 2 && kRowBytes <= (kWideP ? 192 : 256) ? 2 : 1;
+  static constexpr int kRowTiles = kRowBytes <= (kWideP ? 192 : 256) ? 2 : 1;
   // The longest rows are shared by two warps, each with half of the columns of O; both make the scores.
   static constexpr int kWarpsDim = kRowBytes <= 512 ? 1 : 2;
   static constexpr int kOutDim = kHeadDim / kWarpsDim;
@@ -33,7 +33,7 @@ struct ForwardTraits {
   static constexpr int kSharedBytes = (kBlockQ + 2 * kStages * kBlockK) * kRowBytes;
   // Short rows leave registers for q; longer ones read it from shared memory for every block of keys.
   static constexpr bool kQInRegisters = kElementSize == 2 && kHeadDim <= 64;
-  static constexpr int kMinBlocks = kElementSize == 4 && kHeadDim <= 32 ? 3 : 2;
+  static constexpr int kMinBlocks = 2;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -43,7 +43,7 @@ template <Math kMath, int kHeadDim>
 struct BackwardTraits {
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
-  static constexpr int kOutDim = kRowBytes > 512 ? 64 : kHeadDim <= 128 ? kHeadDim : 128;
+  static constexpr int kOutDim = kRowBytes >= 512 && kElementSize == 4 ? 64 : kHeadDim <= 128 ? kHeadDim : 128;
   static constexpr int kSlices = kHeadDim / kOutDim;
   static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarps;
@@ -51,7 +51,7 @@ struct BackwardTraits {
   static constexpr int kBlockK = 16 * kRowTiles * kWarps;
   static constexpr int kBlockQ = kRowBytes <= 192 ? 64 : kHeadDim <= 128 && kRowBytes <= 384 ? 32 : 16;
   // Scores are made for so many queries at a time: 2 * kChunkQ * kRowTiles / 2 registers for S and dP.
-  static constexpr int kChunkQ = kBlockQ < 32 || (kElementSize == 4 && kHeadDim >= 64) ? 16 : 32;
+  static constexpr int kChunkQ = kBlockQ < 32 || (kElementSize == 4 && kHeadDim > 64) ? 16 : 32;
   static constexpr int kStages = kElementSize == 4 && kHeadDim >= 96 ? 1 : 2;
   // The warps share out dQ, kBlockQ x kOutDim: so many along the queries, the others along the head dim.
   static constexpr int kWarpsQ = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
