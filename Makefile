@@ -22,7 +22,7 @@ train: native-kernels  ## train: make train ARGS="experiment=enwik8 seq_len=8192
 	$(RUN) train.py $(ARGS)
 
 test: lint  ## lint, then run every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 $(ARGS)
+	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .

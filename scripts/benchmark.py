@@ -1,311 +1,369 @@
-"""Speed and memory of attention: ours against what PyTorch has, in one run.
+"""Speed and memory of attention: ours against what PyTorch and others have, in one run.
 
-    python -m scripts.benchmark --causal --dtype bfloat16
-    python -m scripts.benchmark --batch 1 --heads 32 --seq-len 16384 --only-forwards --json h200.json --plot h200.png
+    python -m scripts.benchmark --causal --dtype float16 float32
+    python -m scripts.benchmark --preset hidden2048 --head-dim 128 --json h200.json --plot h200.png
+
+Contenders: ours by each --backend; naive einsum; l2norm + SDPA, and SDPA without norm, by PyTorch's flash, cuDNN and
+memory-efficient kernels; FlashAttention-4 and -3, without norm, where they are installed; and the predecessor, whose
+package has the same name as ours and is therefore loaded out of a folder of its own: see --predecessor.
 
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
-inputs, at the smallest length; one that is wrong, or that cannot serve the case, is listed with the reason and not
-timed. Times are medians of CUDA events (of a clock on a CPU) over --num-times calls on random data after warm-up, the
-L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count 4 * batch * heads *
-head_dim operations for every visible pair of query and key forward, and 2.5 times that backward.
+inputs, at the smallest length (2048 at most, and a batch of two); one that is wrong, or that cannot serve the case, is
+listed with the reason and not timed. Times are medians of CUDA events (of a clock on a CPU) over random data after
+warm-up, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count 4 * batch
+* heads * head_dim operations for every visible pair of query and key forward, and 2.5 times that backward. The peak of
+memory is what forward and backward allocate beyond the inputs and the gradient of the output.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention.ops import kernels_error
 from models.environment import environment
 from scripts import Parser, choose_device, integer, run_script
+from scripts.contenders import (
+    DTYPES,
+    INSTALL_PREDECESSOR,
+    SCALE,
+    Case,
+    Contender,
+    Inputs,
+    contenders,
+    exact,
+    make_inputs,
+    versions,
+)
 
-SCALE = 10.0
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # The relative RMS error of output or a gradient beyond which a contender computes something else: several roundings.
-LARGEST_ERROR = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LARGEST_ERROR = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 3e-2}
+CHECKED_BATCH, CHECKED_LENGTH = 2, 2048  # at most: float64 has every score in memory
+# What is timed: its heading, and its operations over those of a forward pass.
+DIRECTIONS = {"forward_ms": ("forward", 1.0), "backward_ms": ("backward", 2.5), "both_ms": ("forward + backward", 3.5)}
+LENGTHS = {"predecessor": (128, 256, 512, 1024, 2048, 4096, 8192), "hidden2048": (2048, 4096, 8192, 16384)}
+TOKENS, HIDDEN = 16384, 2048  # of --preset hidden2048
 
 
-@dataclass(frozen=True)
-class Case:
-    """One problem: shapes and options."""
+class Timer:
+    """Medians of repeated calls on one device."""
 
-    batch: int
-    heads: int
-    kv_heads: int
-    seq_len: int
-    head_dim: int
-    dtype: str
-    causal: bool
-    mask_prob: float
-    bias: bool
+    WARM_UP_S = 0.05  # at least, and at least three calls
+    LONGEST_S = 1.5  # a measurement stops at so much, but not before
+    FEWEST = 5  # calls
+    HOST_ROUNDS, HOST_CALLS = 5, 200
 
-    def flops(self) -> float:
-        """Forward operations of the two matrix products, a causal row counting the keys it sees."""
-        pairs = self.seq_len * (self.seq_len + 1) / 2 if self.causal else self.seq_len**2
-        return 4 * self.batch * self.heads * pairs * self.head_dim
+    def __init__(self, device: torch.device, num_times: int):
+        self.device, self.num_times = device, num_times
+        self.on_gpu = device.type == "cuda"
+        # larger than any L2 cache
+        self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.on_gpu else None
 
+    def median_ms(self, call: Callable[[], object]) -> float:
+        """The median time of a call in ms, the L2 cache flushed before each."""
+        seconds = self._warm_up(call)
+        count = min(self.num_times, max(self.FEWEST, int(self.LONGEST_S / seconds)))
+        if not self.on_gpu:
+            return 1e3 * statistics.median(self._clock(call) for _ in range(count))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+        self._synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
 
-@dataclass
-class Inputs:
-    """q (batch, heads, seq_len, head_dim); k, v with kv_heads; mask (batch, seq_len); bias (heads, i, j); do like q."""
+    def host_us(self, call: Callable[[], object]) -> float:
+        """The median time in us that the host needs for a call, the device left to catch up by itself."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    do: Tensor
+        def calls() -> None:
+            for _ in range(self.HOST_CALLS):
+                call()
 
-    def leaves(self) -> list[Tensor]:
-        """What gradients are taken of."""
-        return [tensor for tensor in (self.q, self.k, self.v, self.bias) if tensor is not None]
+        self._warm_up(call)
+        rounds = []
+        for _ in range(self.HOST_ROUNDS):
+            self._synchronize()
+            rounds.append(self._clock(calls))
+        self._synchronize()
+        return 1e6 * statistics.median(rounds) / self.HOST_CALLS
 
-    def double(self) -> "Inputs":
-        """The same numbers in float64, for what is exact."""
-        q, k, v, do = (tensor.detach().double() for tensor in (self.q, self.k, self.v, self.do))
-        bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
-        return Inputs(*(tensor.requires_grad_() for tensor in (q, k, v)), self.mask, bias, do)
+    def _warm_up(self, call: Callable[[], object]) -> float:
+        """Seconds of a call, each waited for; the first, which may compile, does not count."""
+        call()
+        self._synchronize()
+        start, calls = time.perf_counter(), 0
+        while calls < 2 or time.perf_counter() - start < self.WARM_UP_S:
+            call()
+            self._synchronize()
+            calls += 1
+        return (time.perf_counter() - start) / calls
 
+    def _synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random inputs of a case; every batch element keeps its first key."""
-    dtype, generator = DTYPES[case.dtype], torch.Generator(device).manual_seed(0)
-    random = partial(torch.randn, device=device, dtype=dtype, generator=generator)
-    shape = (case.batch, case.heads, case.seq_len, case.head_dim)
-    kv_shape = (case.batch, case.kv_heads, case.seq_len, case.head_dim)
-    q, k, v = (random(size).requires_grad_() for size in (shape, kv_shape, kv_shape))
-    mask = bias = None
-    if case.mask_prob:
-        mask = torch.rand(case.batch, case.seq_len, device=device, generator=generator) >= case.mask_prob
-        mask[:, 0] = True
-    if case.bias:
-        bias = random((case.heads, case.seq_len, case.seq_len)).requires_grad_()
-    return Inputs(q, k, v, mask, bias, random(shape))
-
-
-def ours(inputs: Inputs, case: Case, backend: str) -> Tensor:
-    """flash_cosine_sim_attention."""
-    return flash_cosine_sim_attention(
-        inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, backend=backend
-    )
-
-
-def naive(inputs: Inputs, case: Case) -> Tensor:
-    """Normalise, multiply, mask, softmax, multiply: every score in memory, as one writes it first."""
-    q, k, v = F.normalize(inputs.q, dim=-1), F.normalize(inputs.k, dim=-1), inputs.v
-    k, v = (t.repeat_interleave(case.heads // case.kv_heads, dim=1) for t in (k, v))
-    scores = torch.einsum("bhid,bhjd->bhij", q, k) * SCALE
-    hidden = _hidden(inputs, case)
-    if inputs.bias is not None:
-        scores = scores + inputs.bias
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
-    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+    @staticmethod
+    def _clock(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
 
-def sdpa(inputs: Inputs, case: Case, kernel: SDPBackend, normalise: bool) -> Tensor:
-    """PyTorch's scaled_dot_product_attention by one of its kernels, with or without l2norm before it."""
-    q, k = inputs.q, inputs.k
-    if normalise:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    attn_mask, is_causal = inputs.bias, case.causal
-    if inputs.mask is not None or inputs.bias is not None:
-        hidden, is_causal = _hidden(inputs, case), False
-        if attn_mask is None:
-            attn_mask = ~hidden
-        elif hidden is not None:
-            attn_mask = attn_mask.masked_fill(hidden, -math.inf)
-    scale = SCALE if normalise else None
-    with sdpa_kernel(kernel):
-        return F.scaled_dot_product_attention(
-            q, k, inputs.v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=case.kv_heads != case.heads
-        )
-
-
-def _hidden(inputs: Inputs, case: Case) -> Tensor | None:
-    hidden = None if inputs.mask is None else ~inputs.mask[:, None, None, :]
-    if case.causal:
-        above = torch.ones(case.seq_len, case.seq_len, dtype=torch.bool, device=inputs.q.device).triu(1)
-        hidden = above if hidden is None else hidden | above
-    return hidden
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A function of (inputs, case); ``cosine`` says whether it normalises q and k."""
-
-    name: str
-    attend: Callable[[Inputs, Case], Tensor]
-    cosine: bool
-
-
-def contenders(backends: list[str], device: torch.device) -> list[Contender]:
-    """Ours first, by each back end asked for, then everything that this installation has to offer."""
-    found = [Contender(f"ours ({backend})", partial(ours, backend=backend), True) for backend in backends]
-    found.append(Contender("naive einsum", naive, True))
-    kernels = [("flash", SDPBackend.FLASH_ATTENTION)]
-    if device.type == "cuda":
-        kernels += [("cudnn", SDPBackend.CUDNN_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION)]
-    for name, kernel in kernels:
-        found.append(Contender(f"l2norm + SDPA {name}", partial(sdpa, kernel=kernel, normalise=True), True))
-    for name, kernel in kernels:
-        found.append(Contender(f"SDPA {name}, no norm", partial(sdpa, kernel=kernel, normalise=False), False))
-    return found
-
-
-def reason_not_to_time(contender: Contender, case: Case, device: torch.device) -> str | None:
-    """Why a contender cannot be timed on a case: what it raised, or how far off it is; None if it is right."""
+def check(candidates: list[Contender], case: Case, device: torch.device) -> tuple[dict[str, dict], dict[str, str]]:
+    """The relative RMS errors against float64 of each contender that ran, and why some are not to be timed."""
     inputs = make_inputs(case, device)
-    wide = inputs.double()
-    if contender.cosine:
-        o = plain_cosine_sim_attention(wide.q, wide.k, wide.v, wide.mask, wide.bias, SCALE, causal=case.causal)
-    else:
-        o = sdpa(wide, case, SDPBackend.MATH, normalise=False)
-    expected = [o, *torch.autograd.grad(o, wide.leaves(), wide.do)]
-    try:
+    expected = {cosine: exact(inputs, case, cosine) for cosine in {contender.cosine for contender in candidates}}
+    errors, refused = {}, {}
+    for contender in candidates:
+        name = contender.name
+        try:
+            errors[name] = _errors(contender, case, inputs, expected[contender.cosine])
+        except Exception as error:  # other people's code: whatever it raises
+            refused[name] = _first_line(error)
+            continue
+        for result, error in errors[name].items():
+            if not error <= LARGEST_ERROR[case.dtype]:
+                refused[name] = f"wrong: relative RMS error {error:.1e} of {result} against float64"
+                break
+    return errors, refused
+
+
+def _errors(contender: Contender, case: Case, inputs: Inputs, expected: list[Tensor]) -> dict[str, float]:
+    with contender.setting():
         o = contender.attend(inputs, case)
-        results = [o, *torch.autograd.grad(o, inputs.leaves(), inputs.do)]
-    except (RuntimeError, ValueError, ImportError) as error:
-        return str(error).strip().split("\n", 1)[0]
-    for name, result, exact in zip(("o", "dq", "dk", "dv", "dbias"), results, expected, strict=False):
-        error = ((result.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
-        if not error <= LARGEST_ERROR[inputs.q.dtype]:
-            return f"wrong: relative RMS error {error:.1e} of {name} against float64"
-    return None
+        results = [o.detach(), *torch.autograd.grad(o, inputs.leaves(), inputs.do)]
+    names = ("o", "dq", "dk", "dv", "dbias")[: len(results)]
+    differences = [result.double() - right for result, right in zip(results, expected, strict=True)]
+    return {
+        name: (difference.square().mean() / right.square().mean()).sqrt().item()
+        for name, difference, right in zip(names, differences, expected, strict=True)
+    }
 
 
-def measure(contender: Contender, case: Case, device: torch.device, only: str | None, num_times: int) -> dict:
-    """Median times in ms and peak memory in MiB beyond the inputs."""
-    inputs = make_inputs(case, device)
+def measure(contender: Contender, case: Case, timer: Timer, only: str | None, host: bool) -> dict[str, Any]:
+    """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
     result = {}
-    if only != "backwards":
-        with torch.no_grad():
-            result["forward_ms"] = median_ms(lambda: contender.attend(inputs, case), device, num_times)
-    if only == "backwards":
-        o = contender.attend(inputs, case)
-        result["backward_ms"] = median_ms(
-            lambda: torch.autograd.grad(o, inputs.leaves(), inputs.do, retain_graph=True), device, num_times
-        )
-    if only is None:
-        both = lambda: torch.autograd.grad(contender.attend(inputs, case), inputs.leaves(), inputs.do)  # noqa: E731
-        result["both_ms"] = median_ms(both, device, num_times)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            both()
-            torch.cuda.synchronize()
-            result["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        with contender.setting():
+            _measure(result, contender, case, timer, only, host)
+    except torch.OutOfMemoryError:
+        result["error"] = "out of memory"
+    except Exception as error:  # other people's code: whatever it raises
+        result["error"] = _first_line(error)
+    if timer.on_gpu:
+        torch.cuda.empty_cache()
     return result
 
 
-def median_ms(call: Callable[[], object], device: torch.device, num_times: int) -> float:
-    """The median time of a call in ms, the L2 cache flushed before each."""
-    for _ in range(3):
-        call()
-    if device.type != "cuda":
-        return 1e3 * statistics.median(_clock(call) for _ in range(num_times))
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2 cache
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(num_times)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
+def _measure(result: dict, contender: Contender, case: Case, timer: Timer, only: str | None, host: bool) -> None:
+    inputs = make_inputs(case, timer.device)
+    detached, leaves = inputs.detached(), inputs.leaves()
+
+    def attend() -> Tensor:
+        return contender.attend(inputs, case)
+
+    def attend_detached() -> Tensor:
+        return contender.attend(detached, case)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(), leaves, inputs.do)
+
+    if host:
+        with torch.no_grad():
+            result["host_us_no_grad"] = timer.host_us(attend_detached)
+        result["host_us_grad"] = timer.host_us(attend)
+    if only != "backwards":
+        with torch.no_grad():
+            result["forward_ms"] = timer.median_ms(attend_detached)
+    if only == "backwards":
+        o = attend()
+        result["backward_ms"] = timer.median_ms(lambda: torch.autograd.grad(o, leaves, inputs.do, retain_graph=True))
+    if only is None:
+        result["both_ms"] = timer.median_ms(both)
+        if timer.on_gpu:
+            result["peak_mib"] = peak_mib(both)
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """What a call allocates on the GPU at most, beyond what is there before it."""
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def _clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
-    return time.perf_counter() - start
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+def gemm_tflops(timer: Timer, dtype: str) -> float | None:
     """TFLOP/s of an 8192^3 matrix product of random numbers: what attention could at best reach."""
-    if device.type != "cuda":
+    if not timer.on_gpu:
         return None
-    a, b = torch.randn(2, 8192, 8192, device=device, dtype=dtype).unbind(0)
-    return 2 * 8192**3 / median_ms(lambda: a @ b, device, 10) / 1e9
+    a, b = torch.randn(2, 8192, 8192, device=timer.device, dtype=DTYPES[dtype]).unbind(0)
+    return 2 * 8192**3 / timer.median_ms(lambda: a @ b) / 1e9
 
 
-def cases(arguments: argparse.Namespace) -> list[Case]:
-    """One case a length."""
-    kv_heads = arguments.kv_heads or arguments.heads
-    if arguments.heads % kv_heads:
-        raise ValueError(f"--kv-heads must divide --heads {arguments.heads}, got {kv_heads}")
-    return [
-        Case(
-            arguments.batch,
-            arguments.heads,
-            kv_heads,
-            seq_len,
-            arguments.head_dim,
-            arguments.dtype,
-            arguments.causal,
-            arguments.mask_prob,
-            arguments.bias,
-        )
-        for seq_len in sorted(arguments.seq_len)
-    ]
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def cases(arguments: argparse.Namespace, dtype: str) -> list[Case]:
+    """One case a length, from the smallest."""
+    found = []
+    for seq_len in sorted(set(arguments.seq_len or LENGTHS[arguments.preset])):
+        batch, heads = _batch_and_heads(arguments, seq_len)
+        kv_heads = arguments.kv_heads or heads
+        if heads % kv_heads:
+            raise ValueError(f"--kv-heads must divide --heads {heads}, got {kv_heads}")
+        options = (arguments.causal, arguments.mask_prob, arguments.bias)
+        found.append(Case(batch, heads, kv_heads, seq_len, arguments.head_dim, dtype, *options))
+    return found
+
+
+def _batch_and_heads(arguments: argparse.Namespace, seq_len: int) -> tuple[int, int]:
+    if arguments.preset == "predecessor":
+        return arguments.batch or 4, arguments.heads or 8
+    if arguments.batch or arguments.heads:
+        raise ValueError("--preset hidden2048 sets --batch and --heads itself: leave them out")
+    for flag, whole, part in (("--seq-len", TOKENS, seq_len), ("--head-dim", HIDDEN, arguments.head_dim)):
+        if whole % part:
+            raise ValueError(f"--preset hidden2048 takes a {flag} that divides {whole}, got {part}")
+    return TOKENS // seq_len, HIDDEN // arguments.head_dim
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, times, prints, writes."""
     device = choose_device(arguments.device)
-    problems = cases(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    candidates, refused = [], {}
-    for contender in contenders(arguments.backend, device):
-        reason = reason_not_to_time(contender, problems[0], device)
-        if reason:
-            refused[contender.name] = reason
-        else:
-            candidates.append(contender)
-    peak = gemm_tflops(device, DTYPES[arguments.dtype])
+    problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
+    candidates, absent = contenders(arguments.backend, device, arguments.predecessor)
+    for path in filter(None, (arguments.json, arguments.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    report = {**environment(), "scale": SCALE, "not_installed": absent}
+    console, timer = Console(width=None if sys.stdout.isatty() else 140), Timer(device, arguments.num_times)
+    parts = {listed[0].dtype: _compare(listed, candidates, timer, arguments, console) for listed in problems}
+    for dtype, part in parts.items():
+        for name, reason in part["refused"].items():
+            console.print(f"not timed: {name}, {dtype}: {reason}", markup=False, highlight=False)
+    console.print("not installed:", ", ".join(absent) or "none", markup=False, highlight=False)
+    report["versions"] |= versions(arguments.predecessor)
+    report |= machine(device)
+    for key in ("gemm_tflops", "refused"):
+        report[key] = {dtype: part[key] for dtype, part in parts.items()}
+    for key in ("accuracy", "rows"):
+        report[key] = [row for part in parts.values() for row in part[key]]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if not any(key in row for row in report["rows"] for key in DIRECTIONS):
+        raise ValueError("nothing was timed: no contender is right and serves this case")
+    if arguments.plot:
+        name = torch.cuda.get_device_name() if timer.on_gpu else "CPU"
+        plot(report["rows"], arguments.plot, f"{name}, {', '.join(parts)}: {_shapes(problems[0])}")
+
+
+def _compare(
+    listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """The report's part on one dtype."""
+    smallest = listed[0]
+    checked = replace(smallest, batch=min(smallest.batch, CHECKED_BATCH), seq_len=min(smallest.seq_len, CHECKED_LENGTH))
+    errors, refused = check(candidates, checked, timer.device)
+    console.print(_accuracy_table(checked, errors))
+    peak = gemm_tflops(timer, smallest.dtype)
     only = "forwards" if arguments.only_forwards else "backwards" if arguments.only_backwards else None
     rows = []
-    for case in problems:
-        measured = {}
-        for contender in candidates:
-            try:
-                measured[contender.name] = measure(contender, case, device, only, arguments.num_times)
-            except torch.OutOfMemoryError:
-                measured[contender.name] = {"error": "out of memory"}
-        console.print(_table(case, measured, peak))
-        rows += [{**asdict(case), "contender": name, **result} for name, result in measured.items()]
-    for name, reason in refused.items():
-        console.print(f"not timed: {name}: {reason}", markup=False, highlight=False)
-    report = {**environment(), "gemm_tflops": peak, "scale": SCALE, "refused": refused, "rows": rows}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot)
+    for case in listed:
+        host = arguments.host and case is smallest
+        measured = {
+            contender: measure(contender, case, timer, only, host)
+            for contender in candidates
+            if contender.name not in refused
+        }
+        if not measured:
+            break
+        results = {contender.name: result for contender, result in measured.items()}
+        console.print(_table(case, results, peak))
+        if host:
+            console.print(_host_table(case, results))
+        rows += [{**asdict(case), "contender": c.name, "cosine": c.cosine, **result} for c, result in measured.items()]
+    accuracy = []
+    for name, results in errors.items():
+        numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
+        accuracy.append({**asdict(checked), "contender": name, **numbers})
+    return {"accuracy": accuracy, "gemm_tflops": peak, "refused": refused, "rows": rows}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What environment() does not say: the kind of device timed, its driver, power limit and clocks, and settings."""
+    gpu = None
+    if device.type == "cuda":
+        fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.sm")
+        uuid = torch.cuda.get_device_properties(device).uuid
+        command = ("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+        try:
+            text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+            gpu = dict(zip(fields, text.strip().split(", "), strict=True))
+        except (OSError, ValueError, subprocess.SubprocessError):
+            pass  # no nvidia-smi, or not for this device: the record says null
+    return {
+        "timed_on": device.type,
+        "gpu": gpu,
+        "cudnn": torch.backends.cudnn.version(),
+        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+        "kernels": kernels_error() or "loaded",
+    }
+
+
+def _shapes(listed: list[Case]) -> str:
+    case = listed[0]
+    heads = f"{case.heads}" if case.kv_heads == case.heads else f"{case.heads}/{case.kv_heads}"
+    batch = f"batch {case.batch}" if len({c.batch for c in listed}) == 1 else f"batch x seq_len {TOKENS}"
+    options = ("causal",) * case.causal + (f"mask {case.mask_prob:g}",) * bool(case.mask_prob) + ("bias",) * case.bias
+    return ", ".join((batch, f"heads {heads}", f"head_dim {case.head_dim}", *options))
+
+
+def _accuracy_table(case: Case, errors: dict[str, dict[str, float]]) -> Table:
+    table = Table(title=f"relative RMS error against float64\n{case.dtype}, seq_len {case.seq_len}, {_shapes([case])}")
+    table.add_column("contender")
+    names = next(iter(errors.values()), {})
+    for name in names:
+        table.add_column(name, justify="right")
+    for contender, results in errors.items():
+        table.add_row(contender, *(f"{error:.1e}" for error in results.values()))
+    return table
+
+
+def _host_table(case: Case, measured: dict[str, dict]) -> Table:
+    table = Table(title=f"host time of a forward call in us\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+    table.add_column("contender")
+    table.add_column("without gradient", justify="right")
+    table.add_column("with gradient", justify="right")
+    for name, result in measured.items():
+        if "host_us_grad" in result:
+            table.add_row(name, f"{result['host_us_no_grad']:.1f}", f"{result['host_us_grad']:.1f}")
+    return table
 
 
 def _table(case: Case, measured: dict[str, dict], peak: float | None) -> Table:
-    options = f"{case.dtype}, batch {case.batch}, heads {case.heads}/{case.kv_heads}, head_dim {case.head_dim}"
-    table = Table(title=f"seq_len {case.seq_len}{', causal' if case.causal else ''}: {options}")
+    table = Table(title=f"seq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
     table.add_column("contender")
-    first = next(iter(measured.values()))
-    factors = {"forward_ms": 1.0, "backward_ms": 2.5, "both_ms": 3.5}
-    times = [key for key in factors if any(key in result for result in measured.values())]
+    ours = next((result for name, result in measured.items() if name.startswith("ours")), {})
+    times = [key for key in DIRECTIONS if any(key in result for result in measured.values())]
     for key in times:
-        for heading in (key.replace("_ms", " ms"), "x ours", "TFLOP/s", *(["of GEMM"] if peak else [])):
+        for heading in (f"{DIRECTIONS[key][0]} ms", "x ours", "TFLOP/s", *(["of GEMM"] if peak else [])):
             table.add_column(heading, justify="right")
     table.add_column("peak MiB", justify="right")
     for name, result in measured.items():
@@ -314,58 +372,98 @@ def _table(case: Case, measured: dict[str, dict], peak: float | None) -> Table:
             if key not in result:
                 cells += ["-"] * (4 if peak else 3)
                 continue
-            tflops = factors[key] * case.flops() / result[key] / 1e9
-            ratio = f"{result[key] / first[key]:.2f}" if key in first else "-"
+            tflops = DIRECTIONS[key][1] * case.flops() / result[key] / 1e9
+            ratio = f"{result[key] / ours[key]:.2f}" if key in ours else "-"
             cells += [f"{result[key]:.3f}", ratio, f"{tflops:.1f}", *([f"{tflops / peak:.0%}"] if peak else [])]
         memory = result.get("error") or (f"{result['peak_mib']:.0f}" if "peak_mib" in result else "-")
         table.add_row(name, *cells, memory)
     return table
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """TFLOP/s against sequence length, a line a contender, a panel a direction, into a PNG."""
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    """TFLOP/s against length into a PNG: a panel a direction (a row of them a dtype), a colour a contender."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # files only: no display is needed
     from matplotlib import pyplot
 
-    factors = {"forward_ms": 1.0, "backward_ms": 2.5, "both_ms": 3.5}
-    directions = [key for key in factors if any(key in row for row in rows)]
-    figure, panels = pyplot.subplots(
-        1, len(directions), figsize=(6 * len(directions), 4.5), constrained_layout=True, squeeze=False
-    )
-    fields = Case.__dataclass_fields__
-    for axes, key in zip(panels[0], directions, strict=True):
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            points = [row for row in rows if row["contender"] == name and key in row]
-            tflops = [factors[key] * Case(**{f: row[f] for f in fields}).flops() / row[key] / 1e9 for row in points]
-            axes.plot([row["seq_len"] for row in points], tflops, marker="o", label=name)
-        axes.set(xlabel="seq_len", ylabel="TFLOP/s", title=key.removesuffix("_ms"), xscale="log")
-        axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    tab20 = pyplot.get_cmap("tab20").colors  # ten dark colours, each followed by a light one
+    names, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("contender", "dtype"))
+    colours = dict(zip(names, itertools.cycle((*tab20[::2], *tab20[1::2])), strict=False))
+    lengths, several = sorted({row["seq_len"] for row in rows}), len(dtypes) > 1
+    directions = [key for key in DIRECTIONS if any(key in row for row in rows)]
+    size = (5 * len(directions) + 2.5, 4.2 * len(dtypes) + 0.3)
+    figure, panels = pyplot.subplots(len(dtypes), len(directions), figsize=size, layout="constrained", squeeze=False)
+    lines = {}
+    for dtype, panels_of_dtype in zip(dtypes, panels, strict=True):
+        for axes, key in zip(panels_of_dtype, directions, strict=True):
+            for name in names:
+                points = [row for row in rows if (row["contender"], row["dtype"]) == (name, dtype) and key in row]
+                if points:
+                    (lines[name],) = _draw(axes, points, key, colours[name])
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, [str(length) for length in lengths])
+            axes.minorticks_off()
+            axes.set(xlabel="seq_len", ylabel="TFLOP/s", title=DIRECTIONS[key][0] + several * f", {dtype}")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize="small", handlelength=3.5)
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _draw(axes: Any, points: list[dict], key: str, colour: tuple) -> list:
+    """One contender's line: thick if it is ours, dashed if it does not normalise."""
+    fields = Case.__dataclass_fields__
+    operations = [DIRECTIONS[key][1] * Case(**{field: row[field] for field in fields}).flops() for row in points]
+    return axes.plot(
+        [row["seq_len"] for row in points],
+        [flops / row[key] / 1e9 for flops, row in zip(operations, points, strict=True)],
+        color=colour,
+        linestyle="-" if points[0]["cosine"] else "--",
+        linewidth=3.5 if points[0]["contender"].startswith("ours") else 1.5,
+        marker="o",
+        markersize=4,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=integer(1), default=4)
-    parser.add_argument("--heads", type=integer(1), default=8)
+    parser.add_argument(
+        "--preset",
+        choices=LENGTHS,
+        default="predecessor",
+        help="predecessor (default): batch 4, heads 8, lengths from 128 to 8192; hidden2048: the FlashAttention-3 "
+        "paper's shapes, 16384 tokens of width 2048, batch and heads following from --seq-len and --head-dim",
+    )
+    parser.add_argument("--batch", type=integer(1))
+    parser.add_argument("--heads", type=integer(1))
     parser.add_argument("--kv-heads", type=integer(1), help="default: as many as heads")
     parser.add_argument("--head-dim", type=integer(1), default=64)
-    parser.add_argument(
-        "--seq-len", type=integer(1), nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192], metavar="N"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seq-len", type=integer(1), nargs="+", metavar="N")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"])
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask-prob", type=_probability, default=0.0, help="share of keys that a key mask hides")
     parser.add_argument("--bias", action="store_true", help="a bias a head, with gradient")
     parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "cuda", "sdpa", "reference"))
+    parser.add_argument(
+        "--predecessor",
+        type=Path,
+        metavar="PATH",
+        help=f"a folder that it was put into by {INSTALL_PREDECESSOR}; 0.2 compiles its CUDA kernel at import",
+    )
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--only-forwards", action="store_true")
     direction.add_argument("--only-backwards", action="store_true")
-    parser.add_argument("--num-times", type=integer(1), default=20, help="timed calls (default: 20)")
+    parser.add_argument(
+        "--num-times",
+        type=integer(1),
+        default=20,
+        help="timed calls (default: 20); fewer, down to 5, where they take long",
+    )
+    parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
     parser.add_argument("--plot", type=Path, help="draw TFLOP/s against length into this PNG")

@@ -1,20 +1,43 @@
 """The benchmark checks before it times, says what it refuses, and counts what it should."""
 
 import json
+import sys
+import time
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
+import flash_cosine_sim_attention
 from scripts import benchmark
-from scripts.benchmark import Case, Contender, contenders, main, reason_not_to_time
+from scripts.benchmark import Timer, check, main
+from scripts.contenders import Case, Contender, contenders, is_absent
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "1", "--heads", "2", "--head-dim", "16", "--num-times", "2", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    monkeypatch.setattr(Timer, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(Timer, "HOST_CALLS", 3)
+    for module in ("flash_attn.cute", "flash_attn_interface"):  # not there, whatever is installed
+        monkeypatch.setitem(sys.modules, module, None)
+
+
 def case(**changes):
     return Case(**{**dict(batch=2, heads=4, kv_heads=4, seq_len=24, head_dim=16, dtype="float32", causal=False,
                           mask_prob=0.0, bias=False), **changes})  # fmt: skip
+
+
+def report(path, *arguments):
+    assert main([*SMALL, *arguments, f"--json={path / 'b.json'}"]) == 0
+    return json.loads((path / "b.json").read_text())
+
+
+# What is right.
 
 
 @pytest.mark.parametrize(
@@ -30,42 +53,189 @@ def case(**changes):
     ],
 )
 def test_every_contender_is_right_or_says_why_not(options):
-    reasons = {c.name: reason_not_to_time(c, case(**options), CPU) for c in contenders(["sdpa", "reference"], CPU)}
-    assert [reasons[name] for name in ("ours (sdpa)", "ours (reference)", "naive einsum")] == [None] * 3
+    found, absent = contenders(["sdpa", "reference"], CPU)
+    errors, refused = check(found, case(**options), CPU)
+    assert {"ours (sdpa)", "ours (reference)", "naive einsum"} <= {c.name for c in found} - set(refused)
     # the CPU's flash kernel has no gradient for a mask
-    assert all(reason is None for reason in reasons.values()) or options.get("bias")
+    assert not refused or options.get("bias")
+    assert absent == ["predecessor (--predecessor)", "FlashAttention-4", "FlashAttention-3"]
+    results = {"o", "dq", "dk", "dv", *(["dbias"] if options.get("bias") else [])}
+    largest = 3e-2 if "dtype" in options else 1e-5
+    for name in {c.name for c in found} - set(refused):
+        assert errors[name].keys() == results and 0 < max(errors[name].values()) < largest
 
 
 def test_a_wrong_contender_is_not_timed():
+    def half_right(inputs, case):
+        return contenders(["sdpa"], CPU)[0][0].attend(inputs, case) + 0.1 * (inputs.k - inputs.k.detach())
+
+    def raises(*_):
+        raise NameError("name 'forward' is not defined\nand more")
+
     wrong = Contender("wrong", lambda inputs, _: inputs.v + 0 * (inputs.q + inputs.k), cosine=True)
-    assert "wrong: relative RMS error" in reason_not_to_time(wrong, case(), CPU)
-    ours = contenders(["cuda"], CPU)[0]
-    assert "backend='cuda'" in reason_not_to_time(ours, case(), CPU)
+    nan = Contender("nan", lambda inputs, _: (inputs.q + inputs.k + inputs.v) * torch.nan, cosine=True)
+    found = [wrong, nan, Contender("dk", half_right, True), Contender("raises", raises, False)]
+    errors, refused = check([*found, *contenders(["cuda"], CPU)[0][:1]], case(), CPU)
+    assert "wrong: relative RMS error" in refused["wrong"] and refused["wrong"].endswith("of o against float64")
+    assert "error nan of o" in refused["nan"]
+    assert "of dk against" in refused["dk"]
+    assert refused["raises"] == "name 'forward' is not defined"
+    assert refused["ours (cuda)"].startswith("backend='cuda'")
+    assert errors.keys() == {"wrong", "nan", "dk"}
 
 
-def test_a_run_writes_its_table_numbers_and_plot(tmp_path, capsys):
-    files = [f"--json={tmp_path / 'b.json'}", f"--plot={tmp_path / 'b.png'}"]
-    assert main([*SMALL, "--seq-len", "32", "16", "--causal", "--backend", "auto", "cuda", *files]) == 0
+def test_the_check_is_small_and_the_json_has_no_nan(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CHECKED_LENGTH", 8)
+    nan = Contender("bad", lambda inputs, _: (inputs.q + inputs.k + inputs.v) * torch.nan, cosine=True)
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: ([*contenders(["sdpa"], CPU)[0], nan], []))
+    found = report(tmp_path, "--batch", "5", "--seq-len", "16", "--dtype", "float32")
+    assert {(row["batch"], row["seq_len"]) for row in found["accuracy"]} == {(2, 8)}
+    assert {(row["batch"], row["seq_len"]) for row in found["rows"]} == {(5, 16)}
+    assert [row["o"] for row in found["accuracy"] if row["contender"] == "bad"] == [None]
+    assert "bad" not in {row["contender"] for row in found["rows"]}
+    assert "not timed: bad, float32: wrong: relative RMS error nan of o" in capsys.readouterr().out
+
+
+# A run.
+
+
+def test_a_run_writes_its_tables_numbers_and_plot(tmp_path, capsys):
+    options = ["--seq-len", "32", "16", "--causal", "--backend", "auto", "cuda", "--dtype", "float32", "bfloat16"]
+    found = report(tmp_path, *options, "--host", f"--plot={tmp_path / 'new' / 'b.png'}")
     printed = capsys.readouterr().out
-    assert "seq_len 16, causal" in printed and "seq_len 32, causal" in printed
-    assert "not timed: ours (cuda): backend='cuda'" in printed
-    report = json.loads((tmp_path / "b.json").read_text())
-    assert {row["seq_len"] for row in report["rows"]} == {16, 32}
-    assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 for row in report["rows"])
-    assert report["versions"]["torch"] == torch.__version__
-    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert "seq_len 16, float32" in printed and "seq_len 32, bfloat16" in printed
+    assert "not timed: ours (cuda), bfloat16: backend='cuda'" in printed
+    assert "not installed: predecessor (--predecessor), FlashAttention-4, FlashAttention-3" in printed
+    names = {"ours (auto)", "naive einsum", "l2norm + SDPA flash", "SDPA flash, no norm"}
+    expected = {(dtype, length, name) for dtype in ("float32", "bfloat16") for length in (16, 32) for name in names}
+    assert {(row["dtype"], row["seq_len"], row["contender"]) for row in found["rows"]} == expected
+    assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 for row in found["rows"])
+    for row in found["rows"]:  # the host's time where it is not the device's
+        assert (row["seq_len"] == 16) == ("host_us_grad" in row) == ("host_us_no_grad" in row)
+        assert row["cosine"] == ("no norm" not in row["contender"])
+    assert {(row["dtype"], row["contender"]) for row in found["accuracy"]} == {(d, n) for d, _, n in expected}
+    assert found["refused"].keys() == found["gemm_tflops"].keys() == {"float32", "bfloat16"}
+    assert found["versions"]["torch"] == torch.__version__ and "flash-attn-4" in found["versions"]
+    assert found["timed_on"] == "cpu" and found["command"] and "git_commit" in found
+    assert (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("flag", "key"), [("--only-forwards", "forward_ms"), ("--only-backwards", "backward_ms")])
 def test_one_direction_alone(tmp_path, flag, key):
-    assert main([*SMALL, "--seq-len", "16", flag, f"--json={tmp_path / 'b.json'}"]) == 0
-    for row in json.loads((tmp_path / "b.json").read_text())["rows"]:
+    for row in report(tmp_path, "--seq-len", "16", flag)["rows"]:
         assert {name for name in row if name.endswith("_ms")} == {key}
+
+
+def test_a_contender_that_fails_at_a_length_stops_no_other(tmp_path, monkeypatch, capsys):
+    first = contenders(["sdpa"], CPU)[0][:2]
+
+    def limited(inputs, case):
+        if case.seq_len > 16:
+            raise torch.OutOfMemoryError if inputs.q.requires_grad else RuntimeError("too long")
+        return first[0].attend(inputs, case)
+
+    found = [Contender("limited", limited, True), *first]
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: (found, []))
+    rows = report(tmp_path, "--seq-len", "16", "32", "--dtype", "float32")["rows"]
+    assert [row.get("error") for row in rows] == [None] * 3 + ["too long", None, None]
+    rows = report(tmp_path, "--seq-len", "16", "32", "--dtype", "float32", "--only-backwards")["rows"]
+    assert [row.get("error") for row in rows] == [None] * 3 + ["out of memory", None, None]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_calls_are_made_with_one_kernel_and_with_gradient_only_where_it_is_timed():
+    seen = []
+
+    def attend(inputs, _):
+        seen.append((inputs.q.requires_grad, torch.is_grad_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return inputs.q + inputs.k + inputs.v
+
+    contender = Contender("flash", attend, False, SDPBackend.FLASH_ATTENTION)
+    result = benchmark.measure(contender, case(), Timer(CPU, 2), None, host=True)
+    assert list(result) == ["host_us_no_grad", "host_us_grad", "forward_ms", "both_ms"]
+    host, calls = 3 + Timer.HOST_ROUNDS * Timer.HOST_CALLS, 3 + 2
+    assert seen == [(grad, grad, False) for grad, n in ((False, host), (True, host), (False, calls), (True, calls))
+                    for _ in range(n)]  # fmt: skip
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+def test_nothing_to_time_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: (contenders(["cuda"], CPU)[0][:1], []))
+    assert main([*SMALL, "--seq-len", "16"]) == 2
+    captured = capsys.readouterr()
+    assert "not timed: ours (cuda)" in captured.out and "nothing was timed" in captured.err
+
+
+def test_ratios_are_to_ours_wherever_it_stands():
+    measured = {"naive einsum": {"forward_ms": 3.0}, "ours (cuda)": {"forward_ms": 1.5}}
+    table = benchmark._table(case(seq_len=1000), measured, 1.0)
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["x ours"] == ["2.00", "1.00"]
+    tflops = 4 * 2 * 4 * 1000 * 1000 * 16 / 3e-3 / 1e12
+    assert columns["TFLOP/s"][0] == f"{tflops:.1f}" and columns["of GEMM"][0] == f"{tflops:.0%}"
 
 
 def test_operations_are_counted_as_stated():
     assert case(seq_len=100).flops() == 4 * 2 * 4 * 100 * 100 * 16
     assert case(seq_len=100, causal=True).flops() == 4 * 2 * 4 * 5050 * 16
+
+
+# The plot.
+
+
+def test_the_plot_tells_ours_and_no_norm_apart(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    names = ["naive einsum", "ours (cuda)", "SDPA flash, no norm", *(f"other {n}" for n in range(10))]
+    rows = [
+        {**vars(case(seq_len=length)), "contender": name, "cosine": "no norm" not in name, "both_ms": 1.0}
+        | ({} if name == "naive einsum" and length == 8192 else {"forward_ms": 2.0})
+        for name in names
+        for length in (128, 8192)
+    ]
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    benchmark.plot(rows, tmp_path / "p.png", "H200, float32: batch 2")
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    assert figure.get_suptitle() == "H200, float32: batch 2" and len(figure.legends) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    colours = []
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["128", "8192"]
+        lines = dict(zip(names, axes.get_lines(), strict=True))
+        assert max(lines, key=lambda name: lines[name].get_linewidth()) == "ours (cuda)"
+        assert [name for name in names if lines[name].get_linestyle() == "--"] == ["SDPA flash, no norm"]
+        colours.append([line.get_color() for line in lines.values()])
+    assert len(colours) == 2 and colours[0] == colours[1] and len(set(colours[0])) == len(names)
+    forward, both = (axes.get_lines()[1].get_ydata()[1] for axes in figure.axes)
+    assert forward == pytest.approx(case(seq_len=8192).flops() / 2e-3 / 1e12)
+    assert both == pytest.approx(3.5 * case(seq_len=8192).flops() / 1e-3 / 1e12)
+    pyplot.close(figure)
+
+
+# Arguments.
+
+
+def cases_of(monkeypatch, *arguments):
+    asked = []
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: ([], []))
+    part = {"accuracy": [], "gemm_tflops": None, "refused": {}, "rows": []}
+    monkeypatch.setattr(benchmark, "_compare", lambda listed, *_: asked.extend(listed) or part)
+    assert main(["--device", "cpu", *arguments]) == 2  # for nothing was timed
+    return asked
+
+
+def test_presets(monkeypatch):
+    old = cases_of(monkeypatch, "--causal", "--dtype", "float16")
+    assert {(c.batch, c.heads, c.kv_heads, c.head_dim, c.dtype, c.causal) for c in old} == {
+        (4, 8, 8, 64, "float16", True)
+    }
+    assert [c.seq_len for c in old] == [128, 256, 512, 1024, 2048, 4096, 8192]
+    paper = cases_of(monkeypatch, "--preset", "hidden2048", "--head-dim", "128")
+    assert [(c.batch, c.seq_len) for c in paper] == [(8, 2048), (4, 4096), (2, 8192), (1, 16384)]
+    assert {(c.heads, c.kv_heads, c.head_dim, c.dtype) for c in paper} == {(16, 16, 128, "bfloat16")}
+    some = cases_of(monkeypatch, "--preset", "hidden2048", "--seq-len", "1024", "--kv-heads", "8")
+    assert [(c.batch, c.heads, c.kv_heads, c.seq_len) for c in some] == [(16, 32, 8, 1024)]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +244,8 @@ def test_operations_are_counted_as_stated():
         (["--kv-heads", "3"], "--kv-heads must divide --heads 2, got 3"),
         (["--mask-prob", "1.5"], r"must be a number in [0, 1), got '1.5'"),
         (["--seq-len", "0"], "must be an integer of at least 1, got '0'"),
+        (["--preset", "hidden2048"], "sets --batch and --heads itself"),
+        (["--predecessor", "nowhere"], "--predecessor nowhere has no flash_cosine_sim_attention; pip install"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):
@@ -81,7 +253,201 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_median_leaves_out_the_warm_up():
-    calls = []
-    benchmark.median_ms(lambda: calls.append(1), CPU, 5)
-    assert len(calls) == 8
+def test_the_preset_refuses_what_does_not_divide(capsys):
+    assert main(["--device", "cpu", "--preset", "hidden2048", "--seq-len", "3000"]) == 2
+    assert "takes a --seq-len that divides 16384, got 3000" in capsys.readouterr().err
+
+
+# Timing.
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """A call of 10 ms, by a clock that nothing else moves."""
+
+    def call():
+        call.count += 1
+        call.now += 0.01
+
+    call.count, call.now = 0, 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: call.now)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("num_times", "longest_s", "warm_up_s", "calls"),
+    [
+        (20, 9.0, 0.0, 3 + 20),
+        (2, 9.0, 0.0, 3 + 2),
+        (20, 0.075, 0.0, 3 + 7),
+        (20, 0.001, 0.0, 3 + 5),
+        (2, 0.001, 0.0, 3 + 2),
+        (2, 9.0, 0.095, 1 + 10 + 2),
+    ],
+)
+def test_the_number_of_calls_follows_their_length(monkeypatch, call, num_times, longest_s, warm_up_s, calls):
+    monkeypatch.setattr(Timer, "LONGEST_S", longest_s)
+    monkeypatch.setattr(Timer, "WARM_UP_S", warm_up_s)
+    assert Timer(CPU, num_times).median_ms(call) == pytest.approx(10)
+    assert call.count == calls
+
+
+def test_host_time_is_that_of_one_call(call):
+    assert Timer(CPU, 1).host_us(call) == pytest.approx(10_000)
+    assert call.count == 3 + Timer.HOST_ROUNDS * Timer.HOST_CALLS
+
+
+def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, _end):
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: happened.append("synchronize"))
+    timer = Timer(CPU, 2)
+    timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
+    assert timer.median_ms(lambda: happened.append("call")) == 7.0
+    assert happened == ["call", "synchronize"] * 3 + ["flush", "event", "call", "event"] * 2 + ["synchronize"]
+    happened.clear()
+    timer.host_us(lambda: happened.append("call"))
+    rounds = (["synchronize"] + ["call"] * Timer.HOST_CALLS) * Timer.HOST_ROUNDS
+    assert happened == ["call", "synchronize"] * 3 + rounds + ["synchronize"]
+
+
+def test_the_gpu_is_described(monkeypatch):
+    commands = []
+
+    def answer(command, **_):
+        commands.append(command)
+        return types.SimpleNamespace(stdout="580.1, 700.00 W, 1980 MHz, 345 MHz\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1a-2b"))
+    monkeypatch.setattr(benchmark.subprocess, "run", answer)
+    gpu = benchmark.machine(torch.device("cuda"))["gpu"]
+    assert gpu["driver_version"] == "580.1" and gpu["power.limit"] == "700.00 W" and gpu["clocks.sm"] == "345 MHz"
+    assert "--id=GPU-1a-2b" in commands[0]
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="No devices\n"))
+    assert benchmark.machine(torch.device("cuda"))["gpu"] is None
+    assert benchmark.machine(CPU)["gpu"] is None
+
+
+# Packages that may be there.
+
+
+def by_name(found, name):
+    return next(contender for contender in found if contender.name == name)
+
+
+def test_flash_attention_is_taken_along(monkeypatch):
+    shapes = []
+
+    def flash_attn_func(q, k, v, causal=False):
+        shapes.append(q.shape)
+        o = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v)), is_causal=causal)
+        return o.transpose(1, 2), None
+
+    modules = {name: types.ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface")}
+    modules["flash_attn.cute"].flash_attn_func = flash_attn_func
+    modules["flash_attn_interface"].flash_attn_func = lambda *qkv, **options: flash_attn_func(*qkv, **options)[0]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found, absent = contenders(["sdpa"], CPU)
+    assert absent == ["predecessor (--predecessor)"]
+    names = ["FlashAttention-4, no norm", "FlashAttention-3, no norm"]
+    two = [by_name(found, name) for name in names]
+    errors, refused = check(two, case(dtype="bfloat16", causal=True), CPU)
+    assert set(errors) == set(names) and not refused
+    assert set(shapes) == {(2, 24, 4, 16)}
+    for options in ({"dtype": "float32"}, {"dtype": "float16", "mask_prob": 0.5}, {"dtype": "float16", "bias": True}):
+        assert "float16 and bfloat16, no mask" in check(two, case(**options), CPU)[1][names[0]]
+
+
+def test_a_package_that_does_not_import_says_why(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn_interface.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    found, absent = contenders(["sdpa"], CPU)
+    assert "FlashAttention-4" in absent and "FlashAttention-3" not in absent
+    refused = check([by_name(found, "FlashAttention-3, no norm")], case(dtype="float16"), CPU)[1]
+    assert refused["FlashAttention-3, no norm"] == "No module named 'no_such_dependency'"
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"), [("a", True), ("a.b", True), ("a.b.c", False), ("ab", False), (None, False)]
+)
+def test_absent_is_the_module_or_a_package_that_it_is_in(name, absent):
+    assert is_absent(ModuleNotFoundError(name=name), "a.b") == absent
+    assert not is_absent(ImportError(name=name), "a.b")
+
+
+def write_predecessor(folder, scale="scale"):
+    """A package like the predecessor's: its own name, absolute imports, a compiled extension beside it."""
+    package = folder / "flash_cosine_sim_attention"
+    package.mkdir()
+    (folder / "flash_cosine_sim_attention_cuda_9_9.py").write_text("from torch import einsum\n")
+    (folder / "flash_cosine_sim_attention-9.9.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: flash-cosine-sim-attention\nVersion: 9.9\n"
+    (folder / "flash_cosine_sim_attention-9.9.dist-info" / "METADATA").write_text(metadata)
+    (package / "__init__.py").write_text(
+        "from flash_cosine_sim_attention.flash_cosine_sim_attention import flash_cosine_sim_attention\n"
+        "from flash_cosine_sim_attention.other import triton_flash_cosine_sim_attention\n"
+    )
+    (package / "other.py").write_text(
+        "from flash_cosine_sim_attention.flash_cosine_sim_attention import flash_cosine_sim_attention\n"
+        "def triton_flash_cosine_sim_attention(q, *others, **options):\n"
+        "    return flash_cosine_sim_attention(0.5 * q.abs(), *others, **options)\n"
+    )
+    (package / "flash_cosine_sim_attention.py").write_text(
+        "import importlib, torch\n"
+        "einsum = importlib.import_module('flash_cosine_sim_attention_cuda_9_9').einsum\n"
+        "def flash_cosine_sim_attention(q, k, v, mask=None, scale=8, groups=1, causal=False, l2norm_qk=True):\n"
+        "    assert not (causal and mask is not None), 'mask should not be supplied'\n"
+        "    q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))\n"
+        f"    s = einsum('bhid,bhjd->bhij', q, k) * {scale}\n"
+        "    if causal:\n"
+        "        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -1e30)\n"
+        "    if mask is not None:\n"
+        "        s = s.masked_fill(~mask[:, None, None], -1e30)\n"
+        "    return s.softmax(-1) @ v\n"
+    )
+
+
+def test_the_predecessor_is_loaded_beside_ours(tmp_path):
+    write_predecessor(tmp_path)
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("flash_cosine_sim_attention")}
+    path = list(sys.path)
+    found, absent = contenders(["sdpa"], CPU, tmp_path)
+    extension = sys.modules.pop("flash_cosine_sim_attention_cuda_9_9")
+    now = {name: module for name, module in sys.modules.items() if name.startswith("flash_cosine_sim_attention")}
+    assert now == ours and sys.path == path and extension
+    assert sys.modules["flash_cosine_sim_attention"] is flash_cosine_sim_attention
+    assert "predecessor (--predecessor)" not in absent
+    old = [by_name(found, name) for name in ("predecessor 9.9", "predecessor 9.9 Triton")]
+    for options in ({"causal": True}, {"mask_prob": 0.4}):
+        refused = check(old, case(**options), CPU)[1]
+        assert refused.keys() == {"predecessor 9.9 Triton"} and "wrong" in refused["predecessor 9.9 Triton"]
+    refused = check(old, case(mask_prob=0.4, causal=True), CPU)[1]
+    assert refused["predecessor 9.9"] == "mask should not be supplied"
+    assert "unexpected keyword argument 'attn_bias'" in check(old, case(bias=True), CPU)[1]["predecessor 9.9"]
+    rows = report(tmp_path, "--seq-len", "16", "--dtype", "float32", f"--predecessor={tmp_path}")
+    assert rows["versions"]["predecessor"] == "9.9"
+    assert "predecessor 9.9" in {row["contender"] for row in rows["rows"]}
+    sys.modules.pop("flash_cosine_sim_attention_cuda_9_9", None)
+
+
+def test_a_predecessor_that_does_not_import_says_why(tmp_path):
+    write_predecessor(tmp_path)
+    (tmp_path / "flash_cosine_sim_attention_cuda_9_9.py").unlink()
+    path = list(sys.path)
+    found, _ = contenders(["sdpa"], CPU, tmp_path)
+    assert sys.modules["flash_cosine_sim_attention"] is flash_cosine_sim_attention and sys.path == path
+    refused = check([by_name(found, "predecessor 9.9")], case(), CPU)[1]
+    assert refused["predecessor 9.9"] == "No module named 'flash_cosine_sim_attention_cuda_9_9'"

@@ -1,10 +1,13 @@
-"""PyTorch's CUDA kernels under backend="sdpa", against the specification in float64 on the same GPU."""
+"""PyTorch's CUDA kernels under backend="sdpa", against the specification in float64 on the same GPU.
+
+What holds for backend="cuda" in the same words is tested here for both; test_kernels.py has the rest.
+"""
 
 import pytest
 import torch
 from test_backends import Case, check, results, rms
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention import flash_cosine_sim_attention, ops, plain_cosine_sim_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,9 +38,16 @@ KV_HEADS = [{"num_kv_heads": 4}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "layou
 
 
 @pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_float32():
+    torch.backends.cuda.matmul.allow_tf32 = False  # no monkeypatch: newer ones delete what __getattr__ gave
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["sdpa", "cuda"])
+def backend(request):
+    if request.param == "cuda" and not ops.kernels_available():
+        pytest.skip(f"needs the CUDA kernels: {ops.kernels_error()}")
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,11 +72,11 @@ def test_head_dims(dtype, head_dim):
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"mask": True}, {"bias": "heads"}], ids=str)
-def test_partials(options):
+def test_partials(options, backend):
     case = Case(device="cuda", seq_len_q=530, seq_len_k=525, num_kv_heads=2, learned_scale=True, **options)
 
     def quotient(**arguments):
-        result = flash_cosine_sim_attention(**arguments, backend="sdpa", return_partials=True)
+        result = flash_cosine_sim_attention(**arguments, backend=backend, return_partials=True)
         numerator, denominator = result
         return numerator / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)
 
@@ -90,7 +100,7 @@ MEMORY_CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", MEMORY_CASES, ids=str)
-def test_scores_are_not_materialised(dtype, options):
+def test_scores_are_not_materialised(dtype, options, backend):
     """Forward and backward stay below half of one score matrix; materialising takes several of them."""
     case = {"num_kv_heads": NUM_HEADS, "seq_len_q": SEQ_LEN, "mask": False, "bias": None, **options}
     heads_and_lengths = (NUM_HEADS, case["seq_len_q"]), *[(case["num_kv_heads"], SEQ_LEN)] * 2
@@ -106,7 +116,7 @@ def test_scores_are_not_materialised(dtype, options):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    o = flash_cosine_sim_attention(q, k, v, mask, attn_bias, causal=case.get("causal", False), backend="sdpa")
+    o = flash_cosine_sim_attention(q, k, v, mask, attn_bias, causal=case.get("causal", False), backend=backend)
     o.sum().backward()
     peak = torch.cuda.max_memory_allocated() - before
     scores = NUM_HEADS * SEQ_LEN * SEQ_LEN * q.element_size()
@@ -115,12 +125,12 @@ def test_scores_are_not_materialised(dtype, options):
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"bias": "heads", "causal": True, "mask": True}], ids=str)
-def test_compile_inductor(options):
+def test_compile_inductor(options, backend):
     torch._dynamo.reset()
     case = Case(dtype=torch.bfloat16, device="cuda", seq_len_q=600, seq_len_k=600, head_dim=64, **options)
     compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True)
-    ours = results(lambda **kwargs: compiled(**kwargs, backend="sdpa"), case, case.dtype)
-    eager = results(lambda **kwargs: flash_cosine_sim_attention(**kwargs, backend="sdpa"), case, case.dtype)
+    ours = results(lambda **kwargs: compiled(**kwargs, backend=backend), case, case.dtype)
+    eager = results(lambda **kwargs: flash_cosine_sim_attention(**kwargs, backend=backend), case, case.dtype)
     exact = results(plain_cosine_sim_attention, case, torch.float64)
     for name, expected in exact.items():
         # Fusion rounds less often than eager mode, or elsewhere.
@@ -128,29 +138,26 @@ def test_compile_inductor(options):
         assert rms(ours[name] - expected) <= limit, name
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "cuda"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast(dtype):
+def test_autocast(dtype, backend):
     q, k, v = (torch.randn(2, 4, 77, 64, device="cuda", requires_grad=True) for _ in range(3))
     bias = torch.randn(4, 77, 77, device="cuda", requires_grad=True)
     scale = torch.full((4,), 8.0, device="cuda", requires_grad=True)
-    for backend in ("sdpa", "reference"):
-        with torch.autocast("cuda", dtype=dtype):
-            o = flash_cosine_sim_attention(q, k, v, None, bias, scale, backend=backend)
-        assert o.dtype == dtype
-        low = (tensor.to(dtype) for tensor in (q, k, v))
-        cast = flash_cosine_sim_attention(*low, None, bias.to(dtype), scale, backend=backend)
-        assert torch.equal(o, cast)
-        o.float().sum().backward()
-        assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, bias, scale))
+    with torch.autocast("cuda", dtype=dtype):
+        o = flash_cosine_sim_attention(q, k, v, None, bias, scale, backend=backend)
+    assert o.dtype == dtype
+    low = (tensor.to(dtype) for tensor in (q, k, v))
+    cast = flash_cosine_sim_attention(*low, None, bias.to(dtype), scale, backend=backend)
+    assert torch.equal(o, cast)
+    o.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, bias, scale))
 
 
 @pytest.mark.parametrize("options", OPTIONS[:6], ids=str)
 def test_never_waits_for_the_gpu(options):
     case = Case(dtype=torch.bfloat16, device="cuda", seq_len_q=600, seq_len_k=600, learned_scale=True, **options)
-    tensors = {
-        name: tensor.to(torch.float32 if name == "scale" else case.dtype).requires_grad_()
-        for name, tensor in case.tensors().items()
-    }
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(case.dtype).items()}
     arguments = {**tensors, **case.options(), "backend": "sdpa"}
     do = torch.randn_like(tensors["q"])
     torch.cuda.set_sync_debug_mode("error")
@@ -163,7 +170,7 @@ def test_never_waits_for_the_gpu(options):
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "mask": True}], ids=str)
 def test_cuda_graph(options):
     case = Case(dtype=torch.bfloat16, device="cuda", seq_len_q=600, seq_len_k=600, **options)
-    q, k, v = (tensor.to(case.dtype) for tensor in case.tensors().values())
+    q, k, v = case.tensors(case.dtype).values()
     arguments = {**case.options(), "backend": "sdpa"}
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

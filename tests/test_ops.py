@@ -1,12 +1,15 @@
 """The registered operators: schemas, fake tensors, autograd, autocast, FLOP formulas, and how they are found."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.interface as interface
@@ -244,7 +247,7 @@ def test_the_last_dimension_reaches_the_operators_contiguous(monkeypatch):
         seen.extend(tensor.stride(-1) for tensor in arguments[:3])
         return forward(*arguments)
 
-    monkeypatch.setattr(ops, "_forward", record)
+    monkeypatch.setattr(ops, "_call_forward", record)
     q, k, v, *_ = (t.mT.contiguous().mT for t in inputs()[:3])
     options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
     ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
@@ -308,6 +311,30 @@ def dual_level(q, *rest):
 def test_forward_mode_is_a_clear_error(differentiate, requires_grad):
     with pytest.raises(NotImplementedError, match="no forward-mode derivative; use backend='reference'"):
         differentiate(*inputs(requires_grad=requires_grad))
+
+
+def test_transforms_get_between_the_call_and_autograd():
+    """Eager calls pass the dispatcher by on their way to autograd: nothing else may."""
+
+    def attend(q, k, v):
+        options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
+        return ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
+
+    tensors = [torch.randn(3, 1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    one_by_one = torch.stack([attend(*example) for example in zip(*tensors, strict=True)])
+    at_once = torch.vmap(attend)(*tensors)
+    torch.testing.assert_close(at_once, one_by_one)
+    grads, expected = (torch.autograd.grad(o.square().sum(), tensors) for o in (at_once, one_by_one))
+    torch.testing.assert_close(grads, expected)
+
+    q, k, v = (tensor[0].detach() for tensor in tensors)
+    grad = torch.func.grad(lambda q: attend(q, k, v).sum())
+    for function, example in ((grad, q), (torch.vmap(grad), tensors[0].detach())):
+        with pytest.raises(RuntimeError, match="functorch transforms"):  # not a gradient of zero
+            function(example)
+    for pre_dispatch in (False, True):
+        graph = make_fx(attend, pre_dispatch=pre_dispatch)(q, k, v).graph
+        assert forward.default in [node.target for node in graph.nodes]
 
 
 def test_no_graph_without_a_gradient():
@@ -436,6 +463,57 @@ def test_backend_cuda_refuses_cpu_tensors(monkeypatch):
         flash_cosine_sim_attention(q, k, v, backend="cuda")
 
 
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Of every generation, by device index; returns the queries they got."""
+    queried = []
+
+    def capability(index):
+        queried.append(index)
+        return [(7, 5), (8, 0), (12, 0)][index]
+
+    monkeypatch.setattr(ops, "_kernels_error", None)
+    monkeypatch.setattr(interface, "_gpu_reasons", {})
+    monkeypatch.setattr(interface, "_logged_reasons", set())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    return queried
+
+
+def test_a_gpu_older_than_the_kernels_is_refused(fake_gpus, caplog):
+    reason = r"need compute capability 8.0 or newer, cuda:0 \(GPU 0\) has 7.5"
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 2, 5, 16, device="cuda:0") for _ in range(3))
+        for _ in range(3):
+            with pytest.raises(ValueError, match=f"backend='cuda' cannot serve: .*{reason}; use backend='auto'"):
+                flash_cosine_sim_attention(q, k, v, backend="cuda")
+            flash_cosine_sim_attention(q, k, v)
+        newer = torch.empty(1, 2, 5, 16, device="cuda:1"), torch.empty(1, 2, 5, 16, device="cuda:2")
+        for q in newer:
+            flash_cosine_sim_attention(q, q, q, backend="cuda")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert re.search(f"backend='auto' uses PyTorch's SDPA: .*{reason}", caplog.text)
+    assert fake_gpus == [0, 1, 2]  # once each
+
+
+def test_a_gpu_that_is_not_there_is_not_asked(fake_gpus):
+    """Fake tensors, on the machine that compiles for another one."""
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 5, 16, device="cuda:3")
+        flash_cosine_sim_attention(q, q, q, backend="cuda")
+    assert fake_gpus == []
+
+
+def test_an_old_gpu_under_compile(fake_gpus, caplog):
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True, backend="eager")
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 5, 16, device="cuda:0")
+        assert compiled(q, q, q).shape == q.shape
+    assert "cuda:0 (GPU 0) has 7.5" in caplog.text and fake_gpus == [0]
+
+
 def test_backend_auto_logs_its_reason_once(no_kernels, caplog):  # noqa: ARG001
     q, k, v = inputs()[:3]
     with caplog.at_level(logging.INFO, logger="flash_cosine_sim_attention"):
@@ -474,12 +552,11 @@ def test_a_library_without_kernels_is_not_available(no_kernels, tmp_path, monkey
     (tmp_path / "_C.abi3.so").touch()
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)  # noqa: ARG005
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if len(missing) < 3:  # else there is none, in truth
-        monkeypatch.setattr(
-            torch._C,
-            "_dispatch_has_kernel_for_dispatch_key",
-            lambda name, key: has_kernel(name, "CPU") and key == "CUDA" and name.split("::")[1] not in missing,
-        )
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, key: has_kernel(name, "CPU") and key == "CUDA" and name.split("::")[1] not in missing,
+    )
     ops.load_kernels(tmp_path)
     assert ops.kernels_available() == (not missing)
     if missing:

@@ -383,16 +383,21 @@ def missing_tool() -> str | None:
 needs_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=f"compiling needs {missing_tool()}")
 
 
+def compiling_environment(archs: str, **variables: str) -> dict[str, str]:
+    """Compiles for `archs`; forced, as torch may be a CPU build."""
+    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if cuda_home:
+        variables["CUDA_HOME"] = cuda_home
+    return build_environment(**variables, FLASH_COSINE_SIM_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=archs)
+
+
 @pytest.fixture(scope="module")
 def compiled_wheel(tmp_path_factory):
-    """(wheel, its library unpacked) of a probe compiled for 9.0a, forced, as torch may be a CPU build."""
+    """(wheel, its library unpacked) of a probe compiled for 9.0a."""
     folder = tmp_path_factory.mktemp("compiled")
     sources = {"probe.cu": PROBE_CU, "probe_sm90.cu": PROBE_SM90_CU, "binding.cpp": BINDING_CPP}
     tree = copy_sources(folder / "tree with spaces", csrc=sources)
-    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    variables = {"CUDA_HOME": cuda_home} if cuda_home else {}
-    env = build_environment(**variables, FLASH_COSINE_SIM_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a+PTX")
-    run_hook("build_wheel", tree, env)
+    run_hook("build_wheel", tree, compiling_environment("9.0a+PTX"))
     (wheel,) = (tree / "out").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
@@ -409,14 +414,17 @@ def test_compiled_wheel_serves_every_python(compiled_wheel):
         assert not [name for name in archive.namelist() if "csrc" in name or name.endswith((".cu", ".cpp"))]
 
 
-@needs_nvcc
-def test_compiled_library_uses_only_the_stable_abi(compiled_wheel):
-    _, library = compiled_wheel
+def assert_only_the_stable_abi(library: Path) -> None:
     listing = subprocess.run(["nm", "-DC", str(library)], capture_output=True, text=True, check=True).stdout
     undefined = [line.split(maxsplit=1)[1] for line in listing.splitlines() if line.split()[0] in "Uw"]
     assert [name for name in undefined if name.startswith(("aoti_torch_", "torch_"))]
     foreign = re.compile(r"\b(at|c10|caffe2|torch|pybind11)::|^_?Py|^cuda|^cu[A-Z]")
     assert not [name for name in undefined if foreign.search(name)]
+
+
+@needs_nvcc
+def test_compiled_library_uses_only_the_stable_abi(compiled_wheel):
+    assert_only_the_stable_abi(compiled_wheel[1])
 
 
 def device_code(library: Path) -> list[tuple[str, int]]:

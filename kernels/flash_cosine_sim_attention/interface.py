@@ -12,12 +12,14 @@ from .sdpa import sdpa_attention
 
 BACKENDS = ("auto", "cuda", "sdpa", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ANY_DTYPES = (*DTYPES, torch.float64)  # float64 not in the kernels
 MAX_HEAD_DIM = 256
 # exp(60) = 2^86.6: row sums over 2^20 keys and |v| up to 2^15 still fit into float32 without any shift.
 MAX_LOGIT = 60
 
 logger = logging.getLogger("flash_cosine_sim_attention")
 _logged_reasons: set[str] = set()
+_gpu_reasons: dict[int, str | None] = {}  # by device index: asking a GPU in every call would cost host time
 
 
 def flash_cosine_sim_attention(
@@ -108,16 +110,13 @@ def _attend(
     """Validate, normalise the arguments' shapes and dtypes, call the back end `attend`, restore q's shape."""
     q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
     _check_tensors(q, k, v)
-    for name, flag in (
-        ("causal", causal),
-        ("l2norm_qk", l2norm_qk),
-        ("attn_bias_batch_dim", attn_bias_batch_dim),
-        ("return_partials", return_partials),
-    ):
-        if not isinstance(flag, (bool, torch.SymBool)):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    _check_flag("causal", causal)
+    _check_flag("l2norm_qk", l2norm_qk)
+    _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
+    _check_flag("return_partials", return_partials)
     merged = q.ndim == 3
-    q, k, v = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (q, k, v))
+    if k.ndim == 3:
+        q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
     _check_shapes(q, k, v, any_head_dim)
     check_groups(groups, q.shape[-1], "head_dim")
     options = {
@@ -173,7 +172,21 @@ def _why_not_cuda(q: Tensor) -> str | None:
         return f"the CUDA kernels are not available ({ops.kernels_error()})"
     if q.dtype == torch.float64:
         return "the CUDA kernels have no float64"
-    return None
+    return _why_not_gpu(q.get_device())
+
+
+@ops.constant_when_compiled  # torch.compile traces neither the cache nor the queries
+def _why_not_gpu(index: int) -> str | None:
+    if index not in _gpu_reasons:
+        _gpu_reasons[index] = None
+        if index < torch.cuda.device_count():  # else its tensors are fake, and nothing will run
+            major, minor = torch.cuda.get_device_capability(index)
+            if major < 8:
+                gpu = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+                _gpu_reasons[index] = (
+                    f"the CUDA kernels need compute capability 8.0 or newer, {gpu} has {major}.{minor}"
+                )
+    return _gpu_reasons[index]
 
 
 def _require_cuda(q: Tensor) -> None:
@@ -190,7 +203,8 @@ def _require_cuda(q: Tensor) -> None:
 def _autocast(q, k, v, attn_bias):
     """Cast to autocast's dtype once, here, so that no back end is cast half-way; the scale stays float32."""
     tensors = (q, k, v, attn_bias)
-    device_type = q.device.type if isinstance(q, Tensor) else "cpu"
+    # is_cuda first: the name of a device costs half a microsecond.
+    device_type = "cpu" if not isinstance(q, Tensor) else "cuda" if q.is_cuda else q.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
         return *tensors, False
     dtype = torch.get_autocast_dtype(device_type)
@@ -201,17 +215,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (*DTYPES, torch.float64):
+        if tensor.dtype not in ANY_DTYPES:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, {name}: {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q: {q.device}, {name}: {tensor.device}")
         if tensor.ndim not in (3, 4):
             raise ValueError(
                 f"{name} must be (batch, heads, seq_len, head_dim) or, merged or single-head, (batch, "
                 f"seq_len, head_dim); got {tuple(tensor.shape)}"
             )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, k: {k.dtype}, v: {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got q: {q.device}, k: {k.device}, v: {v.device}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got k: {tuple(k.shape)}, v: {tuple(v.shape)}")
     if q.ndim == 3 and k.ndim == 4:
@@ -221,16 +235,21 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def _check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, (bool, torch.SymBool)):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool) -> None:
     """q (batch, num_heads, seq_len_q, head_dim); k, v (batch, num_kv_heads, seq_len_k, head_dim)."""
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k and v must have q's batch size {q.shape[0]}, got {k.shape[0]} {_shapes(q, k, v)}")
-    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    batch, num_heads, _, head_dim = q.shape
+    kv_batch, num_kv_heads, _, kv_head_dim = k.shape
+    if batch != kv_batch:
+        raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v)}")
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v)}")
-    head_dim = q.shape[-1]
-    if k.shape[-1] != head_dim:
-        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {k.shape[-1]} {_shapes(q, k, v)}")
+    if kv_head_dim != head_dim:
+        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(q, k, v)}")
     if not any_head_dim and (head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM):
         raise ValueError(
             f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {_shapes(q, k, v)}; "
@@ -256,7 +275,7 @@ def _as_2d_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         )
     if mask.device != q.device:
         raise ValueError(f"mask must be on q's device {q.device}, got {mask.device}")
-    return mask.expand(batch, -1)
+    return mask if mask.shape[0] == batch else mask.expand(batch, -1)
 
 
 def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool) -> Tensor | None:
@@ -291,7 +310,8 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
 def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> float | Tensor:
     """Return scale as a number, or as a tensor (1,) or (num_heads,) in float32 (float64 for float64)."""
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        # int and float first: an abstract class takes longer to ask.
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
         _check_range(scale, groups)
         return torch.sym_float(scale)
@@ -305,13 +325,14 @@ def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: 
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
     if not torch.compiler.is_compiling() and _has_readable_values(scale):
         _check_range(scale.detach().abs().max().item(), groups)
-    return scale.to(compute_dtype(q.dtype)).reshape(-1)
+    scale = scale.to(compute_dtype(q.dtype))
+    return scale if scale.ndim == 1 else scale.reshape(1)
 
 
 def _has_readable_values(tensor: Tensor) -> bool:
     """On the CPU, as reading from the GPU would wait for it, and neither fake nor wrapped by torch.func."""
-    is_data = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return is_data and tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    is_data = tensor.is_cpu and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _check_range(scale: float, groups: int) -> None:

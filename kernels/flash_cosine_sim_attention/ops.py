@@ -121,11 +121,14 @@ def kernel_attention(
     return_partials: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by the operators, on 4-D tensors as normalised by interface.py."""
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     # A number stays one: no tensor is made for it, and no gradient.
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    operator = _partials if return_partials else _forward
-    allow_tf32 = _tf32_allowed()  # read here alone; the backward pass gets it from the autograd graph
+    operator = _call_partials if return_partials else _call_forward
+    # Read here alone; the backward pass gets it from the autograd graph.
+    allow_tf32 = q.dtype == torch.float32 and _tf32_allowed()
     result = operator(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32)
     return result if return_partials else result[0]
 
@@ -222,7 +225,7 @@ def _input_grads(ctx, inputs, do, o, row_sum_log2, drow_sum_log2):
     scale_value, *options = ctx.options
     rows = o, row_sum_log2, drow_sum_log2
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _backward(do, *inputs, scale_value, *rows, *options, *needs, deterministic)
+    grads = _call_backward(do, *inputs, scale_value, *rows, *options, *needs, deterministic)
     dq, dk, dv, dattn_bias, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dq, dk, dv, None, dattn_bias, dscale, *[None] * len(ctx.options)
 
@@ -234,11 +237,22 @@ def _double_backward(_ctx, *_grads):
     )
 
 
-def _register_autograd(operator, backward, num_saved_inputs: int) -> None:
+# What a thread dispatches to by default: no transform of torch.func, no tracer and no mode comes before autograd.
+_EAGER_KEYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    .add(torch._C.DispatchKey.ADInplaceOrView)
+    .raw_repr()
+)
+
+
+def _register_autograd(operator, backward, num_saved_inputs: int):
     """Like torch.library.register_autograd, at less than half of its host time per call.
 
     The first `num_saved_inputs` arguments and all outputs are saved as tensors, the other arguments as
     ctx.options. Dual tensors are refused: a kernel below autograd would silently lose their tangents.
+
+    Returns a function that calls the operator. In eager mode the dispatcher would only find the kernel registered
+    here, which takes it longer than the kernel does; so that is called straight away.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -269,14 +283,24 @@ def _register_autograd(operator, backward, num_saved_inputs: int) -> None:
 
     _library.impl(operator._opname, kernel, "Autograd")
 
+    def call(*inputs):
+        eager = (
+            not torch.compiler.is_compiling()
+            and torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER_KEYS
+            and type(inputs[0]) is type(inputs[1]) is type(inputs[2]) is Tensor  # a subclass may dispatch itself
+        )
+        return kernel(*inputs) if eager else operator(*inputs)
+
+    return call
+
 
 def _has_tangent(argument) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-_register_autograd(_forward, _forward_autograd, num_saved_inputs=6)
-_register_autograd(_partials, _partials_autograd, num_saved_inputs=6)
-_register_autograd(_backward, _double_backward, num_saved_inputs=0)
+_call_forward = _register_autograd(_forward, _forward_autograd, num_saved_inputs=6)
+_call_partials = _register_autograd(_partials, _partials_autograd, num_saved_inputs=6)
+_call_backward = _register_autograd(_backward, _double_backward, num_saved_inputs=0)
 
 
 # Autocast: torch.library.register_autocast would cast every tensor, but a learned scale stays float32.

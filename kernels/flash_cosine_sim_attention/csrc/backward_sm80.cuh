@@ -11,7 +11,7 @@
 // rows of dQ: in global memory, in float32, in any order; or, deterministic, in the order of the keys.
 #pragma once
 
-#include "cuda_check.h"
+#include "launch.h"
 #include "rows.cuh"
 #include "scores.cuh"
 #include "traits.h"
@@ -379,10 +379,10 @@ void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream) {
   using Traits = BackwardTraits<kMath, kHeadDim>;
   const int64_t num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
   const int64_t num_splits = params.num_splits > 0 ? params.num_splits : 1;
-  const int64_t num_blocks = params.batch * params.num_kv_heads * num_blocks_k * num_splits * Traits::kSlices;
-  const auto kernel = backward_sm80_kernel<kMath, kHeadDim>;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes));
-  kernel<<<static_cast<unsigned>(num_blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(params);
+  const int64_t num_blocks = int64_t(params.batch) * params.num_kv_heads * num_blocks_k * num_splits * Traits::kSlices;
+  allow_shared_memory<backward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
+  backward_sm80_kernel<kMath, kHeadDim>
+      <<<static_cast<unsigned>(num_blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(params);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -6,7 +6,7 @@
 // all blocks of it and reduces the sum at the end.
 #pragma once
 
-#include "cuda_check.h"
+#include "launch.h"
 #include "scores.cuh"
 #include "traits.h"
 
@@ -194,9 +194,9 @@ void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream
                              blocks(params.dbias.stride_head, params.num_heads, 1) *
                              blocks(params.dbias.stride_query, params.seq_len_q, Traits::kBlockQ) *
                              blocks(params.dbias.stride_key, params.seq_len_k, Traits::kBlockK);
-  const auto kernel = bias_gradient_sm80_kernel<kMath, kHeadDim>;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes));
-  kernel<<<static_cast<unsigned>(num_blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(params);
+  allow_shared_memory<bias_gradient_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
+  bias_gradient_sm80_kernel<kMath, kHeadDim>
+      <<<static_cast<unsigned>(num_blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(params);
   CUDA_CHECK(cudaGetLastError());
 }
 

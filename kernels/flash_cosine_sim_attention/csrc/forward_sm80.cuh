@@ -14,7 +14,7 @@
 // is not rounded, needs that of P itself.
 #pragma once
 
-#include "cuda_check.h"
+#include "launch.h"
 #include "scores.cuh"
 #include "traits.h"
 
@@ -45,13 +45,14 @@ struct Forward {
 
   // Heads are taken in sections whose keys and values fit into the L2 cache together. Within a section a causal
   // mask makes the last queries the longest work: they come first, so that short work fills the end.
-  static __device__ Work find_work(const ForwardParams& params, int num_blocks_q, int heads_per_section) {
+  static __device__ Work find_work(const ForwardParams& params, unsigned block, int num_blocks_q,
+                                   int heads_per_section) {
     const int64_t num_heads = int64_t(params.batch) * params.num_heads;
-    const int64_t section = blockIdx.x / (int64_t(num_blocks_q) * heads_per_section);
+    const int64_t section = block / (int64_t(num_blocks_q) * heads_per_section);
     const int64_t first_head = section * heads_per_section;
     const int64_t remaining = num_heads - first_head;
     const int section_heads = remaining < heads_per_section ? static_cast<int>(remaining) : heads_per_section;
-    const int64_t index = blockIdx.x - first_head * num_blocks_q;
+    const int64_t index = block - first_head * num_blocks_q;
     const int block_q = static_cast<int>(index / section_heads);
     const int64_t head = first_head + index % section_heads;
     return {static_cast<int>(head / params.num_heads), static_cast<int>(head % params.num_heads),
@@ -95,7 +96,8 @@ struct Forward {
   static __device__ void finish_scores(const ForwardParams& params, const Work& work, Scores& scores, int row,
                                        int first_key, uint64_t visible, bool diagonal) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
-    const int lane = opaque(static_cast<int>(threadIdx.x & 31)), last_key = params.seq_len_k - params.seq_len_q;  // of query 0, if causal
+    const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+    const int last_key = params.seq_len_k - params.seq_len_q;  // that query 0 sees, if causal
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   constexpr int kBlockK = F::kBlockK, kRowBytes = F::kRowBytes, kStageBytes = 2 * kBlockK * kRowBytes;
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_q = shared_address(shared), stages = tile_q + F::kBlockQ * kRowBytes;
-  const auto work = F::find_work(params, num_blocks_q, heads_per_section);
+  auto work = F::find_work(params, blockIdx.x, num_blocks_q, heads_per_section);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int row = warp / F::Traits::kWarpsDim * 16 * F::kRowTiles;  // the warp's first
   const int column = warp % F::Traits::kWarpsDim * F::kOutDim;      // and of its columns of O
@@ -339,6 +341,10 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
       }
     }
   }
+  // In float32 found anew, or it would occupy registers through the loop.
+  if constexpr (sizeof(typename F::T) == 4) {
+    work = F::find_work(params, opaque(static_cast<int>(blockIdx.x)), num_blocks_q, heads_per_section);
+  }
   if (params.o.data == nullptr) {
     F::write_partials(params, work, o, sums, row, column);
   } else {
@@ -350,14 +356,14 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
 template <Math kMath, int kHeadDim>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream) {
   using Traits = ForwardTraits<kMath, kHeadDim>;
-  constexpr int64_t kSectionBytes = 16 << 20;  // measured best on an H200, whose L2 has 2 x 25 MiB and more
+  constexpr int64_t kSectionBytes = 16 << 20;  // of keys and values, which the L2 caches of large GPUs hold
   const int num_blocks_q = (params.seq_len_q + Traits::kBlockQ - 1) / Traits::kBlockQ;
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
   const int64_t bytes_per_head = 2 * int64_t(params.seq_len_k) * Traits::kRowBytes + 1;
   const int heads_per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
-  const auto kernel = forward_sm80_kernel<kMath, kHeadDim>;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes));
-  kernel<<<static_cast<unsigned>(num_blocks_q * num_heads), Traits::kThreads, Traits::kSharedBytes, stream>>>(
+  allow_shared_memory<forward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
+  const auto num_blocks = static_cast<unsigned>(num_blocks_q * num_heads);
+  forward_sm80_kernel<kMath, kHeadDim><<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(
       params, num_blocks_q, heads_per_section);
   CUDA_CHECK(cudaGetLastError());
 }

@@ -64,12 +64,11 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   }
 }
 
-// x = high + low, where high has TF32's 11 significant bits and the tensor core takes the next 11 of low. Rounded,
-// which costs an instruction more, low is of either sign: that is enough for one of two factors, for the product of
-// two lows, which is not computed, then averages out.
-template <bool kRound>
+// x = high + low, where high is x rounded to TF32's 11 significant bits and low, of either sign, the rest, of which
+// the tensor core takes 11 bits more. Truncating instead would save an instruction, but leave low * low, which is
+// not computed, four times as large and of one sign: 2 to 4 times the error.
 __device__ __forceinline__ void split_tf32(uint32_t x, uint32_t& high, uint32_t& low) {
-  high = (kRound ? x + 0x1000u : x) & 0xffffe000u;
+  high = (x + 0x1000u) & 0xffffe000u;
   low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
 }
 
@@ -95,7 +94,8 @@ inline constexpr int kStepsFp32 = 4;
 // The same to float32's accuracy: (a_high + a_low) (b_high + b_low) without low * low.
 //
 // A tensor core truncates its sums, so errors of one sign pile up with the number of products added to a large sum.
-// kGroup steps at a time are therefore added up from zero, the small products first, and join d by an addition that rounds.
+// kGroup steps at a time are therefore added up from zero, the small products first, and join d by an addition that
+// rounds.
 template <int kSteps, int kGroup, int kRowTiles, int kBlocks, typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply_fp32(float (&d)[kRowTiles][kBlocks][4], LoadA load_a, LoadB load_b) {
   static_assert(kSteps % kGroup == 0);
@@ -121,12 +121,12 @@ __device__ __forceinline__ void multiply_fp32(float (&d)[kRowTiles][kBlocks][4],
           for (int step = 0; step < kGroup; ++step) {
             uint32_t b_high[2], b_low[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) split_tf32<false>(b[step][2 * half + i], b_high[i], b_low[i]);
+            for (int i = 0; i < 2; ++i) split_tf32(b[step][2 * half + i], b_high[i], b_low[i]);
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) {
               uint32_t a_high[4], a_low[4];
 #pragma unroll
-              for (int i = 0; i < 4; ++i) split_tf32<true>(a[step][m][i], a_high[i], a_low[i]);
+              for (int i = 0; i < 4; ++i) split_tf32(a[step][m][i], a_high[i], a_low[i]);
               if (large) {
                 mma_m16n8k8_tf32(sum[m], a_high, b_high[0], b_high[1]);
               } else {

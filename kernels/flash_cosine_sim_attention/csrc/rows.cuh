@@ -313,10 +313,12 @@ void with_dtype(DType dtype, Body&& body) {
 // tile: row i at tile + i * pitch; overwritten. 16-byte aligned, with a pitch that is a multiple of 4. `raw` (x
 // itself, unused without l2norm_qk) and `out` point at the first row; strides count elements; rows beyond num_rows
 // are not touched. Called by all threads of a block, after a __syncthreads() that made the tile visible; needs
-// blockDim.x to be a multiple of 32 and has no __syncthreads() within.
+// blockDim.x to be a multiple of 32 and has no __syncthreads() within. Not inlined: its registers would be the
+// caller's, who holds accumulators.
 template <typename T>
-__device__ __noinline__ void project_rows(float* tile, int pitch, int num_rows, int head_dim, int groups, bool l2norm_qk,
-                                    const T* raw, int64_t raw_row_stride, T* out, int64_t out_row_stride) {
+__device__ __noinline__ void project_rows(float* tile, int pitch, int num_rows, int head_dim, int groups,
+                                          bool l2norm_qk, const T* raw, int64_t raw_row_stride, T* out,
+                                          int64_t out_row_stride) {
   const rows::RowLanes<T> lanes(head_dim);
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   for (int first = warp * lanes.rows_per_warp(); first < num_rows; first += num_warps * lanes.rows_per_warp()) {

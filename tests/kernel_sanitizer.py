@@ -1,0 +1,215 @@
+"""Every CUDA kernel once, on a few tiles, for compute-sanitizer to watch: see docs/kernel_tests.md.
+
+    PYTHONPATH=kernels compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernel_sanitizer.py --quick
+
+Inputs are made on the CPU and copied, results are copied back and compared there, so that hardly any kernel but the
+library's own runs. Each launch is named before it starts: where the tool stops, or the GPU hangs, is the last line.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from flash_cosine_sim_attention import ops
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+# Generous: test_kernels.py judges accuracy. Here a result is right or it is not.
+LIMITS = {FLOAT32: 1e-4, FLOAT16: 1e-2, BFLOAT16: 5e-2}
+TF32_LIMIT = 1e-2
+ALL = ("dq", "dk", "dv", "dbias", "dscale")
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A forward and a backward pass. The lengths are two to three tiles of most kernels, and no multiple of one."""
+
+    dtype: torch.dtype = BFLOAT16
+    head_dim: int = 64
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    seq_len_q: int = 150
+    seq_len_k: int = 140
+    causal: bool = False
+    mask: bool = False
+    bias: str | None = None  # "full", or what of the shape is not 1: "heads", "plane", "keys"
+    scale: str = "number"  # or "heads", "scalar"
+    groups: int = 1
+    l2norm_qk: bool = True
+    tf32: bool = False
+    partials: bool = False
+    row_sum_gradient: bool = False
+    deterministic: bool = False
+    needs: tuple[str, ...] = ALL
+    layout: str = "heads"  # "seq_first": (batch, seq_len, heads, head_dim); "offset": rows that are not aligned
+
+    def name(self) -> str:
+        shown = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
+        for field, default in vars(Launch()).items():
+            value = getattr(self, field)
+            if field not in ("dtype", "head_dim") and value != default:
+                shown.append(f"{field}={','.join(value) if field == 'needs' else value}")
+        return " ".join(shown)
+
+
+def launches(quick: bool) -> list[Launch]:
+    everything = Launch(causal=True, mask=True, bias="full", scale="heads")
+    plain = Launch(mask=True)  # in float16 other kernels than with a bias, which may lift P out of its range
+    head_dims = (64, 256) if quick else HEAD_DIMS
+    found = [
+        replace(everything, dtype=dtype, head_dim=head_dim)
+        for dtype in (BFLOAT16, FLOAT16, FLOAT32)
+        for head_dim in head_dims
+    ]
+    found += [replace(plain, dtype=FLOAT16, head_dim=head_dim) for head_dim in head_dims]
+    found += [replace(everything, dtype=FLOAT32, head_dim=head_dim, tf32=True) for head_dim in head_dims]
+    group_of_heads = replace(plain, num_heads=4, num_kv_heads=1, scale="heads", seq_len_q=200)
+    found += [
+        group_of_heads,
+        replace(everything, deterministic=True, num_kv_heads=1),
+        replace(plain, partials=True, head_dim=40),
+        replace(plain, layout="offset", causal=True, groups=2),
+    ]
+    if quick:
+        return found
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        found += [
+            replace(everything, dtype=dtype, deterministic=True, head_dim=256),
+            replace(plain, dtype=dtype, deterministic=True, causal=True),
+            replace(group_of_heads, dtype=dtype, head_dim=128, deterministic=True),
+            replace(plain, dtype=dtype, partials=True, head_dim=200),
+            replace(plain, dtype=dtype, row_sum_gradient=True, head_dim=8, groups=2),
+            replace(everything, dtype=dtype, head_dim=40, groups=40, layout="seq_first"),
+            replace(everything, dtype=dtype, l2norm_qk=False, scale="scalar", bias="keys"),
+        ]
+    found += [
+        replace(plain, bias="heads", causal=True),
+        replace(plain, bias="plane", num_kv_heads=1),
+        replace(everything, layout="seq_first", groups=4),
+        replace(everything, layout="offset", head_dim=96),
+        Launch(seq_len_q=1, seq_len_k=300, num_heads=4, num_kv_heads=1, causal=True),
+        Launch(seq_len_q=1, seq_len_k=1),
+        Launch(seq_len_q=64, seq_len_k=64, causal=True),
+        Launch(seq_len_q=150, seq_len_k=20, causal=True, bias="full"),  # most rows see no key
+        Launch(seq_len_q=20, seq_len_k=300, causal=True),
+        *[replace(everything, needs=(name,)) for name in ALL],
+        *[replace(everything, needs=(name,), num_kv_heads=1, head_dim=256) for name in ("dk", "dv")],
+    ]
+    return found
+
+
+def make_inputs(launch: Launch) -> list:
+    """q, k, v, mask, attn_bias, scale and scale_value, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(launch.dtype)
+
+    batch, num_heads, seq_len_q, seq_len_k = 2, launch.num_heads, launch.seq_len_q, launch.seq_len_k
+    q = randn(batch, num_heads, seq_len_q, launch.head_dim)
+    k, v = (randn(batch, launch.num_kv_heads, seq_len_k, launch.head_dim) for _ in range(2))
+    if not launch.l2norm_qk:
+        q, k = (torch.nn.functional.normalize(tensor.float(), dim=-1).to(launch.dtype) for tensor in (q, k))
+    mask = None
+    if launch.mask:
+        mask = torch.rand(batch, seq_len_k, generator=generator) < 0.7
+        mask[1] = False
+    bias_shapes = {
+        "full": (batch, num_heads, seq_len_q, seq_len_k),
+        "heads": (1, num_heads, seq_len_q, seq_len_k),
+        "plane": (1, 1, seq_len_q, seq_len_k),
+        "keys": (1, 1, 1, seq_len_k),
+    }
+    bias = randn(*bias_shapes[launch.bias]) if launch.bias else None
+    scale = {"number": None, "heads": torch.linspace(1, 8, num_heads), "scalar": torch.tensor([8.0])}[launch.scale]
+    if scale is not None:
+        scale = scale / launch.groups
+    return [q, k, v, mask, bias, scale, 8.0 / launch.groups]
+
+
+def on_device(tensor, device: str, layout: str = "heads"):
+    """Copied as a whole; the view that a layout is comes after that."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    if layout == "seq_first":
+        return tensor.transpose(1, 2).contiguous().to(device).transpose(1, 2)
+    if layout == "offset":
+        return torch.nn.functional.pad(tensor, (1, 2)).to(device)[..., 1:-2]
+    return tensor.to(device)
+
+
+def run(launch: Launch, device: str) -> list[str]:
+    """Returns what is wrong."""
+    inputs = make_inputs(launch)
+    options = launch.groups, launch.causal, launch.l2norm_qk, launch.tf32
+    needs = [name in launch.needs for name in ALL]
+    needs[3] &= inputs[4] is not None
+    needs[4] &= inputs[5] is not None
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(inputs[0].shape, generator=generator).to(launch.dtype)
+    drow_sum_log2 = torch.randn(do.shape[:-1], generator=generator) if launch.row_sum_gradient else None
+
+    found = []
+    for where, layout in ((device, launch.layout), ("cpu", "heads")):
+        tensors = [on_device(tensor, where, layout) for tensor in inputs[:3]]
+        tensors += [on_device(tensor, where) for tensor in inputs[3:]]
+        if launch.partials:
+            outputs = list(ops._partials(*tensors, *options))
+        else:
+            rows = ops._forward(*tensors, *options)
+            gradients = (on_device(do, where, layout), *tensors, *rows, on_device(drow_sum_log2, where))
+            outputs = [*rows, *ops._backward(*gradients, *options, *needs, launch.deterministic)]
+        found.append([output.cpu() for output in outputs])
+
+    names = ("numerator", "denominator") if launch.partials else ("o", "row_sum_log2", *ALL)
+    limit = TF32_LIMIT if launch.tf32 else LIMITS[launch.dtype]
+    wrong = []
+    for name, ours, expected in zip(names, *found, strict=True):
+        if ours.shape != expected.shape or ours.dtype != expected.dtype:
+            wrong.append(f"{name} is {ours.dtype} {tuple(ours.shape)}")
+            continue
+        ours, expected = ours.double(), expected.double()
+        is_number = expected.isfinite()
+        if not torch.equal(ours[~is_number], expected[~is_number]):
+            wrong.append(f"{name} is not -inf where it should be")
+        error, size = (ours - expected)[is_number].norm().item(), expected[is_number].norm().item()
+        if not error <= limit * (size + 0.03 * expected.numel() ** 0.5):  # some gradients are 0
+            wrong.append(f"{name} is off by {error:.1e} of {size:.1e}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two head dims and the main options")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only launches with TEXT in their names")
+    parser.add_argument("--list", action="store_true", help="print the launches' names and stop")
+    parser.add_argument("--device", default="cuda", help="cpu runs the reference implementation (default: cuda)")
+    arguments = parser.parse_args()
+    chosen = [launch for launch in launches(arguments.quick) if arguments.only in launch.name()]
+    if not chosen:
+        raise SystemExit(f"no launch has {arguments.only!r} in its name; --list prints them")
+    if arguments.list:
+        print("\n".join(launch.name() for launch in chosen))
+        return 0
+    if arguments.device == "cuda" and not ops.kernels_available():
+        raise SystemExit(f"the CUDA kernels are not available: {ops.kernels_error()}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no CUDA GPU")
+
+    failures = 0
+    start = time.monotonic()
+    for index, launch in enumerate(chosen):
+        print(f"[{index + 1}/{len(chosen)}] {launch.name()}", end="", flush=True)
+        launched = time.monotonic()
+        wrong = run(launch, arguments.device)
+        print(f"  {time.monotonic() - launched:.1f} s" + "".join(f"\n    WRONG: {line}" for line in wrong), flush=True)
+        failures += bool(wrong)
+    print(f"{len(chosen)} launches, {failures} wrong, {time.monotonic() - start:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
