@@ -110,15 +110,17 @@ def _attend(
     """Validate, normalise the arguments' shapes and dtypes, call the back end `attend`, restore q's shape."""
     q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
     _check_tensors(q, k, v)
-    _check_flag("causal", causal)
-    _check_flag("l2norm_qk", l2norm_qk)
-    _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
-    _check_flag("return_partials", return_partials)
+    if not type(causal) is type(l2norm_qk) is type(attn_bias_batch_dim) is type(return_partials) is bool:
+        _check_flag("causal", causal)
+        _check_flag("l2norm_qk", l2norm_qk)
+        _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
+        _check_flag("return_partials", return_partials)
     merged = q.ndim == 3
     if k.ndim == 3:
         q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
     _check_shapes(q, k, v, any_head_dim)
-    check_groups(groups, q.shape[-1], "head_dim")
+    if groups != 1 or type(groups) is not int:
+        check_groups(groups, q.shape[-1], "head_dim")
     options = {
         "mask": _as_2d_mask(mask, q, k),
         "attn_bias": _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged),
@@ -215,15 +217,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in ANY_DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
         if tensor.ndim not in (3, 4):
             raise ValueError(
                 f"{name} must be (batch, heads, seq_len, head_dim) or, merged or single-head, (batch, "
                 f"seq_len, head_dim); got {tuple(tensor.shape)}"
             )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, k: {k.dtype}, v: {v.dtype}")
+    dtype = q.dtype
+    if not (k.dtype is dtype and v.dtype is dtype and dtype in ANY_DTYPES):
+        _refuse_dtypes(q, k, v)
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got q: {q.device}, k: {k.device}, v: {v.device}")
     if k.shape != v.shape:
@@ -233,6 +234,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"with merged q (batch * heads, seq_len_q, head_dim), k and v must be (batch * heads, seq_len_k, "
             f"head_dim); got q: {tuple(q.shape)}, k: {tuple(k.shape)}"
         )
+
+
+def _refuse_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in ANY_DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, k: {k.dtype}, v: {v.dtype}")
 
 
 def _check_flag(name: str, flag: bool) -> None:
@@ -310,11 +318,13 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
 def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> float | Tensor:
     """Return scale as a number, or as a tensor (1,) or (num_heads,) in float32 (float64 for float64)."""
     if not isinstance(scale, Tensor):
-        # int and float first: an abstract class takes longer to ask.
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
+        plain = type(scale) is float or type(scale) is int  # first: the others take longer to ask for
+        if not plain:
+            number = isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat))
+            if isinstance(scale, bool) or not number:
+                raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
         _check_range(scale, groups)
-        return torch.sym_float(scale)
+        return float(scale) if plain else torch.sym_float(scale)
     num_heads = q.shape[1]
     if not scale.is_floating_point():
         raise TypeError(f"a scale tensor must be of a floating dtype, got {scale.dtype}")
