@@ -15,6 +15,7 @@ import torch
 
 from flash_cosine_sim_attention import ops
 
+operators = torch.ops.flash_cosine_sim_attention
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 # Generous: test_kernels.py judges accuracy. Here a result is right or it is not.
 LIMITS = {FLOAT32: 1e-4, FLOAT16: 1e-2, BFLOAT16: 5e-2}
@@ -157,11 +158,11 @@ def run(launch: Launch, device: str) -> list[str]:
         tensors = [on_device(tensor, where, layout) for tensor in inputs[:3]]
         tensors += [on_device(tensor, where) for tensor in inputs[3:]]
         if launch.partials:
-            outputs = list(ops._partials(*tensors, *options))
+            outputs = list(operators.partials(*tensors, *options))
         else:
-            rows = ops._forward(*tensors, *options)
+            rows = operators.forward(*tensors, *options)
             gradients = (on_device(do, where, layout), *tensors, *rows, on_device(drow_sum_log2, where))
-            outputs = [*rows, *ops._backward(*gradients, *options, *needs, launch.deterministic)]
+            outputs = [*rows, *operators.backward(*gradients, *options, *needs, launch.deterministic)]
         found.append([output.cpu() for output in outputs])
 
     names = ("numerator", "denominator") if launch.partials else ("o", "row_sum_log2", *ALL)

