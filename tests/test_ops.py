@@ -476,6 +476,8 @@ def fake_gpus(monkeypatch):
     monkeypatch.setattr(interface, "_gpu_reasons", {})
     monkeypatch.setattr(interface, "_logged_reasons", set())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    # It counts devices, too: torch.compile would save the state of their random generators.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     return queried
