@@ -9,22 +9,28 @@ package has the same name as ours and is therefore loaded out of a folder of its
 
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, and a batch of two); one that is wrong, or that cannot serve the case, is
-listed with the reason and not timed. Times are medians of CUDA events (of a clock on a CPU) over random data after
-warm-up, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count 4 * batch
-* heads * head_dim operations for every visible pair of query and key forward, and 2.5 times that backward. The peak of
-memory is what forward and backward allocate beyond the inputs and the gradient of the output.
+listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel can crash,
+and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over random data
+after warm-up, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count
+4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5 times that backward.
+The peak of memory is what forward and backward allocate beyond the inputs and the gradient of the output.
 """
 
 import argparse
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +52,14 @@ from scripts.contenders import (
     contenders,
     exact,
     make_inputs,
+    predecessors,
     versions,
 )
 
 # The relative RMS error of output or a gradient beyond which a contender computes something else: several roundings.
 LARGEST_ERROR = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 3e-2}
 CHECKED_BATCH, CHECKED_LENGTH = 2, 2048  # at most: float64 has every score in memory
+LONGEST_CHECK_S = 300.0  # of a process that checks one contender: Triton's compiler is slow
 # What is timed: its heading, and its operations over those of a forward pass.
 DIRECTIONS = {"forward_ms": ("forward", 1.0), "backward_ms": ("backward", 2.5), "both_ms": ("forward + backward", 3.5)}
 LENGTHS = {"predecessor": (128, 256, 512, 1024, 2048, 4096, 8192), "hidden2048": (2048, 4096, 8192, 16384)}
@@ -132,7 +140,10 @@ def check(candidates: list[Contender], case: Case, device: torch.device) -> tupl
     for contender in candidates:
         name = contender.name
         try:
-            errors[name] = _errors(contender, case, inputs, expected[contender.cosine])
+            if contender.folder is None:
+                errors[name] = _errors(contender, case, inputs, expected[contender.cosine])
+            else:
+                errors[name] = _errors_apart(contender, case, device)
         except Exception as error:  # other people's code: whatever it raises
             refused[name] = _first_line(error)
             continue
@@ -153,6 +164,49 @@ def _errors(contender: Contender, case: Case, inputs: Inputs, expected: list[Ten
         name: (difference.square().mean() / right.square().mean()).sqrt().item()
         for name, difference, right in zip(names, differences, expected, strict=True)
     }
+
+
+def _errors_apart(contender: Contender, case: Case, device: torch.device) -> dict[str, float]:
+    """_errors() from a process of its own. Raises RuntimeError where that fails, crashes or does not finish."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the other process needs as much
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as stderr:
+        arguments = (sender, stderr.name, contender.folder, contender.name, case, device)
+        child = context.Process(target=_send_errors, args=arguments, daemon=True)
+        child.start()
+        child.join(LONGEST_CHECK_S)
+        finished = not child.is_alive()
+        child.kill()
+        child.join()
+        lines = stderr.read().decode(errors="replace").split("\n")
+    if finished and child.exitcode == 0 and receiver.poll():
+        answer = receiver.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+    if not finished:
+        end = f"not finished in {LONGEST_CHECK_S:g} s"
+    elif child.exitcode < 0:
+        end = signal.strsignal(-child.exitcode)
+    else:
+        end = f"exit status {child.exitcode}"
+    last = [line.strip() for line in lines if line.strip()][-1:]
+    raise RuntimeError(": ".join(["crashed", end, *last]))
+
+
+def _send_errors(sender: Connection, stderr: str, folder: Path, name: str, case: Case, device: torch.device) -> None:
+    """Sends _errors() of one of the predecessor's contenders, or why there are none; its stderr goes into a file."""
+    with open(stderr, "ab") as file:
+        os.dup2(file.fileno(), 2)
+    contender = next(contender for contender in predecessors(folder) if contender.name == name)
+    inputs = make_inputs(case, device)
+    expected = exact(inputs, case, contender.cosine)
+    try:
+        sender.send(_errors(contender, case, inputs, expected))
+    except Exception as error:  # other people's code: whatever it raises
+        sender.send(_first_line(error))
 
 
 def measure(contender: Contender, case: Case, timer: Timer, only: str | None, host: bool) -> dict[str, Any]:

@@ -175,12 +175,17 @@ def _hidden(inputs: Inputs, case: Case) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Contender:
-    """A function of (inputs, case); ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to."""
+    """A function of (inputs, case).
+
+    ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to; ``folder``: the predecessor's, whose
+    calls can crash the process, so that another one tries them first.
+    """
 
     name: str
     attend: Callable[[Inputs, Case], Tensor]
     cosine: bool
     kernel: SDPBackend | None = None
+    folder: Path | None = None
 
     def setting(self) -> AbstractContextManager:
         """What its calls are made in, entered once around many of them, for entering takes time."""
@@ -235,11 +240,11 @@ def predecessors(folder: Path) -> list[Contender]:
         package = _import_apart(spec, folder)
     except Exception as error:
         return [Contender(name, partial(unavailable, error=error), True)]
-    found = [Contender(name, partial(predecessor, attend=package.flash_cosine_sim_attention), True)]
+    functions = [(name, package.flash_cosine_sim_attention)]
     triton = getattr(package, "triton_flash_cosine_sim_attention", None)
     if triton is not None:
-        found.append(Contender(f"{name} Triton", partial(predecessor, attend=triton), True))
-    return found
+        functions.append((f"{name} Triton", triton))
+    return [Contender(name, partial(predecessor, attend=attend), True, folder=folder) for name, attend in functions]
 
 
 def _import_apart(spec: ModuleSpec, folder: Path) -> ModuleType:

@@ -1,9 +1,12 @@
 """The benchmark checks before it times, says what it refuses, and counts what it should."""
 
 import json
+import os
+import signal
 import sys
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -431,16 +434,14 @@ def test_the_predecessor_is_loaded_beside_ours(tmp_path):
     assert sys.modules["flash_cosine_sim_attention"] is flash_cosine_sim_attention
     assert "predecessor (--predecessor)" not in absent
     old = [by_name(found, name) for name in ("predecessor 9.9", "predecessor 9.9 Triton")]
+    assert all(contender.folder == tmp_path for contender in old)
+    old = [replace(contender, folder=None) for contender in old]  # checked here, which is faster
     for options in ({"causal": True}, {"mask_prob": 0.4}):
         refused = check(old, case(**options), CPU)[1]
         assert refused.keys() == {"predecessor 9.9 Triton"} and "wrong" in refused["predecessor 9.9 Triton"]
     refused = check(old, case(mask_prob=0.4, causal=True), CPU)[1]
     assert refused["predecessor 9.9"] == "mask should not be supplied"
     assert "unexpected keyword argument 'attn_bias'" in check(old, case(bias=True), CPU)[1]["predecessor 9.9"]
-    rows = report(tmp_path, "--seq-len", "16", "--dtype", "float32", f"--predecessor={tmp_path}")
-    assert rows["versions"]["predecessor"] == "9.9"
-    assert "predecessor 9.9" in {row["contender"] for row in rows["rows"]}
-    sys.modules.pop("flash_cosine_sim_attention_cuda_9_9", None)
 
 
 def test_a_predecessor_that_does_not_import_says_why(tmp_path):
@@ -451,3 +452,40 @@ def test_a_predecessor_that_does_not_import_says_why(tmp_path):
     assert sys.modules["flash_cosine_sim_attention"] is flash_cosine_sim_attention and sys.path == path
     refused = check([by_name(found, "predecessor 9.9")], case(), CPU)[1]
     assert refused["predecessor 9.9"] == "No module named 'flash_cosine_sim_attention_cuda_9_9'"
+
+
+def test_a_predecessor_that_crashes_takes_no_other_with_it(tmp_path, capsys):
+    write_predecessor(tmp_path)
+    package = tmp_path / "flash_cosine_sim_attention"
+    (package / "__init__.py").write_text(
+        "import os, sys, torch\n"
+        "from flash_cosine_sim_attention.flash_cosine_sim_attention import flash_cosine_sim_attention as right\n"
+        "def flash_cosine_sim_attention(q, *others, **options):\n"
+        "    if q.dtype == torch.float32:\n"
+        "        return right(q, *others, **options)\n"
+        f"    assert os.getpid() != {os.getpid()}, 'not apart'\n"
+        "    os.write(2, b'CUDA Error at: kernel.cu:25\\nan illegal memory access\\n')\n"
+        "    os.abort() if q.dtype == torch.float16 else os._exit(3)\n"
+    )
+    dtypes = ("float32", "float16", "bfloat16")
+    found = report(tmp_path, "--seq-len", "16", "--dtype", *dtypes, f"--predecessor={tmp_path}")
+    sys.modules.pop("flash_cosine_sim_attention_cuda_9_9")
+    aborted = f"crashed: {signal.strsignal(signal.SIGABRT)}: an illegal memory access"
+    left = "crashed: exit status 3: an illegal memory access"
+    refused = [found["refused"][dtype].get("predecessor 9.9") for dtype in dtypes]
+    assert refused == [None, aborted, left]
+    assert f"not timed: predecessor 9.9, float16: {aborted}" in capsys.readouterr().out
+    assert found["versions"]["predecessor"] == "9.9"
+    for key in ("rows", "accuracy"):
+        timed = {(row["contender"], row["dtype"]) for row in found[key]}
+        assert {dtype for name, dtype in timed if name == "predecessor 9.9"} == {"float32"}
+        assert {dtype for name, dtype in timed if name == "naive einsum"} == set(dtypes)
+
+
+def test_a_predecessor_that_does_not_finish_or_raises_is_refused(tmp_path, monkeypatch):
+    write_predecessor(tmp_path)
+    old = [by_name(contenders(["sdpa"], CPU, tmp_path)[0], "predecessor 9.9")]
+    sys.modules.pop("flash_cosine_sim_attention_cuda_9_9")
+    assert check(old, case(mask_prob=0.4, causal=True), CPU)[1] == {"predecessor 9.9": "mask should not be supplied"}
+    monkeypatch.setattr(benchmark, "LONGEST_CHECK_S", 0.01)
+    assert check(old, case(), CPU)[1] == {"predecessor 9.9": "crashed: not finished in 0.01 s"}
