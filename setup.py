@@ -35,7 +35,7 @@ PACKAGE_DIR = ROOT / "kernels" / PACKAGE
 CSRC = PACKAGE_DIR / "csrc"
 
 OLDEST_TORCH = (2, 11)  # the first release whose stable ABI has all that binding.cpp calls
-OLDEST_NVCC = (12, 0)  # the first with sm_90a and C++20
+OLDEST_NVCC = (12, 1)  # the first whose PTX adds two floats at once (red.v2)
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
 JOB_MEMORY_GIB = 4  # attention kernels full of templates are known to take 3 to 5 GiB a file in nvcc
 
@@ -191,7 +191,7 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
 def check_cuda_versions(torch, release: tuple[int, int], nvcc: Path, *, allow_cpu_torch: bool) -> None:
     found = f"{nvcc} is release {release[0]}.{release[1]}"
     if release < OLDEST_NVCC:
-        raise KernelsUnavailable(f"{found} and 12.0 or newer is needed", "install a newer CUDA toolkit")
+        raise KernelsUnavailable(f"{found} and 12.1 or newer is needed", "install a newer CUDA toolkit")
     if torch.version.cuda is None:
         if not allow_cpu_torch:
             raise KernelsUnavailable(

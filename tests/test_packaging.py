@@ -313,7 +313,7 @@ def fake_torch(folder: Path, version: str, cuda: str | None) -> Path:
     [
         ("2.10.1", "13.0", "13.0", "9.0a", "torch is 2.10.1 and 2.11 or newer is needed"),
         ("2.13.0+cu126", "12.6", "13.0", "9.0a", "13.0 but torch 2.13.0+cu126 was built with CUDA 12.6"),
-        ("2.13.0+cu130", "13.0", "11.8", "9.0a", "is release 11.8 and 12.0 or newer is needed"),
+        ("2.13.0+cu130", "13.0", "11.8", "9.0a", "is release 11.8 and 12.1 or newer is needed"),
         ("2.13.0+cu130", "13.0", None, "9.0a", "nvcc is not in"),
         ("2.13.0+cpu", None, "13.0", "9.0a", "torch 2.13.0+cpu is not a CUDA build"),
         ("2.13.0+cu130", "13.0", "13.0", "7.0 7.5+PTX", "has no compute capability of 8.0 or newer"),

@@ -56,8 +56,9 @@ def flash_cosine_sim_attention(
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
             differentiable and kept in float32. scale * groups bounds the logits without a bias: above 60 is
             a ValueError, and the documented range is scale * groups + max |attn_bias| <= 40 (a bias may be
-            as negative as one likes, or -inf). The values of a CUDA tensor are not checked, for that would
-            synchronise, nor those of any tensor under torch.compile: keep them within the range.
+            as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
+            logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
+            that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are

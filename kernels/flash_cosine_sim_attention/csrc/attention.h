@@ -5,7 +5,8 @@
 //   O  = exp(S) V / rowsum(exp(S))       0 where no key is visible
 //
 // The kernels work in base 2: c = scale * log2(e), P = 2^(c q^ k^T + log2(e) attn_bias). With unit vectors
-// |c q^ k^T| <= c * groups, so P is used as it is: no row maximum, no shift, no rescaling.
+// |c q^ k^T| <= c * groups, so P is used as it is: no row maximum, no shift, no rescaling. A bias may lift or lower
+// that within float32's range: a row whose visible logits all are below -87 counts as empty.
 //
 // All pointers are device pointers and all strides count elements. The last dimension of every Tensor is
 // contiguous and its rows are aligned to 16 bytes. Everything runs on the given stream; nothing synchronises; a
@@ -95,9 +96,6 @@ struct BackwardPlan {
   int64_t dkv_partials = 0;
   int num_splits = 0;  // 0: the main kernel writes dk and dv itself
 };
-
-// Head dims that have kernels; other multiples of 8 run in the next larger one, zero-padded in shared memory.
-inline constexpr int kHeadDims[] = {16, 32, 64, 96, 128, 256};
 
 // dispatch.cpp: all that binding.cpp calls. Both passes normalise q and k into q_hat and k_hat if l2norm_qk.
 void run_forward(const ForwardParams& params, cudaStream_t stream);

@@ -42,7 +42,7 @@ struct Backward {
   };
 
   // Neighbouring blocks share keys, and keys ascend: in deterministic mode a block waits for those of lower keys
-  // only, which were launched before it.
+  // only. CUDA does not promise, but every GPU does, that those started before it.
   static __device__ Work find_work(const BackwardParams& params, unsigned index) {
     const int num_splits = max(params.num_splits, 1), num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
     Work work;
@@ -259,7 +259,10 @@ struct Backward {
                                        const Gradient& gradient, float factor, int row) {
     const int lane = threadIdx.x & 31;
     const int64_t heads = int64_t(params.batch) * params.num_kv_heads;
-    const int64_t head = (int64_t(work.split) * 2 + which) * heads + int64_t(work.batch) * params.num_kv_heads +
+    // Found anew, or it would occupy a register through the loop.
+    const auto block = static_cast<unsigned>(opaque(static_cast<int>(blockIdx.x)));
+    const int split = static_cast<int>(block / Traits::kSlices % params.num_splits);
+    const int64_t head = (int64_t(split) * 2 + which) * heads + int64_t(work.batch) * params.num_kv_heads +
                          work.kv_head;
     const int column = work.slice * kOutDim + 2 * (lane & 3);
 #pragma unroll
@@ -362,8 +365,8 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   if constexpr (sizeof(typename B::T) == 4) work = B::find_work(params, opaque(static_cast<int>(blockIdx.x)));
   // dK^ = scale dS^T q^. With the norm q_hat = scale log2(e) q^, else it is q^ itself; splits of a group of heads
   // with a scale each then have one head each (plan_backward).
-  const auto head = B::find_item(params, work, work.num_blocks_q > 0 ? work.begin : 0).head;
-  const float factor = params.l2norm_qk ? kLn2 : scale_log2(params, head) * kLn2;
+  float factor = kLn2;
+  if (!params.l2norm_qk) factor *= scale_log2(params, B::find_item(params, work, work.begin).head);
   if (params.num_splits > 0) {
     B::write_partial(params, work, 0, dk, factor, row);
     B::write_partial(params, work, 1, dv, 1.f, row);

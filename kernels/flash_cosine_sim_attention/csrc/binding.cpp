@@ -68,8 +68,11 @@ DType dtype_of(const TorchTensor& tensor) {
   }
 }
 
+// The kernels count rows in int, up to two tiles beyond the last.
+constexpr int64_t kMostRows = std::numeric_limits<int>::max() - 255;
+
 int to_int(int64_t size, const char* name) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max(), name, " must be less than 2^31, got ", size);
+  STD_TORCH_CHECK(size <= kMostRows, name, " must be at most ", kMostRows, ", got ", size);
   return static_cast<int>(size);
 }
 
@@ -89,9 +92,9 @@ class Call {
     STD_TORCH_CHECK(device.capability_major >= 8, "the CUDA kernels need compute capability 8.0 or newer, cuda:",
                     device_index, " has ", device.capability_major, ".", device.capability_minor);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &torch_dtype_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &torch_dtype_));
   }
 
   cudaStream_t stream() const { return stream_; }
@@ -107,7 +110,7 @@ class Call {
     if (!is_dense(tensor)) return with_reason([&] { return torch::stable::empty_like(tensor); });
     // The same without the dispatcher, at half the host time.
     int32_t torch_dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &torch_dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &torch_dtype));
     return empty_strided(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), torch_dtype);
   }
 
@@ -115,7 +118,7 @@ class Call {
   TorchTensor with_aligned_rows(const TorchTensor& tensor) const {
     if (has_aligned_rows(tensor)) return tensor;
     TorchTensor copy = empty({tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)});
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), tensor.get(), /*non_blocking=*/0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), tensor.get(), /*non_blocking=*/0));
     return copy;
   }
 
@@ -146,7 +149,7 @@ class Call {
   TorchTensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t torch_dtype) const {
     return with_reason([&] {
       AtenTensorHandle handle = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype,
+      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype,
                                                              aoti_torch_device_type_cuda(), device_index, &handle));
       return TorchTensor(handle);
     });
@@ -171,7 +174,10 @@ class Call {
       if (torch_exception_get_what_without_backtrace) {
         throw std::runtime_error(torch_exception_get_what_without_backtrace());
       }
-      throw std::runtime_error("CUDA out of memory. What torch said is on stderr");
+      // An earlier kernel's failure surfaces in an allocation, too: then this call fails with its name.
+      size_t free_bytes = 0, total_bytes = 0;
+      CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+      throw std::runtime_error("CUDA out of memory, most likely. What torch said is on stderr");
     }
   }
 };
@@ -185,7 +191,7 @@ struct Output {
 
   void finish() const {
     if (rows.get() != result.get()) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), rows.get(), /*non_blocking=*/0));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), rows.get(), /*non_blocking=*/0));
     }
   }
 
@@ -374,7 +380,7 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
     }
   } else {
     // There is no score, hence no gradient; but a broadcast bias and a scale are not empty, nor need q or k be.
-    for (const TorchTensor& grad : grads) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(grad.get()));
+    for (const TorchTensor& grad : grads) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(grad.get()));
   }
   return {grads[0], grads[1], grads[2], grads[3], grads[4]};
 }

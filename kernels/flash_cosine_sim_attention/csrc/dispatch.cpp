@@ -88,8 +88,9 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
       const int64_t num_blocks = num_kv_heads * num_blocks_k;
       const int64_t items = group * num_blocks_q;  // that each of them walks over
       if (num_blocks == 0) return;
-      if (!params.l2norm_qk && group > 1 && params.scale_stride != 0) {
-        plan.num_splits = group;  // a factor per head, which a split has but one of
+      if (!params.l2norm_qk && params.scale_stride != 0) {
+        // A factor per head, which a split has but one of. No split may be without a share, for it has no head.
+        plan.num_splits = group > 1 || Traits::kSlices > 1 ? group : 0;
       } else if (2 * num_blocks <= num_multiprocessors && items >= 8) {
         // Too few blocks to fill the GPU: several share the walk, and their sums are added up afterwards.
         const int64_t wanted = (2 * num_multiprocessors + num_blocks - 1) / num_blocks;
@@ -99,9 +100,7 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
       }
     });
   });
-  if (params.dk.data != nullptr || params.dv.data != nullptr || plan.num_splits > 0) {
-    plan.dkv_partials = plan.num_splits * 2 * num_kv_heads * params.seq_len_k * params.head_dim;
-  }
+  plan.dkv_partials = plan.num_splits * 2 * num_kv_heads * params.seq_len_k * params.head_dim;
   return plan;
 }
 

@@ -6,12 +6,13 @@
 //   queries    |               |        the next block of keys to arrive, once per block.
 //              +---------------+
 //
-// With bounded scores P needs no row maximum, so nothing is ever rescaled: a slice of 16 (float32: 8) keys goes
-// from scores to P to the product with V on its own, and the row sums are reduced across lanes once, at the end.
+// With bounded scores P needs no row maximum, so nothing is ever rescaled: a slice of keys (16; TF32: 8; float32: all
+// of the block) goes from scores to P to the product with V on its own, and the row sums are reduced across lanes
+// once, at the end.
 //
-// There are two sums of a row. O is divided by that of P as rounded for the product with V: a row that attends to one
-// key then gives that key's value exactly, as it does where the row maximum makes P = 1. The backward pass, whose P
-// is not rounded, needs that of P itself.
+// There are two sums of a row. O is divided by that of P as rounded for the product with V: in 16 bits a row that
+// attends to one key then gives that key's value exactly, as it does where the row maximum makes P = 1. The backward
+// pass, whose P is not rounded, needs that of P itself.
 #pragma once
 
 #include "launch.h"

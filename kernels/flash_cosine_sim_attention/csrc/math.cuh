@@ -147,7 +147,8 @@ __device__ __forceinline__ void multiply_fp32(float (&d)[kRowTiles][kBlocks][4],
 }
 
 // d[m][n] += sum over steps of a[m] b[n], for kRowTiles x kBlocks fragments. load_a(a, m, step) gives an a,
-// load_b(b, n, step) the b's of blocks n and n + 1. kUnroll limits how many steps' loads are in registers at a time.
+// load_b(b, n, step) the b's of blocks n and n + 1. kUnroll limits how many steps' loads are in registers at a time,
+// and in float32 how many steps are added up before they are rounded.
 template <Math kMath, int kSteps, int kUnroll, int kRowTiles, int kBlocks, typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply(float (&d)[kRowTiles][kBlocks][4], LoadA load_a, LoadB load_b) {
   if constexpr (kMath != Math::kFp32) {

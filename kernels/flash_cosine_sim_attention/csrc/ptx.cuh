@@ -1,4 +1,4 @@
-// One function per PTX instruction. With wgmma.cuh the only place for asm.
+// One function per PTX instruction: the only place for asm.
 #pragma once
 
 #include <cstdint>

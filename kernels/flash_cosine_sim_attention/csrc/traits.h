@@ -29,8 +29,7 @@ struct ForwardTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockQ = 16 * kRowTiles * kWarps / kWarpsDim;
   static constexpr int kBlockK = kRowBytes > (kWideP ? 256 : 512) ? 16 : kElementSize == 4 || kHeadDim >= 96 ? 32 : 64;
-  static constexpr int kStages = 2;
-  static constexpr int kSharedBytes = (kBlockQ + 2 * kStages * kBlockK) * kRowBytes;
+  static constexpr int kSharedBytes = (kBlockQ + 2 * 2 * kBlockK) * kRowBytes;  // K and V, two blocks of each
   // Short rows leave registers for q; longer ones read it from shared memory for every block of keys.
   static constexpr bool kQInRegisters = kElementSize == 2 && kHeadDim <= 64;
   static constexpr int kMinBlocks = 2;
