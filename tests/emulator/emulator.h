@@ -1,0 +1,273 @@
+// CUDA's threads, barriers and shared memory on the CPU, for the sources of csrc/ as test_emulation.py rewrites them.
+//
+// A block at a time runs, each of its threads as a fiber: a stack of its own, and a switch wherever it waits for others.
+// What a warp does together (a barrier, a shuffle, ldmatrix, mma) happens when the last of its lanes arrives, for all of
+// them. A warp runs until all of its lanes wait at a barrier of the block, in turn the first or the last warp first:
+// so a warp gets as far ahead of the others as the barriers let it, and a missing one shows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+
+// Threads that meet: all of a block, or those lanes of a warp that a mask names.
+struct Meeting {
+  const char* what = nullptr;
+  int arrived = 0;
+};
+
+struct Copy {  // of cp.async
+  uint32_t destination;
+  const void* source;
+  bool valid;
+};
+
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  jmp_buf place;  // where it waits: unlike swapcontext, longjmp makes no system call
+  bool started;
+  void* argument;  // of what it does together with others
+  std::vector<Copy> copies;
+};
+
+inline constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / 32, kMaxSharedBytes = 99 * 1024;
+inline constexpr size_t kStackBytes = 256 * 1024;
+inline Fiber fibers[kMaxThreads];
+inline uint32_t ready[kMaxWarps], running[kMaxWarps];  // a bit a lane
+inline Meeting whole_block, whole_warp[kMaxWarps];
+inline std::map<std::pair<int, unsigned>, Meeting> part_of_warp;
+inline unsigned num_threads, block_index;
+inline int current, num_launches;
+inline std::function<void()> body;
+inline std::exception_ptr error;
+inline jmp_buf host;
+alignas(1024) inline char shared[kMaxSharedBytes];
+inline uint32_t shared_bytes;
+inline std::map<const void*, int> allowed_shared_bytes;
+
+// 16-bit and 32-bit floats of these bytes are NaNs.
+inline void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
+
+[[noreturn]] inline void resume_next() {
+  const int num_warps = static_cast<int>(num_threads) / 32, warp = current / 32;
+  const bool ascending = (num_launches + block_index) % 2 == 0;
+  if (error) _longjmp(host, 1);
+  for (int step = 0; step <= num_warps; ++step) {
+    const int next = step == 0 ? warp : ascending ? step - 1 : num_warps - step;
+    if (ready[next] == 0) continue;
+    const uint32_t later = current % 32 == 31 || next != warp ? 0 : ready[next] & (~0u << (current % 32 + 1));
+    current = 32 * next + std::countr_zero(later ? later : ready[next]);
+    if (fibers[current].started) _longjmp(fibers[current].place, 1);
+    fibers[current].started = true;
+    setcontext(&fibers[current].start);
+  }
+  _longjmp(host, 1);
+}
+
+inline void run_thread() {
+  try {
+    body();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  ready[current / 32] &= ~(1u << current % 32);
+  running[current / 32] &= ~(1u << current % 32);
+  resume_next();
+}
+
+// Calls act() once all members are here. `what` tells calls apart that must not meet each other.
+template <typename Act>
+void meet(Meeting& meeting, const char* what, int first_warp, int num_warps, uint32_t lanes, void* argument, Act act) {
+  if (meeting.arrived > 0 && std::strcmp(meeting.what, what) != 0) {
+    throw std::logic_error(std::string(what) + " meets " + meeting.what + ": threads have diverged");
+  }
+  meeting.what = what;
+  fibers[current].argument = argument;
+  if (++meeting.arrived == num_warps * std::popcount(lanes)) {
+    meeting.arrived = 0;
+    act();
+    for (int warp = first_warp; warp < first_warp + num_warps; ++warp) ready[warp] |= lanes;
+    return;
+  }
+  ready[current / 32] &= ~(1u << current % 32);
+  if (_setjmp(fibers[current].place) == 0) resume_next();
+}
+
+template <typename Act>
+void meet_block(const char* what, void* argument, Act act) {
+  meet(whole_block, what, 0, static_cast<int>(num_threads) / 32, ~0u, argument, act);
+}
+
+// act(lane's argument for each of 32 lanes); those outside of the mask have whatever they last had.
+template <typename Argument, typename Act>
+void meet_warp(const char* what, unsigned mask, Argument& argument, Act act) {
+  const int warp = current / 32;
+  Meeting& meeting = mask == ~0u ? whole_warp[warp] : part_of_warp[{warp, mask}];
+  meet(meeting, what, warp, 1, mask, &argument, [&] {
+    Argument* arguments[32];
+    for (int lane = 0; lane < 32; ++lane) arguments[lane] = static_cast<Argument*>(fibers[32 * warp + lane].argument);
+    act(arguments);
+  });
+}
+
+inline void run_block() {
+  // What a block finds in shared memory is nothing that it may read.
+  poison(shared, sizeof(shared));
+  part_of_warp.clear();
+  whole_block = {};
+  for (unsigned thread = 0; thread < num_threads; ++thread) {
+    Fiber& fiber = fibers[thread];
+    if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.start, run_thread, 0);
+    fiber.started = false;
+    fiber.copies.clear();
+    whole_warp[thread / 32] = {};
+    ready[thread / 32] = running[thread / 32] = ~0u;
+  }
+  current = 0;
+  if (_setjmp(host) == 0) resume_next();
+  if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  for (unsigned warp = 0; warp < num_threads / 32; ++warp) {
+    if (running[warp] != 0) throw std::logic_error("threads wait for others that never come");
+  }
+}
+
+// kernel<<<...>>>(...) becomes Launch{kernel, ...}(...). Blocks run in the order of their indices.
+template <typename... Parameters>
+struct Launch {
+  void (*kernel)(Parameters...);
+  unsigned blocks, threads;
+  size_t bytes = 0;
+  cudaStream_t stream = nullptr;
+
+  void operator()(Parameters... arguments) const {
+    const auto allowed = allowed_shared_bytes.find(reinterpret_cast<const void*>(kernel));
+    const size_t most = allowed == allowed_shared_bytes.end() ? 48 * 1024 : allowed->second;
+    if (blocks == 0 || threads == 0 || threads % 32 != 0 || threads > kMaxThreads || bytes > most) {
+      throw std::logic_error("invalid launch");
+    }
+    num_threads = threads;
+    shared_bytes = static_cast<uint32_t>(bytes);
+    body = [&] { kernel(arguments...); };
+    for (block_index = 0; block_index < blocks; ++block_index) run_block();
+    ++num_launches;
+  }
+};
+
+template <typename Value>
+Value shuffle_xor(unsigned mask, Value value, int distance) {
+  struct Shuffle {
+    Value value, result;
+    int distance;
+  } mine{value, value, distance};
+  meet_warp("shfl", mask, mine, [mask](Shuffle** lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!((mask >> lane) & 1)) continue;
+      const int other = lane ^ lanes[lane]->distance;
+      if (!((mask >> other) & 1)) throw std::logic_error("shfl reads a lane outside of its mask");
+      lanes[lane]->result = lanes[other]->value;
+    }
+  });
+  return mine.result;
+}
+
+inline unsigned ballot(unsigned mask, bool predicate) {
+  struct Vote {
+    bool predicate;
+    unsigned result;
+  } mine{predicate, 0};
+  meet_warp("ballot", mask, mine, [](Vote** lanes) {
+    unsigned result = 0;
+    for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(lanes[lane]->predicate) << lane;
+    for (int lane = 0; lane < 32; ++lane) lanes[lane]->result = result;
+  });
+  return mine.result;
+}
+
+inline int syncthreads_or(bool predicate) {
+  int mine = predicate;
+  meet_block("syncthreads_or", &mine, [] {
+    int result = 0;
+    for (unsigned i = 0; i < num_threads; ++i) result |= *static_cast<int*>(fibers[i].argument);
+    for (unsigned i = 0; i < num_threads; ++i) *static_cast<int*>(fibers[i].argument) = result;
+  });
+  return mine;
+}
+
+inline void syncwarp() {
+  int nothing = 0;
+  meet_warp("syncwarp", ~0u, nothing, [](int**) {});
+}
+
+inline void syncthreads() {
+  meet_block("syncthreads", nullptr, [] {});
+}
+
+// A thread waits for another block; but those before it have run, and the others will not before it has.
+[[noreturn]] inline void nanosleep(unsigned) { throw std::logic_error("a block waits for one after it"); }
+
+}  // namespace emulator
+
+template <typename Function>
+cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes) {
+  emulator::allowed_shared_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+  return bytes <= emulator::kMaxSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// What nvcc knows without a header. The macros come after CUDA's own headers, which have their empty ones.
+using std::max;
+using std::min;
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
+inline void __threadfence() {}
+#define threadIdx (emulator::Index{static_cast<unsigned>(emulator::current)})
+#define blockIdx (emulator::Index{emulator::block_index})
+#define blockDim (emulator::Index{emulator::num_threads})
+#define __shfl_xor_sync emulator::shuffle_xor
+#define __ballot_sync emulator::ballot
+#define __syncthreads_or emulator::syncthreads_or
+#define __syncwarp emulator::syncwarp
+#define __syncthreads emulator::syncthreads
+#define __nanosleep emulator::nanosleep
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __noinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
