@@ -19,6 +19,8 @@
 
 namespace flash_cosine_sim {
 
+inline constexpr float kLog2E = 1.4426950408889634f;
+
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 // (batch, heads, rows, head_dim)

@@ -7,7 +7,6 @@ namespace flash_cosine_sim {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct Side {
   Tensor source, unit;

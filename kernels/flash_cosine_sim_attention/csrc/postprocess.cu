@@ -8,7 +8,6 @@ namespace flash_cosine_sim {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename T>
 int rows_per_block(int head_dim) {

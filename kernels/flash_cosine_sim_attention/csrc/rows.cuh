@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "math.cuh"
 
 namespace flash_cosine_sim {
 namespace rows {
@@ -88,10 +89,6 @@ __device__ inline void store_channels(__nv_bfloat16* target, const float* values
   }
   *reinterpret_cast<uint4*>(target) = vector;
 }
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__half value) { return __half2float(value); }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // The smallest power of two of lanes that hold `count` channels at `per_lane` each, as its logarithm.
 __host__ __device__ constexpr int log2_lanes(int count, int per_lane) {

@@ -19,7 +19,7 @@ struct ForwardTraits {
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
   // 32 rows a warp use every b twice, which halves the reads of shared memory; their accumulators (O: kHeadDim a
-  // lane, scores: kBlockK) must leave room in 255 registers. In float32 three products per b suffice.
+  // lane, scores: kBlockK) must leave room in 255 registers.
   static constexpr bool kWideP = kMath == Math::kFp16WideP;  // takes twice the registers for P
   static constexpr int kRowTiles = kRowBytes <= (kWideP ? 192 : 256) ? 2 : 1;
   // The longest rows are shared by two warps, each with half of the columns of O; both make the scores.
