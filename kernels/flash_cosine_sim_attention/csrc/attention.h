@@ -62,6 +62,8 @@ struct Attention {
 };
 
 struct ForwardParams : Attention {
+  // q_hat and k_hat are q and k, and the kernel normalises them in shared memory: see normalizes_inside.
+  bool normalize_inside = false;
   Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
   float* row_sum_log2 = nullptr;  // (batch, num_heads, seq_len_q), -inf in an empty row; with o
   // Partials: (batch, num_heads, seq_len_q, head_dim) and (batch, num_heads, seq_len_q), contiguous.
@@ -99,7 +101,9 @@ struct BackwardPlan {
   int num_splits = 0;  // 0: the main kernel writes dk and dv itself
 };
 
-// dispatch.cpp: all that binding.cpp calls. Both passes normalise q and k into q_hat and k_hat if l2norm_qk.
+// dispatch.cpp: all that binding.cpp calls. Both passes normalise q and k into q_hat and k_hat if l2norm_qk, but for a
+// forward pass with few queries: its kernel does so itself, which saves a launch and the memory for q_hat and k_hat.
+bool normalizes_inside(const Attention& params);
 void run_forward(const ForwardParams& params, cudaStream_t stream);
 // Reads shapes, options and which outputs are needed; no workspace pointer.
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors);

@@ -258,10 +258,11 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // Sets q_hat and k_hat of a forward pass. Returns the memory that must outlive the launch.
-OptionalTensor allocate_hats(Attention& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
+OptionalTensor allocate_hats(ForwardParams& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
   params.q_hat = params.q;
   params.k_hat = params.k;
-  if (!params.l2norm_qk) return std::nullopt;
+  params.normalize_inside = normalizes_inside(params);
+  if (!params.l2norm_qk || params.normalize_inside) return std::nullopt;
   const int64_t q_numel = round_up(q.numel(), kWorkspaceBytes / call.itemsize);
   TorchTensor hats = call.empty({q_numel + k.numel()});
   char* data = static_cast<char*>(hats.data_ptr());

@@ -58,9 +58,18 @@ bool needs_main_kernel(const BackwardParams& params) {
 
 }  // namespace
 
+bool normalizes_inside(const Attention& params) {
+  // Every block of queries normalises all keys anew: a launch less pays for that up to some 4 of them. Float32's
+  // kernels are slower than the launch, and have no registers left.
+  constexpr int64_t kMostQueries = 512;
+  const int group = params.num_heads / params.num_kv_heads;
+  return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
+         int64_t(group) * params.seq_len_q <= kMostQueries;
+}
+
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.seq_len_q == 0) return;
-  if (params.l2norm_qk) launch_normalize(params, stream);
+  if (params.l2norm_qk && !params.normalize_inside) launch_normalize(params, stream);
   with_head_dim(params.head_dim, [&](auto head_dim) {
     if (params.dtype == DType::kFloat16 && exceeds_fp16(params)) {
       launch_forward_sm80<Math::kFp16WideP, head_dim.value>(params, stream);

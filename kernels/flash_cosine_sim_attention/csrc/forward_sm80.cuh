@@ -16,6 +16,7 @@
 #pragma once
 
 #include "launch.h"
+#include "rows.cuh"
 #include "scores.cuh"
 #include "traits.h"
 
@@ -73,6 +74,37 @@ struct Forward {
     load_tile<kBlockK, kRowBytes, Traits::kThreads>(stage + kBlockK * kRowBytes,
                                                     rows_of(params.v, work.batch, head, first_key),
                                                     params.v.stride_row * sizeof(T), num_rows, valid_bytes);
+  }
+
+  // Rows of a tile become factor * x / |x|, in place and with the bits that launch_normalize would give them: the
+  // backward pass has those.
+  template <int kRows>
+  static __device__ void normalize_tile(char* tile, int head_dim, float factor) {
+    using Lanes = rows::RowLanes<T>;
+    const Lanes lanes(opaque(head_dim));  // nothing of it is worth a register in the loop around
+    const int step = Traits::kWarps * lanes.rows_per_warp();
+    for (int first = static_cast<int>(threadIdx.x / 32) * lanes.rows_per_warp(); first < kRows; first += step) {
+      const int row = first + lanes.row_in_warp();
+      T* vectors[2];
+#pragma unroll
+      for (int vector = 0; vector < 2; ++vector) {
+        const int chunk = lanes.lane + (vector << lanes.log2);
+        const bool exists = row < kRows && chunk * Lanes::kVector < head_dim;
+        vectors[vector] = exists ? reinterpret_cast<T*>(tile + swizzle<kRowBytes>(row, chunk)) : nullptr;
+      }
+      typename Lanes::Slice x = {};
+#pragma unroll
+      for (int vector = 0; vector < 2; ++vector) {
+        if (vectors[vector]) rows::load_channels<Lanes::kVector>(x + vector * Lanes::kVector, vectors[vector]);
+      }
+      rows::normalize(x, lanes.lanes());
+#pragma unroll
+      for (int i = 0; i < Lanes::kSlice; ++i) x[i] *= factor;
+#pragma unroll
+      for (int vector = 0; vector < 2; ++vector) {
+        if (vectors[vector]) rows::store_channels<Lanes::kVector>(vectors[vector], x + vector * Lanes::kVector);
+      }
+    }
   }
 
   // S = q_hat k_hat^T for a warp's rows and a block of keys.
@@ -300,6 +332,11 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
     __syncthreads();
     if (block + 1 < num_blocks_k) {
       F::load_keys(params, work, stages + ((block + 1) & 1) * kStageBytes, first_key + kBlockK);
+    }
+    if (sizeof(typename F::T) == 2 && params.normalize_inside) {
+      if (block == 0) F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
+      F::template normalize_tile<kBlockK>(shared + (tile_k - tile_q), params.head_dim, 1.f);
+      __syncthreads();
     }
     if constexpr (F::Traits::kQInRegisters) {
       if (block == 0) {
