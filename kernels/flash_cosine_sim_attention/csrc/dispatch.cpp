@@ -59,9 +59,9 @@ bool needs_main_kernel(const BackwardParams& params) {
 }  // namespace
 
 bool normalizes_inside(const Attention& params) {
-  // Every block of queries normalises all keys anew: a launch less pays for that up to some 4 of them. Float32's
-  // kernels are slower than the launch, and have no registers left.
-  constexpr int64_t kMostQueries = 512;
+  // One block of queries: with more of them, each would normalise all keys anew, which costs the GPU more than a launch
+  // costs the host. Float32's kernels have no registers left for it.
+  constexpr int64_t kMostQueries = 128;
   const int group = params.num_heads / params.num_kv_heads;
   return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
          int64_t(group) * params.seq_len_q <= kMostQueries;
