@@ -22,7 +22,7 @@ train: native-kernels  ## train: make train ARGS="experiment=enwik8 seq_len=8192
 	$(RUN) train.py $(ARGS)
 
 test: lint  ## lint, then run every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .
@@ -34,11 +34,12 @@ kernels: $(INSTALLED)  ## compile the CUDA kernels (needs nvcc, no GPU) or say w
 	FLASH_COSINE_SIM_FORCE_CUDA=1 $(RUN) setup.py -q build_ext --inplace
 
 # Compiles where there is a GPU to run the kernels, for its own architecture alone where that is one with native
-# kernels; newer ones need the default list, which ends in PTX. setup.py says so where it cannot compile.
+# kernels (Hopper's come with 9.0a); newer ones need the default list, which ends in PTX. setup.py says so where it
+# cannot compile.
 native-kernels: $(INSTALLED)
-	@caps="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)"; \
+	@caps="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$$/9.0a/' | paste -sd ';' -)"; \
 	case "$$caps" in [0-9]*) ;; *) exit 0 ;; esac; \
-	if echo "$$caps" | grep -Eq '^((8\.[0-9]|9\.0);?)+$$'; then export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$caps}"; fi; \
+	if echo "$$caps" | grep -Eq '^((8\.[0-9]|9\.0a);?)+$$'; then export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$caps}"; fi; \
 	$(RUN) setup.py -q build_ext --inplace
 
 clean:  ## delete builds and caches (keeps .venv, data and runs)

@@ -9,7 +9,8 @@ Environment variables
   FLASH_COSINE_SIM_FORCE_CUDA=1   compile or fail; also allows a CPU build of torch, for compiling on one
                                   machine what runs on another
   CUDA_HOME or CUDA_PATH          where bin/nvcc is (else PATH, else /usr/local/cuda)
-  TORCH_CUDA_ARCH_LIST            compute capabilities, such as "8.0;9.0a+PTX" (the default)
+  TORCH_CUDA_ARCH_LIST            compute capabilities, such as "8.0;9.0a+PTX" (the default); the kernels written for
+                                  Hopper come with 9.0a, not with 9.0
   MAX_JOBS                        compilers at once (default: cores, at most one for each 4 GiB of memory)
   NVCC_CCBIN                      the host compiler; nvcc itself reads this
 """
@@ -67,10 +68,11 @@ class KernelsUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Arch:
-    """One entry of TORCH_CUDA_ARCH_LIST; number 90 is compute capability 9.0."""
+    """One entry of TORCH_CUDA_ARCH_LIST; number 90 is compute capability 9.0, `specific` that it says 9.0a."""
 
     number: int
     ptx: bool
+    specific: bool
 
 
 @dataclass(frozen=True)
@@ -207,25 +209,25 @@ def check_cuda_versions(torch, release: tuple[int, int], nvcc: Path, *, allow_cp
 
 
 def parse_archs(text: str) -> tuple[Arch, ...]:
-    """'8.0;9.0a+PTX' becomes Arch(80, ptx=False), Arch(90, ptx=True).
-
-    The suffix of 9.0a is dropped: *_sm90.cu files get it anyway, and the others need nothing of it.
-    """
+    """'8.0;9.0a+PTX' becomes Arch(80, ptx=False, specific=False), Arch(90, ptx=True, specific=True)."""
     archs: dict[int, Arch] = {}
     for entry in re.split(r"[;,\s]+", text.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a, 9.0+PTX, got {text!r}")
         number = int(match[1] + match[2])
         if number < 80:
             say(f"leaving out compute capability {entry}: the kernels need 8.0 or newer")
             continue
-        archs[number] = Arch(number, ptx=bool(match[3]) or (number in archs and archs[number].ptx))
+        before = archs.get(number, Arch(number, ptx=False, specific=False))
+        archs[number] = Arch(number, ptx=bool(match[4]) or before.ptx, specific=match[3] == "a" or before.specific)
     if not archs:
         raise KernelsUnavailable(
             f"TORCH_CUDA_ARCH_LIST={text!r} has no compute capability of 8.0 or newer",
             "add one, such as 8.0, 9.0a or 9.0+PTX,",
         )
+    if 90 in archs and not archs[90].specific:
+        say("leaving out the kernels written for Hopper: TORCH_CUDA_ARCH_LIST has 9.0, and they need 9.0a")
     return tuple(archs[number] for number in sorted(archs))
 
 
@@ -250,7 +252,10 @@ def kernel_builder(toolchain: Toolchain) -> type[build_ext]:
             build_dir.mkdir(parents=True, exist_ok=True)
             (build_dir / "build.ninja").write_text(ninja_file(toolchain, library), encoding="utf-8")
             jobs = max_jobs(len(ext.sources))
-            targets = " ".join(f"{arch.number / 10}{'+PTX' if arch.ptx else ''}" for arch in toolchain.archs)
+            targets = " ".join(
+                f"{arch.number / 10}{'a' if arch.specific else ''}{'+PTX' if arch.ptx else ''}"
+                for arch in toolchain.archs
+            )
             say(f"compiling {len(ext.sources)} files for {targets}, {jobs} at once, with {toolchain.nvcc}")
             result = subprocess.run([toolchain.ninja, "-C", str(build_dir), "-j", str(jobs)], check=False)
             if result.returncode != 0:
@@ -260,7 +265,7 @@ def kernel_builder(toolchain: Toolchain) -> type[build_ext]:
 
 
 def ninja_file(toolchain: Toolchain, library: Path) -> str:
-    has_sm90 = any(arch.number == 90 for arch in toolchain.archs)
+    has_sm90 = any(arch.number == 90 and arch.specific for arch in toolchain.archs)
     compile_flags = "-O3 -std=c++20 -DNDEBUG --expt-relaxed-constexpr -lineinfo".split()
     compile_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     # dispatch.cpp must not name what the *_sm90.cu files define when they are left out.

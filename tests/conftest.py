@@ -1,6 +1,7 @@
-"""What all tests share: a fair share of the cores each, and the gpu marker."""
+"""What all tests share: a fair share of the cores each, what is slow to make, and the gpu marker."""
 
 import os
+import traceback
 
 import pytest
 
@@ -8,6 +9,36 @@ import pytest
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(_cores // _workers, 4))))
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory):
+    """make_once(name, make) returns a folder that make(folder) has filled, once for all workers of pytest-xdist.
+
+    The first worker that comes makes it, others wait. (They could run all tests of a file in one worker, but the group
+    marks of pytest-xdist 3.8 have no effect with pytest 9.2.)
+    """
+
+    def run(name, make):
+        import fcntl
+
+        folder = tmp_path_factory.getbasetemp()
+        folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+        folder.mkdir(exist_ok=True)
+        failure = folder / "failure.txt"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not failure.exists():
+                try:
+                    make(folder)
+                    failure.touch()
+                except Exception:
+                    failure.write_text(traceback.format_exc())
+        if failure.read_text():
+            pytest.fail(failure.read_text(), pytrace=False)
+        return folder
+
+    return run
 
 
 def pytest_collection_modifyitems(items):

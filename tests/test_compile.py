@@ -1,8 +1,10 @@
 """The CUDA library of csrc/, built by setup.py for its default targets, on a machine that may have no GPU.
 
-No compiler may warn, no kernel spill registers or wait for what wgmma was to overlap, and the library loads.
+No compiler may warn, no kernel spill registers, wait for what wgmma was to overlap or have operands of wgmma in the
+wrong registers, and the library loads.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,8 +24,10 @@ from test_packaging import (
     run_python,
 )
 
-# The tests share one build of about three minutes, hence one worker: `make test` has pytest-xdist heed the group.
-pytestmark = [needs_nvcc, pytest.mark.xdist_group("compile")]
+pytestmark = needs_nvcc
+
+CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+CUOBJDUMP = shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
 
 SPILLING_CU = """
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {
@@ -49,6 +53,19 @@ __global__ void serialised_kernel(float* x, unsigned long long a, unsigned long 
   }
   for (int i = 0; i < 4; ++i) x[i] = d[i];
 }
+"""
+
+# As cuobjdump prints it: q is kept in R100 to R103, and P is made in the same registers or others.
+SASS = """
+		Function : kept_apart
+        /*0010*/                   LDSM.16.M88.4 R100, [R2] ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R100, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0030*/                   F2FP.BF16.F32.PACK_AB R{p}, R25, R24 ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R56, R{p}, gdesc[UR12].tnspB, R56, gsb0 ;
+        /*0050*/              @!P1 BRA 0x20 ;
+        /*0060*/                   HGMMA.64x64x16.F32.BF16 R56, R100, gdesc[UR12].tnspB, R56, gsb0 ;
+        /*0070*/              @!P2 BRA 0x10 ;
+        /*0080*/                   EXIT ;
 """
 
 LOAD = """
@@ -82,17 +99,58 @@ def complaints(output: str) -> list[str]:
     return found
 
 
+def shared_a_registers(sass: str) -> dict[str, set[int] | None]:
+    """By function: the registers from which both q k^T and P V take their operand a, in loops; None without a loop.
+
+    q k^T finds q there, from one step of a loop to the next, and P V, the one whose other operand is transposed, the P
+    of this step. ptxas is known to have given both the same registers, without a word: q was lost. Beyond the loops,
+    where q is no longer needed, it may.
+    """
+    found = {}
+    for text in sass.split("Function : ")[1:]:
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?) *;", text, re.MULTILINE)
+        products, loops = [], []
+        for address, line in ((int(address, 16), line) for address, line in lines):
+            if product := re.match(r"HGMMA\S* R\d+, R(\d+),", line):
+                registers = set(range(int(product[1]), int(product[1]) + 4))
+                products.append((address, ".tnspB" in line, registers))
+            # Without a condition it is not a loop's end but that of a wait, which ptxas puts behind everything else.
+            if (branch := re.match(r"@.*\bBRA\b.* 0x([0-9a-f]+)$", line)) and int(branch[1], 16) < address:
+                loops.append((int(branch[1], 16), address))
+
+        def operands(transposed, start, end, products=products):
+            inside = (found for address, is_pv, found in products if is_pv == transposed and start <= address <= end)
+            return set().union(*inside)
+
+        if not all(operands(transposed, 0, 1 << 32) for transposed in (False, True)):
+            continue
+        loops = [loop for loop in loops if operands(False, *loop) and operands(True, *loop)]
+        innermost = [
+            (start, end)
+            for start, end in loops
+            if not any(start <= other[0] and other[1] <= end and other != (start, end) for other in loops)
+        ]
+        shared = [operands(False, *loop) & operands(True, *loop) for loop in innermost]
+        found[text.split(maxsplit=1)[0]] = set().union(*shared) if shared else None
+    return found
+
+
 def demangled(name: str) -> str:
     return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """(all that the compilers said, the tree they built in place)."""
-    tree = copy_sources(tmp_path_factory.mktemp("compile") / "tree")
-    csrc = Path("kernels", PACKAGE, "csrc")
-    shutil.copytree(ROOT / csrc, tree / csrc)
-    return compile_tree(tree), tree
+def build(make_once):
+    """(all that the compilers said, the tree they built in place): three minutes."""
+
+    def make(folder):
+        tree = copy_sources(folder / "tree")
+        csrc = Path("kernels", PACKAGE, "csrc")
+        shutil.copytree(ROOT / csrc, tree / csrc)
+        (folder / "output.txt").write_text(compile_tree(tree))
+
+    folder = make_once("compile", make)
+    return (folder / "output.txt").read_text(), folder / "tree"
 
 
 def test_complaints_are_found(tmp_path):
@@ -106,6 +164,30 @@ def test_complaints_are_found(tmp_path):
 def test_no_kernel_spills_and_no_compiler_warns(build):
     found = complaints(build[0])
     assert not found, "\n".join(found)
+
+
+def test_files_of_sm90_are_compiled_for_it(build):
+    kernels = set(re.findall(r"Compiling entry function '(\S*sm90\S*)' for '(\w+)'", build[0]))
+    assert {target for _, target in kernels} == {"sm_90a"}
+    objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels").glob("*_sm90.cu.o")}
+    sources = {path.name for path in (ROOT / "kernels" / PACKAGE / "csrc").glob("*_sm90.cu")}
+    assert sources and objects == sources
+
+
+def test_shared_a_registers_are_found():
+    assert shared_a_registers(SASS.replace("{p}", "120")) == {"kept_apart": set()}
+    assert shared_a_registers(SASS.replace("{p}", "102")) == {"kept_apart": {102, 103}}
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
+def test_wgmma_keeps_the_registers_of_its_operands_apart(build):
+    objects = sorted((build[1] / "build" / "kernels").glob("forward*_sm90.cu.o"))
+    for path in objects:
+        listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
+        shared = shared_a_registers(listing)
+        assert shared and None not in shared.values(), f"{path.name}: shared_a_registers must learn how loops look"
+        assert not any(shared.values()), {demangled(name): registers for name, registers in shared.items() if registers}
+    assert objects
 
 
 def test_library_loads_without_a_gpu(build):

@@ -2,24 +2,26 @@
 
 What a wrong index, swizzle, fragment, mask, split or wait does shows here; what only a GPU knows does not: its
 rounding, races within a warp, occupancy, time. Emulated kernels would replace the operators' CPU implementation in
-this process, so a process of its own runs all cases; each test looks at the outcome of one.
+this process, so processes of their own, one for each of GPUS, run all checks; each test looks at the outcome of one.
 """
 
 import contextlib
-import fcntl
+import ctypes
 import functools
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from emulator.build import build
-from test_backends import GATES, Case, attend, check, results, rms
+from test_backends import GATES, Case, assert_within_gate, attend, check, results, rms
 from test_kernels import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, describe
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
@@ -28,14 +30,18 @@ from flash_cosine_sim_attention.reference import reference_backward, reference_f
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
 
-# All tests need one build and run, of 20 and 45 seconds, hence one worker: see test_compile.py.
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="emulation needs CUDA's headers, and no nvcc (CUDA_HOME/bin or PATH)"),
-    pytest.mark.xdist_group("emulation"),
-]
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="emulation needs CUDA's headers, and no nvcc (CUDA_HOME/bin or PATH)"
+)
 
+# What emulator/runtime.cpp reads. Few multiprocessors: the kernels of 9.0 run one block on each, which takes tile after
+# tile of queries.
+GPUS = {
+    "sm80": {"EMULATED_CAPABILITY": "8"},
+    "sm90": {"EMULATED_CAPABILITY": "9", "EMULATED_MULTIPROCESSORS": "3"},
+}
 SHAPES = [(33, 70), (70, 33), (66, 130), (5, 200), (129, 65)]
-RUN = "import sys, test_emulation; test_emulation.run_all(sys.argv[1])"
+RUN = "import sys, test_emulation; test_emulation.run_all(*sys.argv[1:])"
 
 
 def wide(options):
@@ -130,7 +136,7 @@ def check_operators(case):
             assert error <= 4 * GATES[case.dtype], (wanted, error)
 
 
-def named_checks():
+def portable_checks():
     """Name -> a function without arguments that raises where a kernel is wrong."""
     checks = {describe(case): functools.partial(check_emulated, case) for case in covering_cases()}
     for head_dim in HEAD_DIMS:
@@ -158,14 +164,120 @@ def named_checks():
     return checks
 
 
-CHECKS = named_checks()
+# The forward kernels of compute capability 9.0
+
+SM90_HEAD_DIMS = [32, 64, 96, 128, 256, 40, 80, 136]  # the last are padded
+SM90_DTYPES = [torch.bfloat16, torch.float16]
+SM90_GROUP_OF_HEADS = {"num_heads": 4, "num_kv_heads": 1}
+# Tiles are of 128 or 192 queries, 64 a warpgroup, and of 64, 96 or 128 keys.
+EDGES_Q = [edge + step for edge in (64, 128, 192, 256) for step in (-1, 0, 1)]
+EDGES_K = [edge + step for edge in (64, 96, 128) for step in (-1, 0, 1)]
+SM90_OPTIONS = {
+    "dense": {"seq_len_q": 140, "seq_len_k": 300},
+    "causal": {"seq_len_q": 300, "seq_len_k": 300, "causal": True},
+    "causal-more-keys": {"seq_len_q": 130, "seq_len_k": 331, "causal": True, "num_kv_heads": 2},
+    "causal-empty-rows": {"seq_len_q": 331, "seq_len_k": 130, "causal": True},
+    "one-key": {"seq_len_q": 200, "seq_len_k": 1},
+    "one-query": {"seq_len_q": 1, "seq_len_k": 300, "causal": True},
+    "mask-with-an-empty-batch": {"seq_len_q": 70, "seq_len_k": 270, "mask": True},
+    "mask-causal": {"seq_len_q": 150, "seq_len_k": 170, "mask": True, "causal": True, "strided": True},
+    "GQA": {"seq_len_q": 70, "seq_len_k": 140, "num_heads": 6, "num_kv_heads": 2, "causal": True},
+    "strided": {"seq_len_q": 200, "seq_len_k": 140, "strided": True},
+    "not-normalised": {"seq_len_q": 130, "seq_len_k": 200, "l2norm_qk": False, "causal": True},
+    "scale-of-heads": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": True},
+    "groups": {"seq_len_q": 130, "seq_len_k": 140, "groups": 4, "strided": True},
+    "small-scale": {"seq_len_q": 130, "seq_len_k": 140, "scale": 1.0},
+}
 
 
-def run_all(library):
-    """What the other process does: print, as JSON, why each check failed, or null."""
+def multiplied_with_wgmma():
+    """Of how many warps, since the library was loaded."""
+    return ctypes.CDLL(sys.argv[1]).emulated_wgmmas()
+
+
+def check_sm90(case, is_sm90=False, expand_v=False):
+    """o and row_sum_log2, twice: the second time the warps take turns in another order; and partials."""
+    with torch.no_grad():
+        tensors, options = case.tensors(case.dtype), case.options()
+        q, k, v, scale, mask = *(tensors[name] for name in "qkv"), tensors.get("scale"), options.get("mask")
+        exact_tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        if expand_v:
+            v = v[:, :1].expand_as(v)
+            exact_tensors["v"] = v.double()
+        numerator, denominator = plain_cosine_sim_attention(**exact_tensors, **options, return_partials=True)
+        exact = quotient(numerator, denominator)
+        sdpa = attend("sdpa", **{**tensors, "v": v}, **options).double()
+
+        operators = torch.ops.flash_cosine_sim_attention
+        settings = options.get("scale", 1.0), case.groups, case.causal, case.l2norm_qk, False
+        before = multiplied_with_wgmma()
+        (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
+        assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
+        assert torch.equal(o, again[0]) and torch.equal(rows, again[1])
+        parts = operators.partials(q, k, v, mask, None, scale, *settings)
+
+    assert o.stride() == torch.empty_like(q).stride()
+    ours = {"o": o.double()}
+    assert_within_gate(case, "operators", {"o": exact}, {"o": sdpa}, ours)
+    assert_within_gate(case, "operators", {"o": exact}, {"o": sdpa}, {"o": quotient(*parts).to(case.dtype).double()})
+    if case.head_dim >= 64 and o.numel() >= 4096:
+        assert rms(ours["o"] - exact) <= GATES[case.dtype] * rms(exact)
+    empty = denominator == 0
+    assert torch.equal(rows.isneginf(), empty) and torch.equal(parts[1] == 0, empty)
+    assert (o[empty] == 0).all() and (parts[0][empty] == 0).all()
+    # As in test_kernels.test_row_sums, and more where short vectors have larger cosines.
+    limit = {torch.float16: 5e-3, torch.bfloat16: 4e-2}[case.dtype] * max(1, (64 / case.head_dim) ** 0.5)
+    assert (rows.double() - denominator.log2())[~empty].abs().max() <= limit
+    assert (parts[1].double().log2() - denominator.log2())[~empty].abs().max() <= limit
+    # A row that sees one key has the value of that, exactly.
+    values = v.repeat_interleave(case.num_heads // case.num_kv_heads, 1)
+    if case.seq_len_k == 1 and not case.causal:
+        assert torch.equal(o, values.expand_as(o))
+    if case.causal and not case.mask and case.seq_len_q >= case.seq_len_k:
+        assert torch.equal(o[:, :, case.seq_len_q - case.seq_len_k], values[:, :, 0])
+
+
+def quotient(numerator, denominator):
+    return numerator / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)
+
+
+def sm90_checks():
+    checks = {}
+
+    def add(name, case, function=check_sm90, **arguments):
+        dtype = str(case.dtype).removeprefix("torch.")
+        checks[f"{name}-d{case.head_dim}-{dtype}"] = functools.partial(function, case, **arguments)
+
+    kernels = list(itertools.product(SM90_HEAD_DIMS, SM90_DTYPES))
+    for index, (head_dim, dtype) in enumerate(kernels):
+        case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2)
+        # More rows than dispatch.cpp's paths for few queries take.
+        many = replace(case, **SM90_GROUP_OF_HEADS, seq_len_q=193, seq_len_k=129)
+        add("many-tiles", replace(many, causal=True), is_sm90=True)
+        add("gradients", replace(case, seq_len_q=70, seq_len_k=100, causal=True, groups=2), check_emulated)
+        # Half of the options and edges: the other dtype has the others.
+        for name, options in list(SM90_OPTIONS.items())[index % 2 :: 2]:
+            add(name, replace(case, **options))
+        for edge in range(index % 2, len(EDGES_Q), 2):
+            seq_len_q, seq_len_k = EDGES_Q[edge], EDGES_K[(edge + index // 2) % len(EDGES_K)]
+            edges = replace(case, batch=1, num_heads=1, num_kv_heads=1, seq_len_q=seq_len_q, seq_len_k=seq_len_k)
+            # With groups, q and k are normalised by a launch of its own.
+            options = {"causal": edge // 2 % 2 == 0, "groups": 1 + (edge // 4 + index // 2) % 2}
+            add(f"edges-{seq_len_q}x{seq_len_k}", replace(edges, **options))
+    for dtype in SM90_DTYPES:
+        case = Case(dtype=dtype, seq_len_q=70, seq_len_k=140, head_dim=64)
+        add("v-expanded", case, expand_v=True)
+    return checks
+
+
+CHECKS = {"sm80": portable_checks(), "sm90": sm90_checks()}
+
+
+def run_all(library, gpu):
+    """What another process does: print, as JSON, why each check failed, or null."""
     torch.ops.load_library(library)
     outcomes = {}
-    for name, function in CHECKS.items():
+    for name, function in CHECKS[gpu].items():
         torch.manual_seed(0)
         try:
             outcomes[name] = function()
@@ -175,28 +287,27 @@ def run_all(library):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Of run_all: the first worker of pytest-xdist that comes here builds and runs, any other waits for it."""
-    workers = "PYTEST_XDIST_WORKER" in os.environ
-    folder = tmp_path_factory.getbasetemp().parent / "emulation" if workers else tmp_path_factory.mktemp("emulation")
-    folder.mkdir(exist_ok=True)
-    found = folder / "outcomes.json"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        if not found.exists():
-            found.write_text(build_and_run(folder))
-    return json.loads(found.read_text())
+def outcomes(make_once):
+    """Of run_all for every GPU: half a minute to compile and a minute to run."""
+
+    def make(folder):
+        library = build(folder, NVCC)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda gpu: (folder / f"{gpu}.json").write_text(run(library, gpu)), GPUS))
+
+    folder = make_once("emulation", make)
+    return {gpu: json.loads((folder / f"{gpu}.json").read_text()) for gpu in GPUS}
 
 
-def build_and_run(folder):
-    library = build(folder, NVCC)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", RUN, str(library)]
+def run(library, gpu):
+    path = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, **GPUS[gpu], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(library), gpu]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_kernels(outcomes, name):
-    assert outcomes[name] is None, outcomes[name]
+@pytest.mark.parametrize("gpu, name", [(gpu, name) for gpu in CHECKS for name in CHECKS[gpu]])
+def test_kernels(outcomes, gpu, name):
+    assert outcomes[gpu][name] is None, outcomes[gpu][name]

@@ -64,6 +64,22 @@ def test_opcheck_of_strided_inputs(operator):
     torch.library.opcheck(operator.default, (*strided, *rest, 2, True, True, False))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
+    q, k, v, *rest = inputs(requires_grad=requires_grad)
+    arguments = q, k, v, *rest, 2, True, True, False
+    torch.library.opcheck(forward.default, (*arguments, False))
+    expected_o, expected_rows = forward(*arguments)
+    o, row_sum_log2 = forward(*arguments, False)
+    torch.testing.assert_close(o, expected_o)
+    if requires_grad:  # then the backward pass needs them, whatever the caller says
+        torch.testing.assert_close(row_sum_log2, expected_rows)
+        o.sum().backward()
+        assert q.grad is not None
+    else:
+        assert row_sum_log2.shape == (0,) and row_sum_log2.dtype == expected_rows.dtype
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("with_row_sum_grad", [False, True])
 @pytest.mark.parametrize("number", [False, True])

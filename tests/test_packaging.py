@@ -454,6 +454,19 @@ def test_compiled_library_has_native_code_and_ptx(compiled_wheel):
 
 
 @needs_nvcc
+def test_without_the_a_of_9_0a_no_hopper_kernel_is_compiled(tmp_path):
+    sources = {"probe.cu": PROBE_CU, "probe_sm90.cu": "#error must not be compiled", "binding.cpp": BINDING_CPP}
+    tree = copy_sources(tmp_path / "tree", csrc=sources)
+    result = build_in_place(tree, compiling_environment("9.0"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("leaving out the kernels written for Hopper") == 1
+    (library,) = (tree / "kernels" / PACKAGE).glob("_C*.so")
+    assert device_code(library) == [("code", 90)]
+    result = run_python("-c", LOAD_AND_CALL, str(library), "cpu", cwd=tree, env=build_environment())
+    assert result.returncode == 0, result.stderr
+
+
+@needs_nvcc
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_library_loads_and_runs_on_this_torch(compiled_wheel, device):
     _, library = compiled_wheel

@@ -23,7 +23,7 @@ The operators do not validate: interface.py did. What an implementation may rely
 - row_sum_log2 is log2 of the row sum, not shifted. In the backward pass it is whatever makes P = exp(S) *
   2^-row_sum_log2 belong to do: the gradient of float16 partials passes do * 2^-e with row_sum_log2 - e, and
   there P may exceed 1.
-- A gradient that is not needed has the shape (0,). dscale = sum(dS * cos), never a sum divided by scale,
+- A gradient, or a row_sum_log2, that is not needed has the shape (0,). dscale = sum(dS * cos), never a sum divided by scale,
   which may be 0.
 - allow_tf32 permits TF32 products of float32 inputs. Forward and backward get the same.
 """
@@ -43,13 +43,15 @@ _OPTIONS = "int groups, bool causal, bool l2norm_qk, bool allow_tf32"
 _NEEDS = "bool need_dq, bool need_dk, bool need_dv, bool need_dattn_bias, bool need_dscale"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor o, Tensor row_sum_log2)")
+# Without gradients nobody needs the row sums: they cost the kernels an addition a score.
+_library.define(f"forward({_INPUTS}, {_OPTIONS}, bool need_row_sum_log2=True) -> (Tensor o, Tensor row_sum_log2)")
 _library.define(f"partials({_INPUTS}, {_OPTIONS}) -> (Tensor numerator, Tensor denominator)")
 # drow_sum_log2 joins the row statistic delta = rowsum(do * o) - log2(e) * drow_sum_log2; None is zero.
 _library.define(
     f"backward(Tensor do, {_INPUTS}, Tensor o, Tensor row_sum_log2, Tensor? drow_sum_log2, {_OPTIONS}, {_NEEDS}, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dattn_bias, Tensor dscale)"
 )
+_NUM_SHARED = 11  # of arguments that forward and partials have in common
 # Resolved once: looking an overload up costs a microsecond per call.
 _forward, _partials, _backward = (
     getattr(torch.ops.flash_cosine_sim_attention, name).default for name in ("forward", "partials", "backward")
@@ -126,20 +128,22 @@ def kernel_attention(
     v = v if v.stride(-1) == 1 else v.contiguous()
     # A number stays one: no tensor is made for it, and no gradient.
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    operator = _call_partials if return_partials else _call_forward
     # Read here alone; the backward pass gets it from the autograd graph.
     allow_tf32 = q.dtype == torch.float32 and _tf32_allowed()
-    result = operator(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32)
-    return result if return_partials else result[0]
+    arguments = q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32
+    if return_partials:
+        return _call_partials(*arguments)
+    return _call_forward(*arguments, False)[0]  # where there are gradients, autograd asks for the row sums
 
 
 # The CPU implementations. allow_tf32 and deterministic change nothing: there is no TF32 on the CPU, and the
 # reference is deterministic.
 
 
-def _forward_cpu(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, _allow_tf32):
+def _forward_cpu(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, _allow_tf32, need_sums=True):
     scale = scale_value if scale is None else scale
-    return reference_forward(q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk)
+    o, row_sum_log2 = reference_forward(q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk)
+    return o, row_sum_log2 if need_sums else row_sum_log2.new_empty(0)
 
 
 def _partials_cpu(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, _allow_tf32):
@@ -163,8 +167,9 @@ _library.impl("backward", _backward_cpu, "CPU")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::forward", lib=_library)
-def _forward_fake(q, *_inputs):
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
+def _forward_fake(q, *inputs):
+    need_row_sum_log2 = len(inputs) < _NUM_SHARED or inputs[-1]  # an argument at its default may be left out
+    return torch.empty_like(q), q.new_empty(q.shape[:-1] if need_row_sum_log2 else 0, dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::partials", lib=_library)
@@ -245,11 +250,12 @@ _EAGER_KEYS = (
 )
 
 
-def _register_autograd(operator, backward, num_saved_inputs: int):
+def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: int | None):
     """Like torch.library.register_autograd, at less than half of its host time per call.
 
     The first `num_saved_inputs` arguments and all outputs are saved as tensors, the other arguments as
-    ctx.options. Dual tensors are refused: a kernel below autograd would silently lose their tangents.
+    ctx.options. Where there are gradients, arguments after the first `num_inputs` have their defaults.
+    Dual tensors are refused: a kernel below autograd would silently lose their tangents.
 
     Returns a function that calls the operator. In eager mode the dispatcher would only find the kernel registered
     here, which takes it longer than the kernel does; so that is called straight away.
@@ -277,7 +283,7 @@ def _register_autograd(operator, backward, num_saved_inputs: int):
                 "(or plain_cosine_sim_attention), which is plain PyTorch"
             )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Differentiable.apply(*inputs)
+            return Differentiable.apply(*inputs[:num_inputs])
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)
 
@@ -298,9 +304,9 @@ def _has_tangent(argument) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-_call_forward = _register_autograd(_forward, _forward_autograd, num_saved_inputs=6)
-_call_partials = _register_autograd(_partials, _partials_autograd, num_saved_inputs=6)
-_call_backward = _register_autograd(_backward, _double_backward, num_saved_inputs=0)
+_call_forward = _register_autograd(_forward, _forward_autograd, num_saved_inputs=6, num_inputs=_NUM_SHARED)
+_call_partials = _register_autograd(_partials, _partials_autograd, num_saved_inputs=6, num_inputs=_NUM_SHARED)
+_call_backward = _register_autograd(_backward, _double_backward, num_saved_inputs=0, num_inputs=None)
 
 
 # Autocast: torch.library.register_autocast would cast every tensor, but a learned scale stays float32.

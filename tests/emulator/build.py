@@ -1,4 +1,4 @@
-"""Compiles the sources of csrc/ for the CPU, with the emulator in place of nvcc, ptx.cuh and a GPU."""
+"""Compiles the sources of csrc/ for the CPU, with the emulator in place of nvcc, ptx.cuh, wgmma.cuh and a GPU."""
 
 import os
 import re
@@ -13,6 +13,9 @@ import torch
 EMULATOR = Path(__file__).resolve().parent
 CSRC = EMULATOR.parents[1] / "kernels" / "flash_cosine_sim_attention" / "csrc"
 
+# Those with asm, which have a counterpart here, and what else that needs.
+REPLACED = ("ptx.cuh", "wgmma.cuh")
+ADDED = (*REPLACED, "emulator.h", "runtime.cpp")
 # What csrc/ writes and no host compiler reads; sources may have it anywhere.
 SYNTAX = [
     (r"([\w:]+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>", r"emulator::Launch{\1, \2}"),
@@ -49,13 +52,14 @@ def rewrite(name: str, text: str) -> str:
 def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     """Compile, in `folder`, the library that registers the emulated kernels for CPU tensors."""
     for source in csrc.iterdir():
-        if source.suffix in (".cu", ".cuh", ".cpp", ".h") and source.name != "ptx.cuh":
+        if source.suffix in (".cu", ".cuh", ".cpp", ".h") and source.name not in REPLACED:
             (folder / source.name).write_text(rewrite(source.name, source.read_text()))
-    for name in ("emulator.h", "ptx.cuh", "runtime.cpp"):
+    for name in ADDED:
         shutil.copy(EMULATOR / name, folder)
     torch_folder = Path(torch.__file__).parent
     # nvcc only calls the host compiler, and knows where CUDA's headers are.
-    compile_command = [nvcc, *"-x c++ -std=c++20 -O1 -include emulator.h -DUSE_CUDA".split()]
+    compile_command = [nvcc, *"-x c++ -std=c++20 -O1 -include emulator.h".split()]
+    compile_command += ["-DUSE_CUDA", "-DFLASH_COSINE_SIM_HAS_SM90=1"]
     # The kernels read the bits of one type as another's, as nvcc lets them; and with its checks glibc takes a longjmp
     # to another stack for an error.
     compile_command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-U_FORTIFY_SOURCE"]

@@ -1,9 +1,11 @@
 // CUDA's threads, barriers and shared memory on the CPU, for the sources of csrc/ as test_emulation.py rewrites them.
 //
-// A block at a time runs, each of its threads as a fiber: a stack of its own, and a switch wherever it waits for others.
-// What a warp does together (a barrier, a shuffle, ldmatrix, mma) happens when the last of its lanes arrives, for all of
-// them. A warp runs until all of its lanes wait at a barrier of the block, in turn the first or the last warp first:
-// so a warp gets as far ahead of the others as the barriers let it, and a missing one shows.
+// A block at a time runs, each of its threads as a fiber: a stack of its own, and a switch wherever it waits for
+// others. What a warp does together (a barrier, a shuffle, ldmatrix, mma) happens when the last of its lanes arrives,
+// for all of them. A warp runs until all of its lanes wait at a barrier of the block, in turn the first or the last
+// warp first: so a warp gets as far ahead of the others as the barriers let it, and a missing one shows. For the same
+// reason what is asynchronous (cp.async, TMA, wgmma) happens as late as possible, when a thread waits for it; and when
+// a thread lets others go on through an mbarrier, these run before it does anything more.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +18,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -36,10 +39,44 @@ struct Meeting {
   int arrived = 0;
 };
 
+// Threads that wait until another lets them go on.
+struct Waiting {
+  std::vector<int> threads;
+};
+
 struct Copy {  // of cp.async
   uint32_t destination;
   const void* source;
   bool valid;
+};
+
+using Deferred = std::function<void()>;
+
+// An mbarrier. A phase is complete when nobody is left to arrive and as many bytes came as were announced.
+struct Barrier {
+  int count, still_to_arrive;
+  int missing_bytes = 0;
+  uint32_t phase = 0;
+  std::vector<Deferred> loads;  // that TMA has not made yet
+  Waiting waiting;
+};
+
+struct NamedBarrier {
+  int num_threads = 0, arrived = 0;
+  Waiting waiting;
+};
+
+// A warp's share of wgmma: groups in the order in which they were committed, and what has not been.
+struct Products {
+  std::deque<std::vector<Deferred>> groups;
+  std::vector<Deferred> uncommitted;
+};
+
+// What cuTensorMapEncodeTiled puts into a CUtensorMap, for 4 dimensions of 16-bit elements, columns first.
+struct TensorMap {
+  char* data;
+  int64_t sizes[4], stride_bytes[3];  // the stride of a column is 2
+  int box_columns, box_rows;
 };
 
 struct Fiber {
@@ -49,34 +86,47 @@ struct Fiber {
   bool started;
   void* argument;  // of what it does together with others
   std::vector<Copy> copies;
+  std::vector<Deferred> stores;  // by TMA
+  size_t num_committed_stores;
+  uint32_t num_proxy_fences;
 };
 
-inline constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / 32, kMaxSharedBytes = 99 * 1024;
+inline constexpr int kMaxThreads = 640, kMaxWarps = kMaxThreads / 32, kMaxSharedBytes = 227 * 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
 inline Fiber fibers[kMaxThreads];
 inline uint32_t ready[kMaxWarps], running[kMaxWarps];  // a bit a lane
 inline Meeting whole_block, whole_warp[kMaxWarps];
 inline std::map<std::pair<int, unsigned>, Meeting> part_of_warp;
-inline unsigned num_threads, block_index;
-inline int current, num_launches;
+inline std::map<uint32_t, Barrier> barriers;  // by address
+inline NamedBarrier named_barriers[16];
+inline Products products[kMaxWarps];
+inline unsigned num_threads, num_blocks, block_index;
+inline int current, num_launches, num_wgmmas;
 inline std::function<void()> body;
 inline std::exception_ptr error;
 inline jmp_buf host;
 alignas(1024) inline char shared[kMaxSharedBytes];
 inline uint32_t shared_bytes;
+// Who wrote 4 bytes of shared memory last, with st.shared, and how many proxy fences that thread had made by then.
+struct Write {
+  int thread = 0;
+  uint32_t num_proxy_fences = 0;
+};
+inline Write last_write[kMaxSharedBytes / 4];
 inline std::map<const void*, int> allowed_shared_bytes;
 
 // 16-bit and 32-bit floats of these bytes are NaNs.
 inline void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
 
-[[noreturn]] inline void resume_next() {
-  const int num_warps = static_cast<int>(num_threads) / 32, warp = current / 32;
+// Runs a thread that is ready, of this warp if there is one.
+[[noreturn]] inline void resume_next(int warp = current / 32) {
+  const int num_warps = static_cast<int>(num_threads) / 32;
   const bool ascending = (num_launches + block_index) % 2 == 0;
   if (error) _longjmp(host, 1);
   for (int step = 0; step <= num_warps; ++step) {
     const int next = step == 0 ? warp : ascending ? step - 1 : num_warps - step;
     if (ready[next] == 0) continue;
-    const uint32_t later = current % 32 == 31 || next != warp ? 0 : ready[next] & (~0u << (current % 32 + 1));
+    const uint32_t later = current % 32 == 31 || next != current / 32 ? 0 : ready[next] & (~0u << (current % 32 + 1));
     current = 32 * next + std::countr_zero(later ? later : ready[next]);
     if (fibers[current].started) _longjmp(fibers[current].place, 1);
     fibers[current].started = true;
@@ -94,6 +144,21 @@ inline void run_thread() {
   ready[current / 32] &= ~(1u << current % 32);
   running[current / 32] &= ~(1u << current % 32);
   resume_next();
+}
+
+inline void wait(Waiting& waiting) {
+  waiting.threads.push_back(current);
+  ready[current / 32] &= ~(1u << current % 32);
+  if (_setjmp(fibers[current].place) == 0) resume_next();
+}
+
+// They run before this thread does anything more.
+inline void wake(Waiting& waiting) {
+  if (waiting.threads.empty()) return;
+  for (int thread : waiting.threads) ready[thread / 32] |= 1u << thread % 32;
+  const int warp = waiting.threads.front() / 32;
+  waiting.threads.clear();
+  if (_setjmp(fibers[current].place) == 0) resume_next(warp);
 }
 
 // Calls act() once all members are here. `what` tells calls apart that must not meet each other.
@@ -135,6 +200,8 @@ inline void run_block() {
   // What a block finds in shared memory is nothing that it may read.
   poison(shared, sizeof(shared));
   part_of_warp.clear();
+  barriers.clear();
+  std::fill(std::begin(named_barriers), std::end(named_barriers), NamedBarrier{});
   whole_block = {};
   for (unsigned thread = 0; thread < num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
@@ -145,7 +212,11 @@ inline void run_block() {
     makecontext(&fiber.start, run_thread, 0);
     fiber.started = false;
     fiber.copies.clear();
+    fiber.stores.clear();
+    fiber.num_committed_stores = 0;
+    ++fiber.num_proxy_fences;  // what an earlier block wrote is no matter of this one
     whole_warp[thread / 32] = {};
+    products[thread / 32] = {};
     ready[thread / 32] = running[thread / 32] = ~0u;
   }
   current = 0;
@@ -153,6 +224,15 @@ inline void run_block() {
   if (error) std::rethrow_exception(std::exchange(error, nullptr));
   for (unsigned warp = 0; warp < num_threads / 32; ++warp) {
     if (running[warp] != 0) throw std::logic_error("threads wait for others that never come");
+    if (!products[warp].uncommitted.empty() || !products[warp].groups.empty()) {
+      throw std::logic_error("a warp ends before its wgmma");
+    }
+  }
+  for (const auto& [address, barrier] : barriers) {
+    if (!barrier.loads.empty()) throw std::logic_error("a block ends before its TMA loads");
+  }
+  for (unsigned thread = 0; thread < num_threads; ++thread) {
+    if (!fibers[thread].stores.empty()) throw std::logic_error("a thread ends before its TMA stores");
   }
 }
 
@@ -171,6 +251,7 @@ struct Launch {
       throw std::logic_error("invalid launch");
     }
     num_threads = threads;
+    num_blocks = blocks;
     shared_bytes = static_cast<uint32_t>(bytes);
     body = [&] { kernel(arguments...); };
     for (block_index = 0; block_index < blocks; ++block_index) run_block();
@@ -179,20 +260,30 @@ struct Launch {
 };
 
 template <typename Value>
-Value shuffle_xor(unsigned mask, Value value, int distance) {
+Value shuffle(const char* what, unsigned mask, Value value, int source) {
   struct Shuffle {
     Value value, result;
-    int distance;
-  } mine{value, value, distance};
-  meet_warp("shfl", mask, mine, [mask](Shuffle** lanes) {
+    int source;
+  } mine{value, value, source};
+  meet_warp(what, mask, mine, [mask](Shuffle** lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       if (!((mask >> lane) & 1)) continue;
-      const int other = lane ^ lanes[lane]->distance;
-      if (!((mask >> other) & 1)) throw std::logic_error("shfl reads a lane outside of its mask");
-      lanes[lane]->result = lanes[other]->value;
+      const int source = lanes[lane]->source;
+      if (!((mask >> source) & 1)) throw std::logic_error("shfl reads a lane outside of its mask");
+      lanes[lane]->result = lanes[source]->value;
     }
   });
   return mine.result;
+}
+
+template <typename Value>
+Value shuffle_xor(unsigned mask, Value value, int distance) {
+  return shuffle("shfl.bfly", mask, value, (current % 32) ^ distance);
+}
+
+template <typename Value>
+Value shuffle_index(unsigned mask, Value value, int lane) {
+  return shuffle("shfl.idx", mask, value, lane % 32);
 }
 
 inline unsigned ballot(unsigned mask, bool predicate) {
@@ -245,12 +336,16 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
+inline float rsqrtf(float x) { return __frsqrt_rn(x); }
 inline void __threadfence() {}
 #define threadIdx (emulator::Index{static_cast<unsigned>(emulator::current)})
 #define blockIdx (emulator::Index{emulator::block_index})
 #define blockDim (emulator::Index{emulator::num_threads})
+#define gridDim (emulator::Index{emulator::num_blocks})
+#define __shfl_sync emulator::shuffle_index
 #define __shfl_xor_sync emulator::shuffle_xor
 #define __ballot_sync emulator::ballot
+#define __any_sync emulator::ballot
 #define __syncthreads_or emulator::syncthreads_or
 #define __syncwarp emulator::syncwarp
 #define __syncthreads emulator::syncthreads

@@ -1,5 +1,5 @@
-// The functions of csrc/ptx.cuh without PTX. An access to shared memory beyond the block's own, or to an address that is
-// not aligned, is an error, as it is on a GPU.
+// The functions of csrc/ptx.cuh without PTX. An access to shared memory beyond the block's own, or to an address that
+// is not aligned, is an error, as it is on a GPU.
 #pragma once
 
 #include "emulator.h"
@@ -71,12 +71,21 @@ inline float load_shared_f32(uint32_t address) {
   return value;
 }
 
-inline void store_shared_b32(uint32_t address, uint32_t value) { std::memcpy(shared_memory_at(address, 4), &value, 4); }
-
-inline void store_shared_v2_f32(uint32_t address, float x, float y) {
-  const float values[] = {x, y};
-  std::memcpy(shared_memory_at(address, 8), values, 8);
+template <typename Value>
+void store_shared(uint32_t address, const Value& value) {
+  std::memcpy(shared_memory_at(address, sizeof(value)), &value, sizeof(value));
+  for (uint32_t word = address / 4; word < (address + sizeof(value)) / 4; ++word) {
+    emulator::last_write[word] = {emulator::current, emulator::fibers[emulator::current].num_proxy_fences};
+  }
 }
+
+inline void load_shared_v4_s32(int (&values)[4], uint32_t address) {
+  std::memcpy(values, shared_memory_at(address, 16), 16);
+}
+
+inline void store_shared_b32(uint32_t address, uint32_t value) { store_shared(address, value); }
+inline void store_shared_v4_s32(uint32_t address, const int (&values)[4]) { store_shared(address, values); }
+inline void store_shared_v2_f32(uint32_t address, float x, float y) { store_shared(address, float2{x, y}); }
 
 // kPerRegister elements of the contraction lie in a register: 2 of 16 bits, or one TF32. Sums are rounded, where a
 // tensor core truncates them.
@@ -148,5 +157,166 @@ inline void red_add_v2_f32(float* address, float x, float y) {
 
 inline int load_acquire(const int* address) { return *address; }
 inline void store_release(int* address, int value) { *address = value; }
+inline uint32_t atomic_increment(uint32_t* address) { return (*address)++; }
+
+// ---- Compute capability 9.0 ----
+
+inline emulator::Barrier& barrier_at(uint32_t address) {
+  shared_memory_at(address, 8);
+  const auto found = emulator::barriers.find(address);
+  if (found == emulator::barriers.end()) throw std::logic_error("no barrier at " + std::to_string(address));
+  return found->second;
+}
+
+inline void complete_phase_if_done(emulator::Barrier& barrier) {
+  if (barrier.still_to_arrive < 0) throw std::logic_error("a thread too many arrives at a barrier");
+  if (barrier.still_to_arrive > 0 || barrier.missing_bytes != 0) return;
+  barrier.still_to_arrive = barrier.count;
+  ++barrier.phase;
+  emulator::wake(barrier.waiting);
+}
+
+inline void mbarrier_init(uint32_t address, int count) {
+  shared_memory_at(address, 8);
+  const bool is_new = emulator::barriers.insert({address, {count, count}}).second;
+  if (!is_new) throw std::logic_error("a barrier is initialised twice");
+}
+
+inline void fence_mbarrier_init() {}
+
+inline void mbarrier_arrive(uint32_t address) {
+  emulator::Barrier& barrier = barrier_at(address);
+  --barrier.still_to_arrive;
+  complete_phase_if_done(barrier);
+}
+
+inline void mbarrier_arrive_expect_tx(uint32_t address, int bytes) {
+  barrier_at(address).missing_bytes += bytes;
+  mbarrier_arrive(address);
+}
+
+inline void make_loads(emulator::Barrier& barrier) {
+  for (const emulator::Deferred& load : std::exchange(barrier.loads, {})) load();
+  complete_phase_if_done(barrier);
+}
+
+inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  if (parity > 1) throw std::logic_error("the parity of a phase is 0 or 1");
+  emulator::Barrier& barrier = barrier_at(address);
+  const auto is_complete = [&] { return (barrier.phase & 1) != parity; };
+  if (!is_complete() && !barrier.loads.empty()) make_loads(barrier);
+  while (!is_complete()) emulator::wait(barrier.waiting);
+}
+
+inline void fence_proxy_async() { ++emulator::fibers[emulator::current].num_proxy_fences; }
+
+// The asynchronous proxy, of TMA and wgmma, sees what st.shared wrote only after a fence of the thread that did.
+inline char* asynchronous_memory_at(uint32_t address, uint32_t bytes) {
+  char* memory = shared_memory_at(address, bytes);
+  for (uint32_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
+    const emulator::Write& write = emulator::last_write[word];
+    if (write.num_proxy_fences == emulator::fibers[write.thread].num_proxy_fences) {
+      throw std::logic_error("no proxy fence between st.shared and TMA or wgmma");
+    }
+  }
+  return memory;
+}
+
+// How TMA and wgmma swizzle rows of panel_bytes: 128, 64 or 32.
+inline uint32_t swizzled(uint32_t address, uint32_t panel_bytes) {
+  return address ^ (address >> 3 & (panel_bytes - 16));
+}
+
+inline char* overwritten_by_tma(uint32_t address) {
+  std::fill_n(&emulator::last_write[address / 4], 4, emulator::Write{});
+  return shared_memory_at(address, 16);
+}
+
+// Calls move(address in shared memory, global memory or null where the tensor has ended) for every 16 bytes of a box.
+template <typename Move>
+void for_each_piece(const emulator::TensorMap& map, uint32_t tile, int column, int row, int head, int batch,
+                    Move move) {
+  const uint32_t row_bytes = 2 * map.box_columns;
+  if (tile % (8 * row_bytes) != 0) throw std::logic_error("a box does not begin where its swizzle does");
+  for (int y = 0; y < map.box_rows; ++y) {
+    for (int x = 0; x < map.box_columns; x += 8) {
+      const bool inside = column + x < map.sizes[0] && row + y < map.sizes[1] && head < map.sizes[2] &&
+                          batch < map.sizes[3];
+      char* const global = map.data + 2 * (column + x) + (row + y) * map.stride_bytes[0] +
+                           head * map.stride_bytes[1] + batch * map.stride_bytes[2];
+      move(swizzled(tile + y * row_bytes + 2 * x, row_bytes), inside ? global : nullptr);
+    }
+  }
+}
+
+// The bytes arrive when a thread waits for them, and no sooner; until then there is nothing to read.
+inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_address, int column, int row, int head,
+                        int batch) {
+  const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
+  emulator::Barrier& barrier = barrier_at(barrier_address);
+  for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char*) {
+    emulator::poison(overwritten_by_tma(address), 16);
+  });
+  barrier.loads.push_back([=, &map, &barrier] {
+    for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char* global) {
+      char* destination = shared_memory_at(address, 16);
+      if (global != nullptr) {
+        std::memcpy(destination, global, 16);
+      } else {
+        std::memset(destination, 0, 16);
+      }
+    });
+    barrier.missing_bytes -= 2 * map.box_columns * map.box_rows;
+  });
+  if (!barrier.waiting.threads.empty()) make_loads(barrier);
+}
+
+// The bytes are read when the thread waits for that, and no sooner.
+inline void tma_store_4d(const void* tensor_map, uint32_t tile, int column, int row, int head, int batch) {
+  const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
+  emulator::fibers[emulator::current].stores.push_back([=, &map] {
+    for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, char* global) {
+      const char* source = asynchronous_memory_at(address, 16);
+      if (global != nullptr) std::memcpy(global, source, 16);
+    });
+  });
+}
+
+inline void tma_store_commit() {
+  emulator::Fiber& fiber = emulator::fibers[emulator::current];
+  fiber.num_committed_stores = fiber.stores.size();
+}
+
+inline void tma_store_wait_read() {
+  emulator::Fiber& fiber = emulator::fibers[emulator::current];
+  const auto end = fiber.stores.begin() + std::exchange(fiber.num_committed_stores, 0);
+  std::for_each(fiber.stores.begin(), end, [](const emulator::Deferred& store) { store(); });
+  fiber.stores.erase(fiber.stores.begin(), end);
+}
+
+inline void prefetch_tensor_map(const void*) {}
+
+template <int kThreads>
+void named_barrier_sync(int number) {
+  if (number < 1 || number > 15) throw std::logic_error("named barriers are 1 to 15");
+  emulator::NamedBarrier& barrier = emulator::named_barriers[number];
+  if (barrier.arrived == 0) barrier.num_threads = kThreads;
+  if (barrier.num_threads != kThreads) throw std::logic_error("a named barrier is for different numbers of threads");
+  if (++barrier.arrived < kThreads) return emulator::wait(barrier.waiting);
+  barrier.arrived = 0;
+  emulator::wake(barrier.waiting);
+}
+
+// How many registers there are is nothing that an emulation knows.
+template <int kRegisters>
+void setmaxnreg_inc() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulator::syncwarp();
+}
+template <int kRegisters>
+void setmaxnreg_dec() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulator::syncwarp();
+}
 
 }  // namespace flash_cosine_sim

@@ -1,11 +1,56 @@
-// What dispatch.cpp and binding.cpp call of the CUDA runtime and of torch's CUDA shim: a GPU with the multiprocessors of
-// an H100, whose memory is the host's.
+// What csrc/ calls of the CUDA driver, its runtime and torch's CUDA shim: a GPU whose memory is the host's. In the
+// environment, EMULATED_CAPABILITY (8 or 9) and EMULATED_MULTIPROCESSORS say which one.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
+
+namespace {
+
+int from_environment(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::atoi(value);
+}
+
+// Accepts what the driver does, and of that only what tensor_map.h needs.
+CUresult encode_tensor_map(CUtensorMap* result, CUtensorMapDataType dtype, cuuint32_t rank, void* data,
+                           const cuuint64_t* sizes, const cuuint64_t* stride_bytes, const cuuint32_t* box,
+                           const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  bool valid = dtype == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || dtype == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  valid &= rank == 4 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  valid &= interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  emulator::TensorMap map{static_cast<char*>(data), {}, {}, static_cast<int>(box[0]), static_cast<int>(box[1])};
+  for (int dim = 0; dim < 4; ++dim) {
+    valid &= sizes[dim] >= 1 && sizes[dim] <= cuuint64_t{1} << 32 && steps[dim] == 1;
+    valid &= box[dim] >= 1 && box[dim] <= (dim < 2 ? 256 : 1);
+    map.sizes[dim] = static_cast<int64_t>(sizes[dim]);
+  }
+  for (int dim = 0; dim < 3; ++dim) {
+    valid &= stride_bytes[dim] % 16 == 0 && stride_bytes[dim] >= 16 && stride_bytes[dim] < cuuint64_t{1} << 40;
+    map.stride_bytes[dim] = static_cast<int64_t>(stride_bytes[dim]);
+  }
+  const cuuint32_t swizzled_bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128
+                                    : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
+                                    : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32
+                                                                           : 0;
+  valid &= 2 * box[0] == swizzled_bytes && sizes[0] % 8 == 0;
+  if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  static_assert(sizeof(map) <= sizeof(*result));
+  std::memcpy(result, &map, sizeof(map));
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
 
 extern "C" {
+
+// How many warps' wgmma have been issued: tests see by it that the kernels of 9.0 ran.
+__attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -13,7 +58,19 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  if (attribute == cudaDevAttrMultiProcessorCount) {
+    *value = from_environment("EMULATED_MULTIPROCESSORS", 132);
+  } else {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? from_environment("EMULATED_CAPABILITY", 8) : 0;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::string_view(name) == "cuTensorMapEncodeTiled";
+  *function = known ? reinterpret_cast<void*>(&encode_tensor_map) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

@@ -55,17 +55,34 @@ struct Attention {
   float scale_value = 1.f;
   Tensor q, k, v;  // as the user gave them
   // What enters the products. With l2norm_qk, buffers that launch_normalize fills: q_hat = c * q^ and
-  // k_hat = k^, each rounded once. Without it q_hat is q and k_hat is k, and the kernels multiply scores by c.
+  // k_hat = k^, each rounded once; but see ForwardPlan. Without it q_hat is q and k_hat is k, and the kernels multiply
+  // scores by c.
   Tensor q_hat, k_hat;
   Mask mask;
   Bias bias;
 };
 
+// Where q or k is normalised.
+enum class Norm : int {
+  kNone,      // it comes as it is to be: without l2norm_qk
+  kPrologue,  // launch_normalize writes q_hat or k_hat, which needs memory
+  kKernel,    // q_hat is q, or k_hat is k, and the attention kernel normalises what it loads
+};
+
+// Which kernel a forward pass takes, and what that needs. dispatch.cpp decides, binding.cpp allocates.
+struct ForwardPlan {
+  bool sm90 = false;  // forward_sm90.cuh, else forward_sm80.cuh
+  Norm q_norm = Norm::kNone, k_norm = Norm::kNone;
+  bool tile_counter = false;
+};
+
 struct ForwardParams : Attention {
-  // q_hat and k_hat are q and k, and the kernel normalises them in shared memory: see normalizes_inside.
-  bool normalize_inside = false;
+  ForwardPlan plan;
+  // Workspace, if the plan has it: how many tiles have been taken beyond every block's first. run_forward zeroes it.
+  uint32_t* tile_counter = nullptr;
   Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
-  float* row_sum_log2 = nullptr;  // (batch, num_heads, seq_len_q), -inf in an empty row; with o
+  // (batch, num_heads, seq_len_q), -inf in an empty row; with o. nullptr: no backward pass will need it.
+  float* row_sum_log2 = nullptr;
   // Partials: (batch, num_heads, seq_len_q, head_dim) and (batch, num_heads, seq_len_q), contiguous.
   float* numerator = nullptr;
   float* denominator = nullptr;
@@ -101,16 +118,19 @@ struct BackwardPlan {
   int num_splits = 0;  // 0: the main kernel writes dk and dv itself
 };
 
-// dispatch.cpp: all that binding.cpp calls. Both passes normalise q and k into q_hat and k_hat if l2norm_qk, but for a
-// forward pass with few queries: its kernel does so itself, which saves a launch and the memory for q_hat and k_hat.
-bool normalizes_inside(const Attention& params);
+// dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and
+// k_hat; a forward pass does as its plan says.
+//
+// Reads shapes, strides and options, and which outputs are wanted; neither q_hat nor k_hat nor a workspace pointer.
+ForwardPlan plan_forward(const ForwardParams& params);
 void run_forward(const ForwardParams& params, cudaStream_t stream);
 // Reads shapes, options and which outputs are needed; no workspace pointer.
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors);
 void run_backward(const BackwardParams& params, cudaStream_t stream);
 
-// normalize.cu: q_hat = c * q^ and k_hat = k^ in one launch.
-void launch_normalize(const Attention& params, cudaStream_t stream);
+// normalize.cu: q_hat = c * q^ and k_hat = k^ in one launch, unless they are q and k themselves. Also zeroes
+// *tile_counter, if there is one.
+void launch_normalize(const Attention& params, uint32_t* tile_counter, cudaStream_t stream);
 
 // postprocess.cu
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
@@ -136,5 +156,9 @@ template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
+
+// forward_sm90.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no bias, at least a key
+template <Math kMath, int kHeadDim>
+void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
 
 }  // namespace flash_cosine_sim

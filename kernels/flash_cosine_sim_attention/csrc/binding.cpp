@@ -257,32 +257,40 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// Sets q_hat and k_hat of a forward pass. Returns the memory that must outlive the launch.
-OptionalTensor allocate_hats(ForwardParams& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
+// Sets the plan of a forward pass, q_hat and k_hat, and its workspace: pieces of one allocation, which is returned and
+// must outlive the launch.
+OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const TorchTensor& q,
+                                  const TorchTensor& k) {
+  params.plan = plan_forward(params);
+  const auto padded = [](int64_t bytes) { return round_up(bytes, kWorkspaceBytes); };
+  const int64_t counter = params.plan.tile_counter ? padded(sizeof(*params.tile_counter)) : 0;
+  const int64_t q_hat = params.plan.q_norm == Norm::kPrologue ? padded(q.numel() * call.itemsize) : 0;
+  const int64_t k_hat = params.plan.k_norm == Norm::kPrologue ? padded(k.numel() * call.itemsize) : 0;
   params.q_hat = params.q;
   params.k_hat = params.k;
-  params.normalize_inside = normalizes_inside(params);
-  if (!params.l2norm_qk || params.normalize_inside) return std::nullopt;
-  const int64_t q_numel = round_up(q.numel(), kWorkspaceBytes / call.itemsize);
-  TorchTensor hats = call.empty({q_numel + k.numel()});
-  char* data = static_cast<char*>(hats.data_ptr());
-  params.q_hat = contiguous_tensor(data, q);
-  params.k_hat = contiguous_tensor(data + q_numel * call.itemsize, k);
-  return hats;
+  if (counter + q_hat + k_hat == 0) return std::nullopt;
+  TorchTensor workspace = call.empty({(counter + q_hat + k_hat) / call.itemsize});
+  char* data = static_cast<char*>(workspace.data_ptr());
+  if (counter > 0) params.tile_counter = reinterpret_cast<uint32_t*>(data);
+  if (q_hat > 0) params.q_hat = contiguous_tensor(data + counter, q);
+  if (k_hat > 0) params.k_hat = contiguous_tensor(data + counter + q_hat, k);
+  return workspace;
 }
 
 std::tuple<TorchTensor, TorchTensor> forward(
     TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias, OptionalTensor scale,
-    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32,
+    bool need_row_sum_log2) {
   const Call call(q);
   Output o(call, q);
-  TorchTensor row_sum_log2 = call.empty_float32({q.size(0), q.size(1), q.size(2)});
+  TorchTensor row_sum_log2 =
+      need_row_sum_log2 ? call.empty_float32({q.size(0), q.size(1), q.size(2)}) : call.empty_float32({0});
   ForwardParams params;
   fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
   params.o = as_tensor(o.rows);
-  params.row_sum_log2 = static_cast<float*>(row_sum_log2.data_ptr());
+  if (need_row_sum_log2) params.row_sum_log2 = static_cast<float*>(row_sum_log2.data_ptr());
   if (q.numel() > 0) {  // else the pointer to o is null, which asks for partials
-    const OptionalTensor hats = allocate_hats(params, call, q, k);
+    const OptionalTensor workspace = allocate_workspace(params, call, q, k);
     run_forward(params, call.stream());
     o.finish();
   }
@@ -300,7 +308,7 @@ std::tuple<TorchTensor, TorchTensor> partials(
   params.numerator = static_cast<float*>(numerator.data_ptr());
   params.denominator = static_cast<float*>(denominator.data_ptr());
   if (q.numel() > 0) {
-    const OptionalTensor hats = allocate_hats(params, call, q, k);
+    const OptionalTensor workspace = allocate_workspace(params, call, q, k);
     run_forward(params, call.stream());
   }
   return {numerator, denominator};

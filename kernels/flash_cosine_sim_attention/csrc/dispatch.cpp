@@ -4,7 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_check.h"
+#include "launch.h"
+#if FLASH_COSINE_SIM_HAS_SM90
+#include "tensor_map.h"
+#endif
 #include "traits.h"
 
 namespace flash_cosine_sim {
@@ -51,6 +54,53 @@ bool exceeds_fp16(const Attention& params) {
   return !bounded || std::abs(params.scale_value) * params.groups > 10.f;
 }
 
+#if FLASH_COSINE_SIM_HAS_SM90
+// forward_sm90.cuh has no kernel for head dim 16.
+template <int kHeadDim>
+inline constexpr int kHeadDimSm90 = kHeadDim < 32 ? 32 : kHeadDim;
+
+bool queries_have_tensor_map(const Attention& params, const Tensor& queries) {
+  return has_tensor_map(queries, params.batch, params.num_heads, params.seq_len_q);
+}
+bool keys_have_tensor_map(const Attention& params, const Tensor& keys) {
+  return has_tensor_map(keys, params.batch, params.num_kv_heads, params.seq_len_k);
+}
+
+// What it does not take goes to the portable kernel: a bias, which would have to come by TMA, too; float32; float16
+// whose P needs a wider format; memory that TMA cannot describe, to which q_hat and k_hat do not belong.
+bool takes_forward_sm90(const ForwardParams& params) {
+  if (current_device().compute_capability != 90 || params.bias.data != nullptr) return false;
+  if (params.dtype == DType::kFloat32 || (params.dtype == DType::kFloat16 && exceeds_fp16(params))) return false;
+  return keys_have_tensor_map(params, params.v) &&
+         (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
+         (params.l2norm_qk ||
+          (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
+}
+
+// That kernel normalises rows of q where it has them in registers, but not groups of their channels.
+bool can_normalize_q_in_sm90(const ForwardParams& params) {
+  bool in_registers = false;
+  with_head_dim(params.head_dim, [&](auto head_dim) {
+    in_registers = ForwardSm90Traits<Math::kBf16, kHeadDimSm90<head_dim.value>>::kQInRegisters;
+  });
+  return in_registers && params.groups == 1 && queries_have_tensor_map(params, params.q);
+}
+
+template <int kHeadDim>
+void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
+  if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDimSm90<kHeadDim>>(params, stream);
+  launch_forward_sm90<Math::kBf16, kHeadDimSm90<kHeadDim>>(params, stream);
+}
+#endif
+
+// Every block of queries of forward_sm80.cuh can normalise all keys anew: a launch less pays for that up to some 4
+// blocks. Float32's kernels are slower than the launch, and have no registers left.
+bool can_normalize_in_sm80(const ForwardParams& params, int64_t most_queries) {
+  const int group = params.num_heads / params.num_kv_heads;
+  return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
+         int64_t(group) * params.seq_len_q <= most_queries;
+}
+
 bool needs_main_kernel(const BackwardParams& params) {
   return params.dq.data != nullptr || params.dscale != nullptr || params.dk.data != nullptr ||
          params.dv.data != nullptr;
@@ -58,19 +108,37 @@ bool needs_main_kernel(const BackwardParams& params) {
 
 }  // namespace
 
-bool normalizes_inside(const Attention& params) {
-  // One block of queries: with more of them, each would normalise all keys anew, which costs the GPU more than a launch
-  // costs the host. Float32's kernels have no registers left for it.
-  constexpr int64_t kMostQueries = 128;
-  const int group = params.num_heads / params.num_kv_heads;
-  return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
-         int64_t(group) * params.seq_len_q <= kMostQueries;
+ForwardPlan plan_forward(const ForwardParams& params) {
+  // Up to one tile of queries forward_sm80.cuh normalises in its own launch. With more, each tile would normalise all
+  // keys anew, which costs the GPU more than a launch costs the host: 28 us at 512 queries, 22 with the prologue.
+  constexpr int64_t kFewQueries = 128;
+  const auto norm = [&](bool in_kernel) {
+    return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
+  };
+  ForwardPlan plan;
+#if FLASH_COSINE_SIM_HAS_SM90
+  if (takes_forward_sm90(params) && !can_normalize_in_sm80(params, kFewQueries)) {
+    plan.sm90 = plan.tile_counter = true;
+    plan.q_norm = norm(can_normalize_q_in_sm90(params));
+    plan.k_norm = norm(false);
+    return plan;
+  }
+#endif
+  plan.q_norm = plan.k_norm = norm(can_normalize_in_sm80(params, kFewQueries));
+  return plan;
 }
 
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.seq_len_q == 0) return;
-  if (params.l2norm_qk && !params.normalize_inside) launch_normalize(params, stream);
+  if (params.plan.k_norm == Norm::kPrologue) {
+    launch_normalize(params, params.tile_counter, stream);
+  } else if (params.tile_counter != nullptr) {
+    CUDA_CHECK(cudaMemsetAsync(params.tile_counter, 0, sizeof(*params.tile_counter), stream));
+  }
   with_head_dim(params.head_dim, [&](auto head_dim) {
+#if FLASH_COSINE_SIM_HAS_SM90
+    if (params.plan.sm90) return run_forward_sm90<head_dim.value>(params, stream);
+#endif
     if (params.dtype == DType::kFloat16 && exceeds_fp16(params)) {
       launch_forward_sm80<Math::kFp16WideP, head_dim.value>(params, stream);
     } else {
@@ -115,7 +183,7 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.batch == 0) return;
-  if (params.l2norm_qk) launch_normalize(params, stream);
+  if (params.l2norm_qk) launch_normalize(params, nullptr, stream);
   launch_delta(params, stream);
   with_math(params, [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {

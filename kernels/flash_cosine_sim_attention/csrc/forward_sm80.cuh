@@ -254,7 +254,7 @@ struct Forward {
           o[m][n][2 * half + 1] *= inverse;
         }
         const int query = work.first_query + row + 16 * m + 8 * half + (lane >> 2);
-        if ((lane & 3) == 0 && column == 0 && query < params.seq_len_q) {
+        if ((lane & 3) == 0 && column == 0 && query < params.seq_len_q && params.row_sum_log2 != nullptr) {
           params.row_sum_log2[first_row + query] = log2f(sums.exact[m][half]);
         }
       }
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
     if (block + 1 < num_blocks_k) {
       F::load_keys(params, work, stages + ((block + 1) & 1) * kStageBytes, first_key + kBlockK);
     }
-    if (sizeof(typename F::T) == 2 && params.normalize_inside) {
+    if (sizeof(typename F::T) == 2 && params.plan.k_norm == Norm::kKernel) {
       if (block == 0) F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
       F::template normalize_tile<kBlockK>(shared + (tile_k - tile_q), params.head_dim, 1.f);
       __syncthreads();

@@ -174,11 +174,12 @@ struct Norm {
   float inverse, largest;
 };
 
+// Sums of squares between these bounds: no square that matters has overflowed or lost bits to underflow.
+inline constexpr float kSmallestSafe = 1e-30f, kLargestSafe = 1e30f;
+
 // x becomes x / |x|, where |x| runs over `lanes` neighbouring lanes (an aligned power of two of them).
 template <int kCount>
 __device__ inline Norm normalize(float (&x)[kCount], int lanes) {
-  // Between these bounds, no square that matters has overflowed or lost bits to underflow.
-  constexpr float kSmallestSafe = 1e-30f, kLargestSafe = 1e30f;
   const float direct_square_sum = dot_over_lanes(x, x, lanes);
   Norm norm{__frsqrt_rn(direct_square_sum), 1.f};
   if (direct_square_sum > kSmallestSafe && direct_square_sum < kLargestSafe) {
@@ -212,6 +213,29 @@ __device__ inline Norm normalize(float (&x)[kCount], int lanes) {
     x[i] *= norm.inverse;
   }
   return norm;
+}
+
+// The same to float32's last bits for x of 16 bits, without a subroutine or a branch that only some lanes take: beside
+// wgmma, either would take what a warp knows to be common to its lanes out of the uniform registers.
+template <typename T, int kCount>
+__device__ __forceinline__ void normalize_together(float (&x)[kCount], int lanes) {
+  float square_sum = dot_over_lanes(x, x, lanes);
+  if constexpr (__is_same(T, __nv_bfloat16)) {  // float16's squares are safe
+    const bool too_small = square_sum <= kSmallestSafe, too_large = square_sum >= kLargestSafe;
+    if (__any_sync(kWholeWarp, too_small || too_large)) {
+      const float factor = too_small ? 0x1p100f : too_large ? 0x1p-70f : 1.f;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        x[i] *= factor;
+      }
+      square_sum = dot_over_lanes(x, x, lanes);
+    }
+  }
+  const float inverse = square_sum == 0.f ? 0.f : rsqrtf(square_sum);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    x[i] *= inverse;
+  }
 }
 
 // x becomes x^ = x / |x|; gradient, the one of x^, becomes that of x: (dx^ - x^ (x^.dx^)) / |x|.

@@ -1,7 +1,7 @@
-// All tile sizes of the mma.sync kernels. Plain C++, for dispatch.cpp reads it too.
+// All tile sizes. Plain C++, for dispatch.cpp reads it too.
 //
-// Every block fits into 99 KiB of shared memory, the most that GPUs of compute capability 8.6, 8.9 and 12.0 give
-// to one; a 9.0 then holds two or three blocks a multiprocessor.
+// Every block of the mma.sync kernels fits into 99 KiB of shared memory, the most that GPUs of compute capability 8.6,
+// 8.9 and 12.0 give to one; a 9.0 then holds two or three blocks a multiprocessor.
 #pragma once
 
 #include "attention.h"
@@ -85,6 +85,70 @@ struct BiasGradientTraits {
   static constexpr int kSharedBytes = 2 * (kBlockQ + kBlockK) * kRowBytes;
   static constexpr int kMinBlocks = 2;
   static_assert(kSharedBytes <= kMaxSharedBytes);
+};
+
+// ---- Compute capability 9.0: wgmma and TMA ----
+
+inline constexpr int kMaxSharedBytesSm90 = 227 * 1024;
+
+// Where the sum of a row's P, as rounded for the product with V, comes from. (The sum of P itself is added up as P is
+// made.)
+enum class RoundedSum {
+  kOnes,    // eight more columns of V, all ones: tensor cores add them up, 4 cycles more for 16 keys
+  kUnpack,  // P's registers unpacked: three instructions for two elements
+};
+
+// A block, one a multiprocessor, takes tile after tile of kBlockQ queries, 64 a warpgroup, and walks over the keys in
+// blocks of kBlockK. One more warpgroup has a warp that keeps K and V coming, kStages blocks each.
+//
+// Up to head dim 64 taking 2^x is as long as the products, so three warpgroups take turns, and each starts its product
+// with V slice by slice as P comes out (kSliced). From 96 on, products are longer and tensor cores are never idle: two
+// warpgroups with larger blocks, each of which takes 2^x of a block during its product of the block before with V.
+template <Math kMath, int kHeadDim>
+struct ForwardSm90Traits {
+  static_assert(kMath == Math::kBf16 || kMath == Math::kFp16);
+  static constexpr bool kSliced = kHeadDim <= 64;
+  // Unpacking would be a third to a half of the loop's instructions; wgmma has no room for more than 256 columns.
+  static constexpr RoundedSum kRoundedSum = kHeadDim <= 128 ? RoundedSum::kOnes : RoundedSum::kUnpack;
+  static constexpr int kConsumers = kSliced ? 3 : 2;  // warpgroups
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // What one launch's registers, 65536 / kThreads each, rounded down to 8, allow when unevenly dealt out.
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kLaunchRegisters = kConsumers == 3 ? 128 : 168;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kLaunchRegisters,
+                "setmaxnreg would wait for ever");
+  static constexpr int kBlockQ = 64 * kConsumers;
+  // Scores take kBlockK / 2 registers beside O's kHeadDim / 2, P's kBlockK / 4 and q's kHeadDim / 4. At head dim 64
+  // that leaves 96; 128 without q in registers measured the same for long rows and less for short ones. At 256 more
+  // than 64 spill.
+  static constexpr int kBlockK = kHeadDim == 64 ? 96 : kHeadDim == 256 ? 64 : 128;
+  static constexpr int kStages = kHeadDim <= 32 ? 6 : kHeadDim == 64 ? 4 : kHeadDim == 96 ? 3 : 2;
+  // Measured at 128: 2 to 3 % less energy. It also frees q's memory for the next tile's at once.
+  static constexpr bool kQInRegisters = kHeadDim <= 128;
+
+  // Tiles are panels of so many columns, the widest that TMA swizzles.
+  static constexpr int kPanelDim = kHeadDim % 64 == 0 ? 64 : kHeadDim % 32 == 0 ? 32 : 16;
+  static constexpr int kPanels = kHeadDim / kPanelDim;
+  static constexpr int kPanelBytes = 2 * kPanelDim;  // of a row
+  static constexpr int kTileBytesQ = kBlockQ * 2 * kHeadDim;
+  static constexpr int kTileBytesK = kBlockK * 2 * kHeadDim;
+  // The ones are V's last panel. As the second, 16 rows of them serve all of V (start_pv tells how); as a later one, it
+  // has to be as far from its neighbour as others are, so that every stage needs its own.
+  static constexpr bool kOnes = kRoundedSum == RoundedSum::kOnes, kSharedOnes = kOnes && kPanels == 1;
+  static constexpr int kBytesOnes = !kOnes ? 0 : (kSharedOnes ? 16 : kBlockK) * kPanelBytes;
+  static constexpr int kTileBytesV = kTileBytesK + (kSharedOnes ? 0 : kBytesOnes);
+
+  static constexpr int kOffsetO = kQInRegisters ? kTileBytesQ : 0;  // else O goes where q was
+  static constexpr int kOffsetK = kOffsetO + kTileBytesQ;
+  static constexpr int kOffsetV = kOffsetK + kStages * kTileBytesK;
+  static constexpr int kOffsetOnes = kOffsetV + (kSharedOnes ? kStages : 1) * kTileBytesK;
+  static constexpr int kOffsetWork = kOffsetV + kStages * kTileBytesV + (kSharedOnes ? kBytesOnes : 0);
+  static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
+  static constexpr int kSharedBytes = kOffsetBarriers + 2 * (1 + 2 * kStages) * 8;
+  static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kOffsetK % 1024 == 0 && kTileBytesK % 1024 == 0 && kTileBytesV % 1024 == 0,
+                "a swizzle's pattern begins at a multiple of it");
 };
 
 }  // namespace flash_cosine_sim
