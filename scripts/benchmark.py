@@ -14,6 +14,9 @@ and used in this one only if it is right there. Times are medians of CUDA events
 after warm-up, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count
 4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5 times that backward.
 The peak of memory is what forward and backward allocate beyond the inputs and the gradient of the output.
+
+Large GPUs lower their clock after tens of milliseconds of such work, to stay within their power limit. --sustained
+measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
 """
 
 import argparse
@@ -73,6 +76,7 @@ class Timer:
     LONGEST_S = 1.5  # a measurement stops at so much, but not before
     FEWEST = 5  # calls
     HOST_ROUNDS, HOST_CALLS = 5, 200
+    SUSTAINED_LOAD_S, SUSTAINED_S = 0.2, 0.25  # calls before the measurement and during it
 
     def __init__(self, device: torch.device, num_times: int):
         self.device, self.num_times = device, num_times
@@ -94,6 +98,30 @@ class Timer:
             end.record()
         self._synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    def sustained_ms(self, call: Callable[[], object]) -> tuple[float, float | None]:
+        """The mean time of a call in ms under continuous load, and a GPU's clock in GHz at its end."""
+        seconds = self._warm_up(call)
+        count = max(self.FEWEST, math.ceil(self.SUSTAINED_S / seconds))
+
+        def calls() -> None:
+            for _ in range(count):
+                call()
+
+        if not self.on_gpu:
+            return 1e3 * self._clock(calls) / count, None
+        from scripts.sm_clock import start_sm_clock  # by Triton, which only GPU builds of torch come with
+
+        start_sm_clock(self.device)()  # compiles it
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(math.ceil(self.SUSTAINED_LOAD_S / seconds)):
+            call()
+        start.record()
+        calls()
+        end.record()
+        clock = start_sm_clock(self.device)
+        self._synchronize()
+        return start.elapsed_time(end) / count, clock()
 
     def host_us(self, call: Callable[[], object]) -> float:
         """The median time in us that the host needs for a call, the device left to catch up by itself."""
@@ -209,12 +237,14 @@ def _send_errors(sender: Connection, stderr: str, folder: Path, name: str, case:
         sender.send(_first_line(error))
 
 
-def measure(contender: Contender, case: Case, timer: Timer, only: str | None, host: bool) -> dict[str, Any]:
+def measure(
+    contender: Contender, case: Case, timer: Timer, only: str | None, host: bool, sustained: bool = False
+) -> dict[str, Any]:
     """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
     result = {}
     try:
         with contender.setting():
-            _measure(result, contender, case, timer, only, host)
+            _measure(result, contender, case, timer, only, host, sustained)
     except torch.OutOfMemoryError:
         result["error"] = "out of memory"
     except Exception as error:  # other people's code: whatever it raises
@@ -224,7 +254,9 @@ def measure(contender: Contender, case: Case, timer: Timer, only: str | None, ho
     return result
 
 
-def _measure(result: dict, contender: Contender, case: Case, timer: Timer, only: str | None, host: bool) -> None:
+def _measure(
+    result: dict, contender: Contender, case: Case, timer: Timer, only: str | None, host: bool, sustained: bool
+) -> None:
     inputs = make_inputs(case, timer.device)
     detached, leaves = inputs.detached(), inputs.leaves()
 
@@ -251,6 +283,11 @@ def _measure(result: dict, contender: Contender, case: Case, timer: Timer, only:
         result["both_ms"] = timer.median_ms(both)
         if timer.on_gpu:
             result["peak_mib"] = peak_mib(both)
+    if sustained and only != "backwards":
+        with torch.no_grad():
+            result["sustained_forward_ms"], result["forward_ghz"] = timer.sustained_ms(attend_detached)
+    if sustained and only is None:
+        result["sustained_both_ms"], result["both_ghz"] = timer.sustained_ms(both)
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -342,7 +379,7 @@ def _compare(
     for case in listed:
         host = arguments.host and case is smallest
         measured = {
-            contender: measure(contender, case, timer, only, host)
+            contender: measure(contender, case, timer, only, host, arguments.sustained)
             for contender in candidates
             if contender.name not in refused
         }
@@ -350,6 +387,8 @@ def _compare(
             break
         results = {contender.name: result for contender, result in measured.items()}
         console.print(_table(case, results, peak))
+        if arguments.sustained:
+            console.print(_sustained_table(case, results))
         if host:
             console.print(_host_table(case, results))
         rows += [{**asdict(case), "contender": c.name, "cosine": c.cosine, **result} for c, result in measured.items()]
@@ -408,6 +447,26 @@ def _host_table(case: Case, measured: dict[str, dict]) -> Table:
     for name, result in measured.items():
         if "host_us_grad" in result:
             table.add_row(name, f"{result['host_us_no_grad']:.1f}", f"{result['host_us_grad']:.1f}")
+    return table
+
+
+def _sustained_table(case: Case, measured: dict[str, dict]) -> Table:
+    table = Table(title=f"under continuous load\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+    table.add_column("contender")
+    keys = [key for key in ("forward", "both") if any(f"sustained_{key}_ms" in result for result in measured.values())]
+    for key in keys:
+        for heading in (f"{DIRECTIONS[f'{key}_ms'][0]} ms", "TFLOP/s", "GHz"):
+            table.add_column(heading, justify="right")
+    for name, result in measured.items():
+        cells = []
+        for key in keys:
+            if f"sustained_{key}_ms" not in result:
+                cells += ["-"] * 3
+                continue
+            ms, ghz = result[f"sustained_{key}_ms"], result[f"{key}_ghz"]
+            tflops = DIRECTIONS[f"{key}_ms"][1] * case.flops() / ms / 1e9
+            cells += [f"{ms:.3f}", f"{tflops:.1f}", "-" if ghz is None else f"{ghz:.2f}"]
+        table.add_row(name, *cells)
     return table
 
 
@@ -518,6 +577,7 @@ def main(argv: list[str] | None = None) -> int:
         help="timed calls (default: 20); fewer, down to 5, where they take long",
     )
     parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
+    parser.add_argument("--sustained", action="store_true", help="also measure under continuous load, with the clock")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
     parser.add_argument("--plot", type=Path, help="draw TFLOP/s against length into this PNG")

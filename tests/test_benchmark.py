@@ -123,6 +123,14 @@ def test_a_run_writes_its_tables_numbers_and_plot(tmp_path, capsys):
     assert (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sustained_load_is_measured_beside_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Timer, "SUSTAINED_S", 0.001)
+    for row in report(tmp_path, "--seq-len", "16", "--sustained")["rows"]:
+        assert row["forward_ms"] > 0 and row["sustained_forward_ms"] > 0 and row["sustained_both_ms"] > 0
+        assert row["forward_ghz"] is row["both_ghz"] is None  # on a CPU
+    assert "under continuous load" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("flag", "key"), [("--only-forwards", "forward_ms"), ("--only-backwards", "backward_ms")])
 def test_one_direction_alone(tmp_path, flag, key):
     for row in report(tmp_path, "--seq-len", "16", flag)["rows"]:
@@ -300,6 +308,20 @@ def test_host_time_is_that_of_one_call(call):
     assert call.count == 3 + Timer.HOST_ROUNDS * Timer.HOST_CALLS
 
 
+def test_sustained_time_is_that_of_one_call(monkeypatch, call):
+    monkeypatch.setattr(Timer, "SUSTAINED_S", 0.095)
+    assert Timer(CPU, 1).sustained_ms(call) == (pytest.approx(10), None)
+    assert call.count == 3 + 10
+
+
+@pytest.mark.gpu
+def test_the_clock_is_one_that_the_gpu_has():
+    from scripts.sm_clock import start_sm_clock
+
+    device = torch.device("cuda")
+    assert 0.2 < start_sm_clock(device)() < 4
+
+
 def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
     happened = []
 
@@ -323,6 +345,13 @@ def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
     timer.host_us(lambda: happened.append("call"))
     rounds = (["synchronize"] + ["call"] * Timer.HOST_CALLS) * Timer.HOST_ROUNDS
     assert happened == ["call", "synchronize"] * 3 + rounds + ["synchronize"]
+    happened.clear()
+    clock = types.SimpleNamespace(start_sm_clock=lambda _device: happened.append("clock") or (lambda: 1.5))
+    monkeypatch.setitem(sys.modules, "scripts.sm_clock", clock)
+    monkeypatch.setattr(Timer, "_warm_up", lambda _timer, _call: 0.05)
+    assert timer.sustained_ms(lambda: happened.append("call")) == (7.0 / 5, 1.5)
+    load, measured = ["call"] * 4, ["event"] + ["call"] * 5 + ["event"]
+    assert happened == ["clock", *load, *measured, "clock", "synchronize"]
 
 
 def test_the_gpu_is_described(monkeypatch):

@@ -23,8 +23,8 @@ The operators do not validate: interface.py did. What an implementation may rely
 - row_sum_log2 is log2 of the row sum, not shifted. In the backward pass it is whatever makes P = exp(S) *
   2^-row_sum_log2 belong to do: the gradient of float16 partials passes do * 2^-e with row_sum_log2 - e, and
   there P may exceed 1.
-- A gradient, or a row_sum_log2, that is not needed has the shape (0,). dscale = sum(dS * cos), never a sum divided by scale,
-  which may be 0.
+- A gradient, or a row_sum_log2, that is not needed has the shape (0,). dscale = sum(dS * cos), never a sum
+  divided by scale, which may be 0.
 - allow_tf32 permits TF32 products of float32 inputs. Forward and backward get the same.
 """
 
@@ -244,9 +244,7 @@ def _double_backward(_ctx, *_grads):
 
 # What a thread dispatches to by default: no transform of torch.func, no tracer and no mode comes before autograd.
 _EAGER_KEYS = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    .add(torch._C.DispatchKey.ADInplaceOrView)
-    .raw_repr()
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
 )
 
 
