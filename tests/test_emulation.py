@@ -22,7 +22,7 @@ import pytest
 import torch
 from emulator.build import build
 from test_backends import GATES, Case, assert_within_gate, attend, check, results, rms
-from test_kernels import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, describe
+from test_kernels import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Hard, describe
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from flash_cosine_sim_attention.reference import reference_backward, reference_forward
@@ -106,6 +106,12 @@ def check_partials(case):
         assert rms(ours[name] - expected) <= limit * rms(expected), (name, rms(ours[name] - expected) / rms(expected))
 
 
+def check_forward(case):
+    exact = plain_cosine_sim_attention(**case.tensors(), **case.options())
+    ours = attend("operators", **case.tensors(case.dtype), **case.options())
+    assert rms(ours - exact) <= GATES[case.dtype] * rms(exact), rms(ours - exact) / rms(exact)
+
+
 def check_operators(case):
     """row_sum_log2, its gradient, and every gradient alone, with the operators' own arguments."""
     tensors, options = case.tensors(case.dtype), case.options()
@@ -161,6 +167,25 @@ def portable_checks():
         checks[f"split-{name}"] = functools.partial(check_emulated, replace(few, mask=False, causal=True))
         raw = {"l2norm_qk": False, "learned_scale": True, "seq_len_q": 33}
         checks[f"split-by-head-{name}"] = functools.partial(check_emulated, replace(few, **raw), True)
+        # Few queries that share many keys: forward_split_sm80.cuh, with 2 to 8 splits.
+        query = replace(few, num_heads=4, num_kv_heads=2, seq_len_q=1, seq_len_k=1100, mask=False)
+        for label, options in {
+            "causal": {"causal": True, "mask": True},
+            "rows": {"seq_len_q": 9, "causal": True, "bias": "heads", "learned_scale": True, "head_dim": 128},
+            "raw": {"seq_len_q": 3, "l2norm_qk": False, "learned_scale": True, "strided": True, "head_dim": 40},
+            "grouped": {"seq_len_q": 2, "groups": 4, "mask": True, "batch": 2},
+            "tiles": {"seq_len_q": 70, "causal": True},
+            "one": {"seq_len_q": 4, "seq_len_k": 90, "causal": True},
+        }.items():
+            checks[f"decoding-{label}-{name}"] = functools.partial(check_emulated, replace(query, **options))
+        checks[f"decoding-partials-{name}"] = functools.partial(check_partials, replace(query, mask=True))
+        for kind in ("magnitudes", "zero vectors"):
+            hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
+            checks[f"decoding-{kind.replace(' ', '-')}-{name}"] = functools.partial(check_forward, hard)
+        for head_dim in (8, 16, 32, 96, 256):
+            case = replace(query, seq_len_q=2, head_dim=head_dim, causal=True)
+            case = replace(case, seq_len_k=max(300, 70_000 // head_dim))
+            checks[f"decoding-d{head_dim}-{name}"] = functools.partial(check_emulated, case)
     return checks
 
 
@@ -254,6 +279,8 @@ def sm90_checks():
         # More rows than dispatch.cpp's paths for few queries take.
         many = replace(case, **SM90_GROUP_OF_HEADS, seq_len_q=193, seq_len_k=129)
         add("many-tiles", replace(many, causal=True), is_sm90=True)
+        # So many queries for each key that the kernel itself writes k_hat; as it does in the case before.
+        add("keys-ahead", replace(many, seq_len_q=70, seq_len_k=300, mask=True, strided=True), is_sm90=True)
         add("gradients", replace(case, seq_len_q=70, seq_len_k=100, causal=True, groups=2), check_emulated)
         # Half of the options and edges: the other dtype has the others.
         for name, options in list(SM90_OPTIONS.items())[index % 2 :: 2]:

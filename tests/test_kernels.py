@@ -249,6 +249,47 @@ def test_decoding(dtype, seq_len_k):
         check(cuda_case(**{"dtype": dtype, **shape, **options}), ["cuda"])
 
 
+# Few queries that share many keys: the keys are split, from 8 blocks of 32 KiB on.
+FEW_QUERIES = [
+    {"causal": True, "num_kv_heads": 2},
+    {"seq_len_q": 4, "causal": True, "num_kv_heads": 1, "mask": True},
+    {"seq_len_q": 3, "num_kv_heads": 2, "bias": "heads", "learned_scale": True, "strided": True},
+    {"seq_len_q": 7, "num_kv_heads": 2, "causal": True, "l2norm_qk": False, "learned_scale": True, "strided": True},
+    {"seq_len_q": 2, "num_kv_heads": 2, "groups": 2, "mask": True},
+    {"seq_len_q": 16, "causal": True, "batch": 1},
+    {"seq_len_q": 33, "causal": True, "num_kv_heads": 2, "bias": "per_key", "mask": True},
+    {"seq_len_q": 200, "causal": True, "num_kv_heads": 2, "batch": 1},
+    {"seq_len_q": 333, "mask": True, "batch": 1, "num_heads": 2, "num_kv_heads": 2},
+    # So many rows that a launch of its own normalises the keys, at most head dims; the kernel normalises the queries.
+    {"seq_len_q": 1100, "causal": True, "batch": 1, "num_heads": 2, "num_kv_heads": 2},
+]
+
+
+def few_query_cases():
+    """For every dtype and head dim a third of the options."""
+    for dim_index, head_dim in enumerate([*HEAD_DIMS, 8, 40, 200]):
+        for dtype_index, dtype in enumerate(DTYPES):
+            for options in FEW_QUERIES[(dim_index + dtype_index) % 3 :: 3]:
+                yield cuda_case(**{"dtype": dtype, "seq_len_q": 1, "seq_len_k": 2500, "head_dim": head_dim, **options})
+
+
+@pytest.mark.parametrize("case", list(few_query_cases()), ids=describe)
+def test_few_queries(case):
+    check(case, ["cuda"])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", FEW_QUERIES[:6], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partials_of_few_queries(dtype, options, head_dim):
+    case = cuda_case(**{"dtype": dtype, "seq_len_q": 1, "seq_len_k": 2500, "head_dim": head_dim, **options})
+    exact = plain_cosine_sim_attention(**case.tensors(), **case.options(), return_partials=True)
+    ours = cuda_attention(**case.tensors(dtype), **case.options(), return_partials=True)
+    for part, expected in zip(ours, exact, strict=True):
+        assert part.dtype == torch.float32 and part.shape == expected.shape
+        assert rms(part - expected) <= 2 * GATES[dtype] * rms(expected)
+
+
 @pytest.mark.parametrize("options", [{"causal": True}, {"num_kv_heads": 1, "mask": True, "bias": "heads"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_one_sum_takes(dtype, options):
@@ -354,8 +395,9 @@ class Hard(Case):
         elif self.kind == "equal keys":
             k.copy_(k[..., :1, :].expand_as(k).clone())
         elif self.kind == "opposite keys":  # cos = -1 everywhere
-            q.copy_(q[..., :1, :].expand_as(q).clone())
-            k.copy_(-q[..., :1, :].expand_as(k))
+            group = q.shape[1] // k.shape[1]  # of heads that share keys
+            k.copy_(-q[:, ::group, :1])
+            q.copy_(-k[:, :, :1].repeat_interleave(group, 1))
         elif self.kind == "magnitudes":
             q.mul_(self.magnitudes("q"))
             k.mul_(self.magnitudes("k"))
@@ -418,6 +460,17 @@ HARD = [
     {"kind": "negative bias", "bias": "batch"},
     {"kind": "large values"},
     {"kind": "large values", "scale": 40, "causal": True},
+    # The kernel for few queries normalises keys on their way to the tensor cores.
+    *[
+        {"seq_len_q": 4, "seq_len_k": 2100, "num_kv_heads": 2, **options}
+        for options in (
+            {"kind": "zero vectors"},
+            {"kind": "magnitudes"},
+            {"kind": "one visible key", "scale": 40},
+            {"kind": "opposite keys", "scale": 60},
+            {"kind": "infinite bias", "bias": "full"},
+        )
+    ],
 ]
 
 
@@ -425,7 +478,7 @@ def hard_cases():
     for options in HARD:
         for dtype in DTYPES:
             shape = {"batch": 2, "seq_len_q": 130, "seq_len_k": 200, "head_dim": 64}
-            yield Hard(dtype=dtype, device=DEVICE, **shape, **options)
+            yield Hard(**{"dtype": dtype, "device": DEVICE, **shape, **options})
 
 
 @pytest.mark.parametrize("case", list(hard_cases()), ids=describe)
@@ -934,6 +987,8 @@ REPEATED = [
     {"causal": True, "num_kv_heads": 2, "learned_scale": True},
     {"mask": True, "head_dim": 128, "strided": True},
     {"causal": True, "head_dim": 256, "groups": 2},
+    {"causal": True, "num_kv_heads": 2, "seq_len_q": 2, "seq_len_k": 9000, "head_dim": 128},
+    {"batch": 1, "num_heads": 2, "num_kv_heads": 2, "mask": True, "seq_len_q": 256, "seq_len_k": 9000},
 ]
 
 

@@ -21,6 +21,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -89,6 +90,7 @@ struct Fiber {
   std::vector<Deferred> stores;  // by TMA
   size_t num_committed_stores;
   uint32_t num_proxy_fences;
+  bool acquired;  // from global memory, without a proxy fence since
 };
 
 inline constexpr int kMaxThreads = 640, kMaxWarps = kMaxThreads / 32, kMaxSharedBytes = 227 * 1024;
@@ -100,6 +102,8 @@ inline std::map<std::pair<int, unsigned>, Meeting> part_of_warp;
 inline std::map<uint32_t, Barrier> barriers;  // by address
 inline NamedBarrier named_barriers[16];
 inline Products products[kMaxWarps];
+inline Waiting asleep;
+inline unsigned num_sleeps;  // since a thread did anything else
 inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
 inline std::function<void()> body;
@@ -118,19 +122,25 @@ inline std::map<const void*, int> allowed_shared_bytes;
 // 16-bit and 32-bit floats of these bytes are NaNs.
 inline void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
 
+inline bool ascending() { return (num_launches + block_index) % 2 == 0; }
+
 // Runs a thread that is ready, of this warp if there is one.
 [[noreturn]] inline void resume_next(int warp = current / 32) {
   const int num_warps = static_cast<int>(num_threads) / 32;
-  const bool ascending = (num_launches + block_index) % 2 == 0;
   if (error) _longjmp(host, 1);
   for (int step = 0; step <= num_warps; ++step) {
-    const int next = step == 0 ? warp : ascending ? step - 1 : num_warps - step;
+    const int next = step == 0 ? warp : ascending() ? step - 1 : num_warps - step;
     if (ready[next] == 0) continue;
     const uint32_t later = current % 32 == 31 || next != current / 32 ? 0 : ready[next] & (~0u << (current % 32 + 1));
     current = 32 * next + std::countr_zero(later ? later : ready[next]);
     if (fibers[current].started) _longjmp(fibers[current].place, 1);
     fibers[current].started = true;
     setcontext(&fibers[current].start);
+  }
+  if (!asleep.threads.empty()) {
+    for (int thread : asleep.threads) ready[thread / 32] |= 1u << thread % 32;
+    asleep.threads.clear();
+    resume_next(warp);
   }
   _longjmp(host, 1);
 }
@@ -141,12 +151,14 @@ inline void run_thread() {
   } catch (...) {
     error = std::current_exception();
   }
+  num_sleeps = 0;
   ready[current / 32] &= ~(1u << current % 32);
   running[current / 32] &= ~(1u << current % 32);
   resume_next();
 }
 
 inline void wait(Waiting& waiting) {
+  num_sleeps = 0;
   waiting.threads.push_back(current);
   ready[current / 32] &= ~(1u << current % 32);
   if (_setjmp(fibers[current].place) == 0) resume_next();
@@ -168,11 +180,14 @@ void meet(Meeting& meeting, const char* what, int first_warp, int num_warps, uin
     throw std::logic_error(std::string(what) + " meets " + meeting.what + ": threads have diverged");
   }
   meeting.what = what;
+  num_sleeps = 0;
   fibers[current].argument = argument;
   if (++meeting.arrived == num_warps * std::popcount(lanes)) {
     meeting.arrived = 0;
     act();
     for (int warp = first_warp; warp < first_warp + num_warps; ++warp) ready[warp] |= lanes;
+    // After a barrier of the block it is again the first or the last warp's turn, not that of the last to arrive.
+    if (num_warps > 1 && _setjmp(fibers[current].place) == 0) resume_next(ascending() ? 0 : num_warps - 1);
     return;
   }
   ready[current / 32] &= ~(1u << current % 32);
@@ -203,6 +218,8 @@ inline void run_block() {
   barriers.clear();
   std::fill(std::begin(named_barriers), std::end(named_barriers), NamedBarrier{});
   whole_block = {};
+  asleep = {};
+  num_sleeps = 0;
   for (unsigned thread = 0; thread < num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
     if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
@@ -214,6 +231,7 @@ inline void run_block() {
     fiber.copies.clear();
     fiber.stores.clear();
     fiber.num_committed_stores = 0;
+    fiber.acquired = false;
     ++fiber.num_proxy_fences;  // what an earlier block wrote is no matter of this one
     whole_warp[thread / 32] = {};
     products[thread / 32] = {};
@@ -318,8 +336,14 @@ inline void syncthreads() {
   meet_block("syncthreads", nullptr, [] {});
 }
 
-// A thread waits for another block; but those before it have run, and the others will not before it has.
-[[noreturn]] inline void nanosleep(unsigned) { throw std::logic_error("a block waits for one after it"); }
+// A thread waits for what another writes to global memory, and goes on when no other can. If all that do only sleep
+// again, they wait for another block: but those before it have run, and the others will not before it has.
+inline void nanosleep(unsigned) {
+  if (++num_sleeps > 2 * num_threads) throw std::logic_error("a block waits for one after it");
+  asleep.threads.push_back(current);
+  ready[current / 32] &= ~(1u << current % 32);
+  if (_setjmp(fibers[current].place) == 0) resume_next();
+}
 
 }  // namespace emulator
 

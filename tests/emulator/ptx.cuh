@@ -25,11 +25,13 @@ inline char* shared_memory_at(uint32_t address, uint32_t bytes) {
 inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) throw std::logic_error("cp.async from an unaligned address");
   emulator::poison(shared_memory_at(destination, 16), 16);
-  emulator::fibers[emulator::current].copies.push_back({destination, source, valid});
+  emulator::Fiber& fiber = emulator::fibers[emulator::current];
+  fiber.copies.push_back({destination, source, valid});
 }
 
 inline void cp_async_wait_all() {
-  for (const emulator::Copy& copy : emulator::fibers[emulator::current].copies) {
+  std::vector<emulator::Copy>& copies = emulator::fibers[emulator::current].copies;
+  for (const emulator::Copy& copy : copies) {
     char* destination = shared_memory_at(copy.destination, 16);
     if (copy.valid) {
       std::memcpy(destination, copy.source, 16);
@@ -37,7 +39,7 @@ inline void cp_async_wait_all() {
       std::memset(destination, 0, 16);
     }
   }
-  emulator::fibers[emulator::current].copies.clear();
+  copies.clear();
 }
 
 template <bool kTranspose>
@@ -156,7 +158,12 @@ inline void red_add_v2_f32(float* address, float x, float y) {
 }
 
 inline int load_acquire(const int* address) { return *address; }
+inline uint32_t load_acquire(const uint32_t* address) {
+  emulator::fibers[emulator::current].acquired = true;
+  return *address;
+}
 inline void store_release(int* address, int value) { *address = value; }
+inline void red_add_release(uint32_t* address, uint32_t value) { *address += value; }
 inline uint32_t atomic_increment(uint32_t* address) { return (*address)++; }
 
 // ---- Compute capability 9.0 ----
@@ -210,6 +217,9 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
 
 inline void fence_proxy_async() { ++emulator::fibers[emulator::current].num_proxy_fences; }
 
+// TMA sees what other threads wrote to global memory only after a fence of the thread that acquired it.
+inline void fence_proxy_async_global() { emulator::fibers[emulator::current].acquired = false; }
+
 // The asynchronous proxy, of TMA and wgmma, sees what st.shared wrote only after a fence of the thread that did.
 inline char* asynchronous_memory_at(uint32_t address, uint32_t bytes) {
   char* memory = shared_memory_at(address, bytes);
@@ -254,6 +264,7 @@ inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_
                         int batch) {
   const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
   emulator::Barrier& barrier = barrier_at(barrier_address);
+  if (emulator::fibers[emulator::current].acquired) throw std::logic_error("no proxy fence between ld.acquire and TMA");
   for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char*) {
     emulator::poison(overwritten_by_tma(address), 16);
   });

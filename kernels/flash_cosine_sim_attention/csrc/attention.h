@@ -67,19 +67,29 @@ enum class Norm : int {
   kNone,      // it comes as it is to be: without l2norm_qk
   kPrologue,  // launch_normalize writes q_hat or k_hat, which needs memory
   kKernel,    // q_hat is q, or k_hat is k, and the attention kernel normalises what it loads
+  kAhead,     // keys in forward_sm90.cuh: that kernel writes k_hat, too, ahead of where it reads
 };
+
+// Of the row sums in a row of split_sums: two, and two more for its alignment.
+inline constexpr int kRowSumPlaces = 4;
 
 // Which kernel a forward pass takes, and what that needs. dispatch.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
-  bool sm90 = false;  // forward_sm90.cuh, else forward_sm80.cuh
+  bool sm90 = false;  // forward_sm90.cuh, else one of the portable kernels
+  // forward_split_sm80.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
+  // more; 0: forward_sm80.cuh
+  int num_splits = 0;
+  int64_t split_sums = 0;  // elements of workspace
   Norm q_norm = Norm::kNone, k_norm = Norm::kNone;
-  bool tile_counter = false;
+  int64_t num_counters = 0;
 };
 
 struct ForwardParams : Attention {
   ForwardPlan plan;
-  // Workspace, if the plan has it: how many tiles have been taken beyond every block's first. run_forward zeroes it.
-  uint32_t* tile_counter = nullptr;
+  uint32_t* counters = nullptr;   // workspace, if the plan has any; traits.h says what of. run_forward zeroes them.
+  // Workspace, if the plan has it: float32 (num_splits, batch, num_heads, seq_len_q, head_dim + kRowSumPlaces):
+  // row_part.cuh
+  float* split_sums = nullptr;
   Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
   // (batch, num_heads, seq_len_q), -inf in an empty row; with o. nullptr: no backward pass will need it.
   float* row_sum_log2 = nullptr;
@@ -128,9 +138,9 @@ void run_forward(const ForwardParams& params, cudaStream_t stream);
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors);
 void run_backward(const BackwardParams& params, cudaStream_t stream);
 
-// normalize.cu: q_hat = c * q^ and k_hat = k^ in one launch, unless they are q and k themselves. Also zeroes
-// *tile_counter, if there is one.
-void launch_normalize(const Attention& params, uint32_t* tile_counter, cudaStream_t stream);
+// normalize.cu: q_hat = c * q^ and k_hat = k^ in one launch, unless they are q and k themselves. Also zeroes counters
+// for the launch that follows.
+void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
 // postprocess.cu
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
@@ -149,9 +159,14 @@ enum class Math : int {
   kTf32,
 };
 
-// forward_sm80.cuh, backward_sm80.cuh: mma.sync, compute capability 8.0 and newer
+// merge.cu: the output, or the partials, from split_sums
+void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
+
+// forward_sm80.cuh, forward_split_sm80.cuh, backward_sm80.cuh: mma.sync, compute capability 8.0 and newer
 template <Math kMath, int kHeadDim>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
+template <Math kMath, int kHeadDim>
+void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream);
 template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 template <Math kMath, int kHeadDim>

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "cuda_check.h"
+#include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -20,7 +21,6 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
-#include <vector>
 
 // Weak: a CPU build of torch has no such symbol, and must load the library nevertheless.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -36,28 +36,6 @@ using OptionalTensor = std::optional<TorchTensor>;
 
 constexpr int64_t kAlignmentBytes = 16;   // of the rows of a Tensor
 constexpr int64_t kWorkspaceBytes = 256;  // alignment of the pieces of a workspace
-
-struct Device {
-  int num_multiprocessors = 0;
-  int capability_major = 0, capability_minor = 0;
-};
-
-// Asked once for all devices; a static variable's initialisation is thread-safe.
-const std::vector<Device>& devices() {
-  static const std::vector<Device> all = [] {
-    int num_devices = 0;
-    CUDA_CHECK(cudaGetDeviceCount(&num_devices));
-    std::vector<Device> result(num_devices);
-    for (int index = 0; index < num_devices; ++index) {
-      Device& device = result[index];
-      CUDA_CHECK(cudaDeviceGetAttribute(&device.num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
-      CUDA_CHECK(cudaDeviceGetAttribute(&device.capability_major, cudaDevAttrComputeCapabilityMajor, index));
-      CUDA_CHECK(cudaDeviceGetAttribute(&device.capability_minor, cudaDevAttrComputeCapabilityMinor, index));
-    }
-    return result;
-  }();
-  return all;
-}
 
 DType dtype_of(const TorchTensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -88,9 +66,9 @@ class Call {
         dtype(dtype_of(q)),
         itemsize(dtype == DType::kFloat32 ? 4 : 2),
         guard_(device_index) {
-    const Device& device = devices().at(device_index);
-    STD_TORCH_CHECK(device.capability_major >= 8, "the CUDA kernels need compute capability 8.0 or newer, cuda:",
-                    device_index, " has ", device.capability_major, ".", device.capability_minor);
+    const int capability = current_device().compute_capability;
+    STD_TORCH_CHECK(capability >= 80, "the CUDA kernels need compute capability 8.0 or newer, cuda:", device_index,
+                    " has ", capability / 10, ".", capability % 10);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -98,7 +76,6 @@ class Call {
   }
 
   cudaStream_t stream() const { return stream_; }
-  int num_multiprocessors() const { return devices()[device_index].num_multiprocessors; }
 
   // Uninitialised and contiguous, in q's dtype.
   TorchTensor empty(std::initializer_list<int64_t> sizes) const { return allocate(sizes, torch_dtype_); }
@@ -263,17 +240,21 @@ OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const
                                   const TorchTensor& k) {
   params.plan = plan_forward(params);
   const auto padded = [](int64_t bytes) { return round_up(bytes, kWorkspaceBytes); };
-  const int64_t counter = params.plan.tile_counter ? padded(sizeof(*params.tile_counter)) : 0;
-  const int64_t q_hat = params.plan.q_norm == Norm::kPrologue ? padded(q.numel() * call.itemsize) : 0;
-  const int64_t k_hat = params.plan.k_norm == Norm::kPrologue ? padded(k.numel() * call.itemsize) : 0;
+  const auto needs_memory = [](Norm norm) { return norm == Norm::kPrologue || norm == Norm::kAhead; };
+  const int64_t counters = padded(params.plan.num_counters * sizeof(*params.counters));
+  const int64_t q_hat = needs_memory(params.plan.q_norm) ? padded(q.numel() * call.itemsize) : 0;
+  const int64_t k_hat = needs_memory(params.plan.k_norm) ? padded(k.numel() * call.itemsize) : 0;
+  const int64_t split_sums = padded(params.plan.split_sums * sizeof(*params.split_sums));
   params.q_hat = params.q;
   params.k_hat = params.k;
-  if (counter + q_hat + k_hat == 0) return std::nullopt;
-  TorchTensor workspace = call.empty({(counter + q_hat + k_hat) / call.itemsize});
+  const int64_t bytes = counters + q_hat + k_hat + split_sums;
+  if (bytes == 0) return std::nullopt;
+  TorchTensor workspace = call.empty({bytes / call.itemsize});
   char* data = static_cast<char*>(workspace.data_ptr());
-  if (counter > 0) params.tile_counter = reinterpret_cast<uint32_t*>(data);
-  if (q_hat > 0) params.q_hat = contiguous_tensor(data + counter, q);
-  if (k_hat > 0) params.k_hat = contiguous_tensor(data + counter + q_hat, k);
+  if (counters > 0) params.counters = reinterpret_cast<uint32_t*>(data);
+  if (q_hat > 0) params.q_hat = contiguous_tensor(data + counters, q);
+  if (k_hat > 0) params.k_hat = contiguous_tensor(data + counters + q_hat, k);
+  if (split_sums > 0) params.split_sums = reinterpret_cast<float*>(data + counters + q_hat + k_hat);
   return workspace;
 }
 
@@ -317,7 +298,7 @@ std::tuple<TorchTensor, TorchTensor> partials(
 // Sets the workspace of a backward pass: pieces of one allocation, which is returned.
 TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   static_assert(sizeof(int) == sizeof(float), "dq_order lies in a float32 tensor");
-  const BackwardPlan plan = plan_backward(params, call.num_multiprocessors());
+  const BackwardPlan plan = plan_backward(params, current_device().num_multiprocessors);
   const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
   TorchTensor workspace = call.empty_float32(

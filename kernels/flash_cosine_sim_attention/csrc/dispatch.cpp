@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
+#include "device.h"
 #if FLASH_COSINE_SIM_HAS_SM90
 #include "tensor_map.h"
 #endif
@@ -54,6 +54,12 @@ bool exceeds_fp16(const Attention& params) {
   return !bounded || std::abs(params.scale_value) * params.groups > 10.f;
 }
 
+template <typename Function>
+void with_forward_math(const Attention& params, Function function) {
+  if (params.dtype == DType::kFloat16 && exceeds_fp16(params)) return function(MathConstant<Math::kFp16WideP>());
+  with_math(params, function);
+}
+
 #if FLASH_COSINE_SIM_HAS_SM90
 // forward_sm90.cuh has no kernel for head dim 16.
 template <int kHeadDim>
@@ -86,6 +92,24 @@ bool can_normalize_q_in_sm90(const ForwardParams& params) {
   return in_registers && params.groups == 1 && queries_have_tensor_map(params, params.q);
 }
 
+// Its idle warps can normalise keys, but not groups of their channels, while it works with those that are done. They
+// are slower than the prologue, and hidden if each key is multiplied with many queries.
+bool can_normalize_k_ahead_in_sm90(const ForwardParams& params) {
+  constexpr int64_t kManyQueries = 256;
+  const int64_t num_queries = int64_t(params.num_heads / params.num_kv_heads) * params.seq_len_q;
+  return params.groups == 1 && (params.causal ? num_queries / 2 : num_queries) >= kManyQueries;
+}
+
+int64_t num_counters_sm90(const ForwardParams& params, Norm k_norm) {
+  if (k_norm != Norm::kAhead) return ForwardSm90Counters::kNumWithoutKeys;
+  int64_t num_blocks_k = 0;
+  with_head_dim(params.head_dim, [&](auto head_dim) {
+    constexpr int kBlockK = ForwardSm90Traits<Math::kBf16, kHeadDimSm90<head_dim.value>>::kBlockK;
+    num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
+  });
+  return ForwardSm90Counters::kChunksOfBlockDone + int64_t(params.batch) * params.num_kv_heads * num_blocks_k;
+}
+
 template <int kHeadDim>
 void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDimSm90<kHeadDim>>(params, stream);
@@ -99,6 +123,73 @@ bool can_normalize_in_sm80(const ForwardParams& params, int64_t most_queries) {
   const int group = params.num_heads / params.num_kv_heads;
   return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
          int64_t(group) * params.seq_len_q <= most_queries;
+}
+
+// Into how many shares the keys of num_tiles tiles go, on a GPU that has at_once blocks at a time. With so many waves
+// of blocks, each has to walk over `length` blocks of keys; a wave more, and a longer merge, must be worth a tenth of
+// the time.
+int choose_splits(int64_t num_tiles, int64_t num_blocks_k, int64_t at_once) {
+  // A merge takes as long as a multiprocessor does for some 8 blocks; a share of less than 2 hardly gets going.
+  constexpr int64_t kWorthMerging = 8, kLeastBlocks = 2, kMostWaves = 4;
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  if (num_blocks_k < kWorthMerging) return 1;
+  int64_t num_splits = 1, shortest = divide(num_tiles, at_once) * num_blocks_k;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t most = std::min(waves * at_once / num_tiles, num_blocks_k / kLeastBlocks);
+    if (most < 2) continue;
+    const int64_t length = divide(num_blocks_k, most);
+    if (10 * waves * length >= 9 * shortest) continue;
+    shortest = waves * length;
+    num_splits = divide(num_blocks_k, length);
+  }
+  return static_cast<int>(num_splits);
+}
+
+// Whether a launch that writes k_hat takes less time than to normalise each key times_each times within the kernel. It
+// takes as long as the normalisation of so many channels, and then reads and writes them, which takes as long as some
+// four normalisations of each.
+bool is_prologue_faster(const ForwardParams& params, int64_t times_each) {
+  constexpr int64_t kLaunch = 1 << 24, kCopy = 4;
+  const int64_t num_channels = int64_t(params.batch) * params.num_kv_heads * params.seq_len_k * params.head_dim;
+  return (times_each - kCopy) * num_channels > kLaunch;
+}
+
+// Plans forward_split_sm80.cuh; without a split if another kernel is faster.
+ForwardPlan plan_split(const ForwardParams& params) {
+  // Rows that share a key: with so few, memory decides, and to read keys and values once is best. With more the kernel
+  // serves where others would leave most of the GPU idle: forward_sm90.cuh takes less than half of its time otherwise.
+  constexpr int64_t kFewRows = 64, kIdleShare = 3;
+  ForwardPlan plan;
+  const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
+  const int64_t num_rows = int64_t(params.num_heads / params.num_kv_heads) * params.seq_len_q;
+  if (num_rows == 0 || num_kv_heads == 0) return plan;
+  const int num_multiprocessors = current_device().num_multiprocessors;
+  const bool idle = kIdleShare * num_kv_heads * ((num_rows + 127) / 128) <= num_multiprocessors;
+  if (num_rows > kFewRows && !idle) return plan;
+  with_forward_math(params, [&](auto math) {
+    with_head_dim(params.head_dim, [&](auto head_dim) {
+      using Traits = SplitTraits<math.value, head_dim.value>;
+      if (!Traits::kExists) return;
+      const int64_t tile_rows = Traits::kWarpRows * Traits::warps_with_rows(num_rows);
+      const int64_t num_tiles = num_kv_heads * ((num_rows + tile_rows - 1) / tile_rows);
+      const int64_t num_blocks_k = (params.seq_len_k + Traits::kBlockKeys - 1) / Traits::kBlockKeys;
+      const int num_splits = choose_splits(num_tiles, num_blocks_k, int64_t(Traits::kMinBlocks) * num_multiprocessors);
+      if (num_rows > kFewRows && num_splits == 1) return;
+      plan.num_splits = num_splits;
+      if (num_splits > 1) {
+        const int64_t num_queries = int64_t(params.batch) * params.num_heads * params.seq_len_q;
+        plan.split_sums = num_splits * num_queries * (params.head_dim + kRowSumPlaces);
+      }
+      if (params.l2norm_qk) {
+        const int64_t times_each = (num_rows + tile_rows - 1) / tile_rows *
+                                   (Traits::kNormalizesFragments ? tile_rows / Traits::kWarpRows : 1);
+        const bool can = params.groups == 1;
+        plan.q_norm = can ? Norm::kKernel : Norm::kPrologue;
+        plan.k_norm = can && !is_prologue_faster(params, times_each) ? Norm::kKernel : Norm::kPrologue;
+      }
+    });
+  });
+  return plan;
 }
 
 bool needs_main_kernel(const BackwardParams& params) {
@@ -115,12 +206,14 @@ ForwardPlan plan_forward(const ForwardParams& params) {
   const auto norm = [&](bool in_kernel) {
     return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
   };
-  ForwardPlan plan;
+  ForwardPlan plan = plan_split(params);
+  if (plan.num_splits > 0) return plan;
 #if FLASH_COSINE_SIM_HAS_SM90
   if (takes_forward_sm90(params) && !can_normalize_in_sm80(params, kFewQueries)) {
-    plan.sm90 = plan.tile_counter = true;
+    plan.sm90 = true;
     plan.q_norm = norm(can_normalize_q_in_sm90(params));
-    plan.k_norm = norm(false);
+    plan.k_norm = params.l2norm_qk && can_normalize_k_ahead_in_sm90(params) ? Norm::kAhead : norm(false);
+    plan.num_counters = num_counters_sm90(params, plan.k_norm);
     return plan;
   }
 #endif
@@ -130,22 +223,26 @@ ForwardPlan plan_forward(const ForwardParams& params) {
 
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.seq_len_q == 0) return;
-  if (params.plan.k_norm == Norm::kPrologue) {
-    launch_normalize(params, params.tile_counter, stream);
-  } else if (params.tile_counter != nullptr) {
-    CUDA_CHECK(cudaMemsetAsync(params.tile_counter, 0, sizeof(*params.tile_counter), stream));
+  const ForwardPlan& plan = params.plan;
+  if (plan.q_norm == Norm::kPrologue || plan.k_norm == Norm::kPrologue) {
+    Attention prologue = params;
+    if (plan.k_norm == Norm::kAhead) prologue.k_hat = prologue.k;  // nothing to do
+    launch_normalize(prologue, params.counters, plan.num_counters, stream);
+  } else if (plan.num_counters > 0) {
+    CUDA_CHECK(cudaMemsetAsync(params.counters, 0, plan.num_counters * sizeof(*params.counters), stream));
   }
   with_head_dim(params.head_dim, [&](auto head_dim) {
 #if FLASH_COSINE_SIM_HAS_SM90
-    if (params.plan.sm90) return run_forward_sm90<head_dim.value>(params, stream);
+    if (plan.sm90) return run_forward_sm90<head_dim.value>(params, stream);
 #endif
-    if (params.dtype == DType::kFloat16 && exceeds_fp16(params)) {
-      launch_forward_sm80<Math::kFp16WideP, head_dim.value>(params, stream);
-    } else {
-      with_math(params,
-                [&](auto math) { launch_forward_sm80<math.value, head_dim.value>(params, stream); });
-    }
+    with_forward_math(params, [&](auto math) {
+      if constexpr (SplitTraits<math.value, head_dim.value>::kExists) {
+        if (plan.num_splits > 0) return launch_forward_split_sm80<math.value, head_dim.value>(params, stream);
+      }
+      launch_forward_sm80<math.value, head_dim.value>(params, stream);
+    });
   });
+  if (plan.num_splits > 1) launch_forward_merge(params, stream);
 }
 
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors) {
@@ -183,7 +280,7 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.batch == 0) return;
-  if (params.l2norm_qk) launch_normalize(params, nullptr, stream);
+  if (params.l2norm_qk) launch_normalize(params, nullptr, 0, stream);
   launch_delta(params, stream);
   with_math(params, [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {

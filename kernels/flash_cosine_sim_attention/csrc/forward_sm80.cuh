@@ -22,14 +22,17 @@
 
 namespace flash_cosine_sim {
 
-template <Math kMath, int kHeadDim>
+// What a warp does with its rows and some keys; TileTraits are ForwardTraits, or SplitTraits of forward_split_sm80.cuh.
+template <Math kMath, typename TileTraits>
 struct Forward {
-  using Traits = ForwardTraits<kMath, kHeadDim>;
+  using Traits = TileTraits;
   using T = Element<kMath>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kRowBytes = Traits::kRowBytes;
   static constexpr int kRowTiles = Traits::kRowTiles, kOutDim = Traits::kOutDim;
   static constexpr int kSteps = kRowBytes / 32;                  // of the contraction over the head dim
   static constexpr int kSlices = kBlockK / kContraction<kMath>;  // of the contraction over keys
+  // Unrolled further, loads would be hoisted until registers run out.
+  static constexpr int kUnrollQK = kSteps > 8 ? 4 : kSteps;
 
   using Scores = float[kRowTiles][kBlockK / 8][4];
   using Output = float[kRowTiles][kOutDim / 8][4];  // of the warp's columns
@@ -107,20 +110,20 @@ struct Forward {
     }
   }
 
+  // a of row tile m of the warp's rows, from `row` on.
+  static __device__ void load_q(uint32_t (&a)[4], const QFragments& q, uint32_t tile_q, int row, int m, int step) {
+    if constexpr (Traits::kQInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = q[m][step][i];
+    } else {
+      load_a<kRowBytes>(a, tile_q, row + 16 * m, step);
+    }
+  }
+
   // S = q_hat k_hat^T for a warp's rows and a block of keys.
   static __device__ void multiply_qk(Scores& scores, const QFragments& q, uint32_t tile_q, uint32_t tile_k, int row) {
-    // Unrolled further, loads would be hoisted until registers run out.
-    constexpr int kUnroll = kSteps > 8 ? 4 : kSteps;
-    multiply<kMath, kSteps, kUnroll>(
-        scores,
-        [&](uint32_t (&a)[4], int m, int step) {
-          if constexpr (Traits::kQInRegisters) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = q[m][step][i];
-          } else {
-            load_a<kRowBytes>(a, tile_q, row + 16 * m, step);
-          }
-        },
+    multiply<kMath, kSteps, kUnrollQK>(
+        scores, [&](uint32_t (&a)[4], int m, int step) { load_q(a, q, tile_q, row, m, step); },
         [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_k, 8 * n, step); });
   }
 
@@ -130,26 +133,34 @@ struct Forward {
                                        int first_key, uint64_t visible, bool diagonal) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-    const int last_key = params.seq_len_k - params.seq_len_q;  // that query 0 sees, if causal
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = row + 16 * m + 8 * half + (lane >> 2);
-        const BiasRow<T> bias(params, work.batch, work.head, query, first_key + 2 * (lane & 3));
+        finish_row(params, work.batch, work.head, query, score_scale, scores[m], half, lane, first_key, visible,
+                   diagonal);
+      }
+    }
+  }
+
+  // The same for one row of a lane: half 0 or 1 of 16.
+  static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query, float score_scale,
+                                    float (&scores)[kBlockK / 8][4], int half, int lane, int first_key,
+                                    uint64_t visible, bool diagonal) {
+    const int last_key = query + params.seq_len_k - params.seq_len_q;  // that the query sees, if causal
+    const BiasRow<T> bias(params, batch, head, query, first_key + 2 * (lane & 3));
 #pragma unroll
-        for (int n = 0; n < kBlockK / 8; ++n) {
+    for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int offset = 8 * n + 2 * (lane & 3) + i;
-            float& score = scores[m][n][2 * half + i];
-            score *= score_scale;
-            if (params.bias.data != nullptr) score += bias[8 * n + i];
-            const bool hidden = diagonal && first_key + offset > query + last_key;
-            if (hidden || !((visible >> offset) & 1)) score = -infinity();
-          }
-        }
+      for (int i = 0; i < 2; ++i) {
+        const int offset = 8 * n + 2 * (lane & 3) + i;
+        float& score = scores[n][2 * half + i];
+        score *= score_scale;
+        if (params.bias.data != nullptr) score += bias[8 * n + i];
+        const bool hidden = diagonal && first_key + offset > last_key;
+        if (hidden || !((visible >> offset) & 1)) score = -infinity();
       }
     }
   }
@@ -233,6 +244,23 @@ struct Forward {
     }
   }
 
+  // Adds up what the four lanes of a row have.
+  static __device__ void reduce(RowSums& sums) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int distance = 1; distance <= 2; ++distance) {
+          sums.exact[m][half] += __shfl_xor_sync(0xffffffffu, sums.exact[m][half], distance);
+          if constexpr (kRoundsP) {
+            sums.rounded[m][half] += __shfl_xor_sync(0xffffffffu, sums.rounded[m][half], distance);
+          }
+        }
+      }
+    }
+  }
+
   // Divides by the row sums and writes the warp's rows and columns through shared memory, for whole 16-byte stores:
   // through that of its rows of q, which nobody else reads, but for a warp that shares them.
   static __device__ void write_output(const ForwardParams& params, const Work& work, Output& o,
@@ -300,7 +328,7 @@ struct Forward {
 template <Math kMath, int kHeadDim>
 __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, ForwardTraits<kMath, kHeadDim>::kMinBlocks)
     forward_sm80_kernel(const __grid_constant__ ForwardParams params, int num_blocks_q, int heads_per_section) {
-  using F = Forward<kMath, kHeadDim>;
+  using F = Forward<kMath, ForwardTraits<kMath, kHeadDim>>;
   constexpr int kBlockK = F::kBlockK, kRowBytes = F::kRowBytes, kStageBytes = 2 * kBlockK * kRowBytes;
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_q = shared_address(shared), stages = tile_q + F::kBlockQ * kRowBytes;
@@ -366,19 +394,7 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   }
   cp_async_wait_all();  // without any key q may still be on its way into the memory that o goes through
 
-#pragma unroll
-  for (int m = 0; m < F::kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int distance = 1; distance <= 2; ++distance) {
-        sums.exact[m][half] += __shfl_xor_sync(0xffffffffu, sums.exact[m][half], distance);
-        if constexpr (F::kRoundsP) {
-          sums.rounded[m][half] += __shfl_xor_sync(0xffffffffu, sums.rounded[m][half], distance);
-        }
-      }
-    }
-  }
+  F::reduce(sums);
   // In float32 found anew, or it would occupy registers through the loop.
   if constexpr (sizeof(typename F::T) == 4) {
     work = F::find_work(params, opaque(static_cast<int>(blockIdx.x)), num_blocks_q, heads_per_section);

@@ -4,7 +4,8 @@
 //              +---------------+        A block takes one tile of queries after the other. Consumer warpgroup w owns
 //   kBlockQ    |  S, P  (regs) |        its rows [64w, 64w + 64) and walks over the keys from the last to the first,
 //   queries    |               |        which puts blocks that a mask cuts at the start, into a loop of their own.
-//              +---------------+        The producer, one thread, has TMA bring q, K and V as memory becomes free.
+//              +---------------+        The producer, one thread, has TMA bring q, K and V as memory becomes free. The
+//                                       warps beside it can normalise keys meanwhile, for all blocks.
 //
 // As in forward_sm80.cuh P is 2^S as it comes from the tensor cores, nothing is ever rescaled, O is divided by the sum
 // of P as rounded for the product with V, and the backward pass gets the sum of P itself.
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "launch.h"
 #include "rows.cuh"
 #include "scores.cuh"
@@ -32,8 +34,12 @@ struct ForwardTensorMaps {
 // Tiles in the order in which they are begun: a block that is through with one takes the next. Heads are taken in
 // sections whose keys and values fit into the L2 cache together. A causal mask makes the last queries of a section the
 // longest work: they come first, so that short work fills the end.
+//
+// Norm::kAhead takes chunks of keys in the order in which tiles need them: those that begin together need the last keys
+// of all of their heads first.
 struct ForwardSchedule {
   int num_blocks_q, heads_per_section, num_tiles;
+  int chunks_per_kv_head, kv_heads_per_section, num_chunks;
 };
 
 // kExactSum: the backward pass will need the sum of P itself. It costs an addition a score, measured as 3.6 % of the
@@ -52,17 +58,34 @@ struct ForwardSm90 {
   };
   static constexpr int kNoMoreTiles = -1;  // as the first query
 
+  // A block of queries or chunk of keys; heads are those of all batches.
+  struct Place {
+    unsigned head, block;
+  };
+
+  // Of the index-th: section by section of heads, in each the first block of all of its heads, then the second.
+  static __device__ __forceinline__ Place find_place(unsigned index, unsigned num_heads, unsigned blocks_per_head,
+                                                     unsigned heads_per_section) {
+    const unsigned first_head = index / (blocks_per_head * heads_per_section) * heads_per_section;
+    const unsigned section_heads = min(heads_per_section, num_heads - first_head);
+    const unsigned rest = index - first_head * blocks_per_head;
+    return {first_head + rest % section_heads, rest / section_heads};
+  }
+
   static __device__ __forceinline__ Work find_work(const ForwardParams& params, const ForwardSchedule& schedule,
                                                    unsigned tile) {
-    const unsigned num_blocks_q = schedule.num_blocks_q, heads_per_section = schedule.heads_per_section;
-    const unsigned first_head = tile / (num_blocks_q * heads_per_section) * heads_per_section;
-    const unsigned section_heads = min(heads_per_section, params.batch * params.num_heads - first_head);
-    const unsigned index = tile - first_head * num_blocks_q;
-    const unsigned block_q = index / section_heads, batch_head = first_head + index % section_heads;
-    const int head = batch_head % params.num_heads;
-    return {static_cast<int>(batch_head / params.num_heads), head,
+    const unsigned num_blocks_q = schedule.num_blocks_q;
+    const Place place = find_place(tile, params.batch * params.num_heads, num_blocks_q, schedule.heads_per_section);
+    const int head = place.head % params.num_heads;
+    return {static_cast<int>(place.head / params.num_heads), head,
             head / (params.num_heads / params.num_kv_heads),
-            static_cast<int>(params.causal ? num_blocks_q - 1 - block_q : block_q) * kBlockQ};
+            static_cast<int>(params.causal ? num_blocks_q - 1 - place.block : place.block) * kBlockQ};
+  }
+
+  // Which counter counts the chunks of a block of k_hat that are there, with Norm::kAhead.
+  static __device__ __forceinline__ unsigned chunks_done(const ForwardParams& params, unsigned kv_head, int block) {
+    const unsigned num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
+    return ForwardSm90Counters::kChunksOfBlockDone + kv_head * num_blocks_k + block;
   }
 
   // How many blocks of keys queries [first_query, first_query + num_queries) see, as far as causality and lengths go.
@@ -151,7 +174,9 @@ struct ForwardSm90 {
   struct Producer {
     const ForwardParams& params;
     const ForwardTensorMaps& maps;
+    const ForwardSchedule& schedule;
     const Shared shared;
+    bool k_hat_done;  // all of it, or it was there before this kernel
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
 
@@ -165,7 +190,26 @@ struct ForwardSm90 {
       }
     }
 
+    // Looks whether waiting has an end. Once a tile, for it takes almost a microsecond.
+    __device__ __forceinline__ void look_for_k_hat() {
+      if (k_hat_done) return;
+      const uint32_t num_done = load_acquire(params.counters + ForwardSm90Counters::kChunksDone);
+      k_hat_done = num_done == static_cast<uint32_t>(schedule.num_chunks);
+      fence_proxy_async_global();  // other blocks' st.global before this one's TMA
+    }
+
+    __device__ __forceinline__ void await_k_hat(const Work& work, int block) {
+      if (k_hat_done) return;
+      const uint32_t* done =
+          params.counters + chunks_done(params, work.batch * params.num_kv_heads + work.kv_head, block);
+      const int num_rows = min(kBlockK, params.seq_len_k - block * kBlockK);
+      const uint32_t num_chunks = (num_rows + Traits::kChunkRows - 1) / Traits::kChunkRows;
+      while (load_acquire(done) < num_chunks) __nanosleep(64);
+      fence_proxy_async_global();
+    }
+
     __device__ __forceinline__ void load_k(const Work& work, int block) {
+      await_k_hat(work, block);
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
       load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), block * kBlockK, work.kv_head,
                     work.batch);
@@ -189,6 +233,7 @@ struct ForwardSm90 {
       announce(work);
       load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
       q_parity ^= 1;
+      look_for_k_hat();
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
       if (block < 0) return;
       load_k(work, block);
@@ -201,16 +246,101 @@ struct ForwardSm90 {
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are; results do not.
-    __device__ __forceinline__ void load_tiles(const ForwardSchedule& schedule) {
+    __device__ __forceinline__ void load_tiles() {
       unsigned tile = blockIdx.x;
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
         // Asked for a tile ahead, for the answer takes a microsecond.
-        const unsigned next = gridDim.x + atomic_increment(params.tile_counter);
+        const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
         load_tile(find_work(params, schedule, tile));
         tile = next;
       }
       announce({0, 0, 0, kNoMoreTiles});
       mbarrier_arrive(shared.q_full());
+    }
+  };
+
+  // Norm::kAhead: a warp beside the producer's. It writes k_hat, chunk by chunk; producers of all blocks wait for it.
+  //
+  // None waits for ever, even if the GPU does not run all blocks at a time. A chunk that has been taken was taken by a
+  // running warp, which waits for nobody before it has written it. One that has not will be, by warps beside the very
+  // producer that waits: they take chunks until none is left.
+  struct KeyNormalizer {
+    static constexpr int kLanes = Traits::kLanesPerRow, kRowsAtOnce = 32 / kLanes, kRows = Traits::kRowsPerLane;
+
+    const ForwardParams& params;
+    const ForwardSchedule& schedule;
+    // A lane's share of the chunk: kRows rows, kRowsAtOnce from each other.
+    int row;  // the first
+    T* target;
+    rows::PackedSlice slices[kRows];
+    unsigned counter = 0;  // of the chunk's block
+
+    // The answer, which takes a microsecond, is lane 0's alone.
+    __device__ __forceinline__ unsigned ask_for_chunk() const {
+      if ((threadIdx.x & 31) != 0) return 0;
+      return atomic_increment(params.counters + ForwardSm90Counters::kChunksTaken);
+    }
+
+    // Whether the lane's i-th row has the first or second of the lane's vectors.
+    __device__ __forceinline__ bool has_vector(int i, int vector) const {
+      const int column = 8 * (threadIdx.x % kLanes + kLanes * vector);
+      return row + i * kRowsAtOnce < params.seq_len_k && column < params.head_dim;
+    }
+
+    __device__ __forceinline__ void load(unsigned chunk) {
+      const Place place = find_place(chunk, params.batch * params.num_kv_heads, schedule.chunks_per_kv_head,
+                                     schedule.kv_heads_per_section);
+      const unsigned first_row = (schedule.chunks_per_kv_head - 1 - place.block) * Traits::kChunkRows;
+      const unsigned first_column = 8 * (threadIdx.x % kLanes);
+      row = first_row + (threadIdx.x & 31) / kLanes;
+      counter = chunks_done(params, place.head, first_row / kBlockK);
+      const rows::Position position{place.head / params.num_kv_heads, place.head % params.num_kv_heads, row};
+      target = rows::row_of<T>(params.k_hat, position) + first_column;
+      const T* source = rows::row_of<const T>(params.k, position) + first_column;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i, source += kRowsAtOnce * params.k.stride_row) {
+#pragma unroll
+        for (int vector = 0; vector < 2; ++vector) {
+          uint4 x{};
+          if (has_vector(i, vector)) x = reinterpret_cast<const uint4*>(source)[kLanes * vector];
+          reinterpret_cast<uint4&>(slices[i][4 * vector]) = x;
+        }
+      }
+    }
+
+    __device__ __forceinline__ void normalize_and_store() {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i, target += kRowsAtOnce * params.k_hat.stride_row) {
+        rows::normalize_packed<T>(slices[i], kLanes);
+#pragma unroll
+        for (int vector = 0; vector < 2; ++vector) {
+          if (!has_vector(i, vector)) continue;
+          reinterpret_cast<uint4*>(target)[kLanes * vector] = reinterpret_cast<const uint4&>(slices[i][4 * vector]);
+        }
+      }
+    }
+
+    // Adds to a counter; who acquires that sees what the warp has written.
+    __device__ __forceinline__ void publish(unsigned counter, unsigned count) const {
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) red_add_release(params.counters + counter, count);
+    }
+
+    __device__ __forceinline__ void normalize_chunks() {
+      unsigned num_written = 0;
+      unsigned next = ask_for_chunk();
+      while (true) {
+        const unsigned chunk = __shfl_sync(0xffffffffu, next, 0);
+        const bool exists = chunk < static_cast<unsigned>(schedule.num_chunks);
+        const unsigned counter_before = counter;
+        if (exists) load(chunk);
+        if (num_written > 0) publish(counter_before, 1);  // takes as long as the loads
+        if (!exists) break;
+        next = ask_for_chunk();
+        normalize_and_store();
+        ++num_written;
+      }
+      publish(ForwardSm90Counters::kChunksDone, num_written);
     }
   };
 
@@ -600,9 +730,14 @@ __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 
 
   if (warp >= 4 * F::Traits::kConsumers) {
     setmaxnreg_dec<F::Traits::kProducerRegisters>();
-    if (threadIdx.x != 128 * F::Traits::kConsumers) return;
+    const bool keys_ahead = params.plan.k_norm == Norm::kAhead;
+    if (warp > 4 * F::Traits::kConsumers) {
+      if (keys_ahead) typename F::KeyNormalizer{params, schedule}.normalize_chunks();
+      return;
+    }
+    if (threadIdx.x % 32 != 0) return;
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch_tensor_map(map);
-    typename F::Producer{params, maps, shared}.load_tiles(schedule);
+    typename F::Producer{params, maps, schedule, shared, !keys_ahead}.load_tiles();
   } else {
     setmaxnreg_inc<F::Traits::kConsumerRegisters>();
     typename F::Consumer consumer{params, shared, 16 * warp};
@@ -645,6 +780,13 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   schedule.heads_per_section = params.causal ? static_cast<int>(kSectionBytes / bytes_per_head) + 1 : 1;
   const auto num_blocks =
       static_cast<unsigned>(std::min<int64_t>(num_tiles, current_device().num_multiprocessors));
+
+  const int group = params.num_heads / params.num_kv_heads;
+  const int heads_at_once =
+      params.causal ? schedule.heads_per_section : static_cast<int>(num_blocks) / schedule.num_blocks_q + 1;
+  schedule.kv_heads_per_section = (heads_at_once + group - 1) / group;
+  schedule.chunks_per_kv_head = (params.seq_len_k + Traits::kChunkRows - 1) / Traits::kChunkRows;
+  schedule.num_chunks = params.batch * params.num_kv_heads * schedule.chunks_per_kv_head;
   const auto launch = [&]<bool kExactSum>() {
     constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "cuda_check.h"
 
@@ -22,32 +21,6 @@ void allow_shared_memory() {
     CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
-}
-
-struct DeviceProperties {
-  int num_multiprocessors = 0;
-  int compute_capability = 0;  // 90 is 9.0
-};
-
-// Of the current device. All devices are asked once; a static variable's initialisation is thread-safe.
-inline const DeviceProperties& current_device() {
-  static const std::vector<DeviceProperties> all = [] {
-    int num_devices = 0;
-    CUDA_CHECK(cudaGetDeviceCount(&num_devices));
-    std::vector<DeviceProperties> result(num_devices);
-    for (int index = 0; index < num_devices; ++index) {
-      int major = 0, minor = 0;
-      CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-      CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-      CUDA_CHECK(
-          cudaDeviceGetAttribute(&result[index].num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
-      result[index].compute_capability = 10 * major + minor;
-    }
-    return result;
-  }();
-  int device = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  return all.at(device);
 }
 
 }  // namespace flash_cosine_sim

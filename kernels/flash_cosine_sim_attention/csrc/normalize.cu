@@ -1,7 +1,7 @@
 // q_hat = c * q / |q| and k_hat = k / |k|, c = scale * log2(e), in one launch: each row is read and written once.
 //
 // A q_hat that is q itself, or a k_hat that is k, is left to the attention kernel. Being the launch before that one,
-// this one also zeroes its counter of tiles, which spares a memset.
+// this one also zeroes its counters, which spares a memset.
 #include "attention.h"
 #include "cuda_check.h"
 #include "rows.cuh"
@@ -24,12 +24,16 @@ struct NormalizeParams {
   const float* scale;
   int scale_stride;
   float scale_value;
-  uint32_t* tile_counter;
+  uint32_t* counters;
+  int64_t num_counters;
 };
 
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(const __grid_constant__ NormalizeParams params) {
-  if (params.tile_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.tile_counter = 0;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < params.num_counters;
+       i += int64_t{gridDim.x} * kThreads) {
+    params.counters[i] = 0;
+  }
   const rows::RowLanes<T> lanes(params.head_dim);
   const bool is_query = blockIdx.x < params.query_blocks;
   const Side& side = params.sides[is_query ? 0 : 1];
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const __grid_consta
 }
 
 template <typename T>
-void launch(const Attention& params, uint32_t* tile_counter, cudaStream_t stream) {
+void launch(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
   using Lanes = rows::RowLanes<T>;
   NormalizeParams arguments{};
   const auto make_side = [&](const Tensor& source, const Tensor& unit, int num_heads, int seq_len) {
@@ -88,7 +92,8 @@ void launch(const Attention& params, uint32_t* tile_counter, cudaStream_t stream
   arguments.scale = params.scale;
   arguments.scale_stride = params.scale_stride;
   arguments.scale_value = params.scale_value;
-  arguments.tile_counter = tile_counter;
+  arguments.counters = counters;
+  arguments.num_counters = num_counters;
   // A full block writes 4 KiB at least, so no memory is large enough for 2^31 of them.
   const int rows_per_block = kThreads >> rows::log2_lanes(params.head_dim, Lanes::kSlice);
   const int64_t query_blocks = (arguments.sides[0].num_rows + rows_per_block - 1) / rows_per_block;
@@ -109,8 +114,8 @@ void launch(const Attention& params, uint32_t* tile_counter, cudaStream_t stream
 
 }  // namespace
 
-void launch_normalize(const Attention& params, uint32_t* tile_counter, cudaStream_t stream) {
-  rows::with_dtype(params.dtype, [&]<typename T>() { launch<T>(params, tile_counter, stream); });
+void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
+  rows::with_dtype(params.dtype, [&]<typename T>() { launch<T>(params, counters, num_counters, stream); });
 }
 
 }  // namespace flash_cosine_sim

@@ -27,6 +27,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
                : "memory");
 }
 
+// Waits for all of this thread's copies.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones); lane i gives the address of row i % 8 of matrix
@@ -135,6 +136,12 @@ __device__ __forceinline__ int load_acquire(const int* address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_release(int* address, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
@@ -144,6 +151,10 @@ __device__ __forceinline__ uint32_t atomic_increment(uint32_t* address) {
   uint32_t value;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(value) : "l"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void red_add_release(uint32_t* address, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- Compute capability 9.0: barriers in shared memory, bulk tensor copies (TMA), registers per warpgroup ----
@@ -179,6 +190,9 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 
 // Orders this thread's accesses to shared memory before later ones of wgmma and TMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for global memory, also for accesses of other threads that this one's acquire has ordered before it.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Starts to copy a box whose first element has these coordinates (column, row, head, batch), zeros where it leaves
 // the tensor; its bytes count towards the barrier's phase.

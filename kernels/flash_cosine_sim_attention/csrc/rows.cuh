@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention.h"
 #include "math.cuh"
@@ -236,6 +237,66 @@ __device__ __forceinline__ void normalize_together(float (&x)[kCount], int lanes
   for (int i = 0; i < kCount; ++i) {
     x[i] *= inverse;
   }
+}
+
+// A lane's share of a row of 16-bit elements as it lies in memory: two vectors of 16 bytes, as RowLanes cuts a row, in
+// half the registers of a Slice.
+using PackedSlice = uint32_t[8];
+
+template <typename T>
+__device__ __forceinline__ float square_sum_over_lanes(const PackedSlice& x, int lanes) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = unpack<T>(x[i]);
+    sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
+  }
+  return sum_over_lanes(sum, lanes);
+}
+
+template <typename T>
+__device__ __forceinline__ void scale(PackedSlice& x, float factor) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = unpack<T>(x[i]);
+    x[i] = pack<T>(pair.x * factor, pair.y * factor);
+  }
+}
+
+// The same in T's own arithmetic, for a power of two that T has.
+template <typename T>
+__device__ __forceinline__ void multiply_packed(PackedSlice& x, float power_of_two) {
+  using Pair = std::conditional_t<__is_same(T, __half), __half2, __nv_bfloat162>;
+  const uint32_t factors = pack<T>(power_of_two, power_of_two);
+#pragma unroll
+  for (uint32_t& pair : x) {
+    const Pair product = __hmul2(reinterpret_cast<const Pair&>(pair), reinterpret_cast<const Pair&>(factors));
+    pair = reinterpret_cast<const uint32_t&>(product);
+  }
+}
+
+// 1 / sqrt(x) to within a hair of half a unit in the last place, so it hardly ever differs from __frsqrt_rn, which
+// branches.
+__device__ __forceinline__ float rsqrt_refined(float x) {
+  const float y = rsqrtf(x);
+  const float square = y * y;
+  const float residual = fmaf(-x, fmaf(y, y, -square), fmaf(-x, square, 1.f));
+  return fmaf(0.5f * y, residual, y);
+}
+
+// Like normalize_together, but to the bits of normalize: where no square sum is out of range, and all but always.
+template <typename T>
+__device__ __forceinline__ void normalize_packed(PackedSlice& x, int lanes) {
+  float square_sum = square_sum_over_lanes<T>(x, lanes);
+  const bool too_small = square_sum <= kSmallestSafe, too_large = square_sum >= kLargestSafe;
+  // float16 comes here with zeros only. But for the branch, the compiler would unpack x once, into 16 registers more.
+  if (__any_sync(kWholeWarp, too_small || too_large)) {
+    constexpr bool kIsBf16 = __is_same(T, __nv_bfloat16);
+    const float factor = too_small ? (kIsBf16 ? 0x1p100f : 0x1p10f) : too_large ? 0x1p-70f : 1.f;
+    multiply_packed<T>(x, factor);
+    square_sum = square_sum_over_lanes<T>(x, lanes);
+  }
+  scale<T>(x, square_sum == 0.f ? 0.f : rsqrt_refined(square_sum));
 }
 
 // x becomes x^ = x / |x|; gradient, the one of x^, becomes that of x: (dx^ - x^ (x^.dx^)) / |x|.

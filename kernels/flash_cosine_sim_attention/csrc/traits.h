@@ -36,6 +36,51 @@ struct ForwardTraits {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
+// Few queries and many keys. All warps of a block copy blocks of kBlockKeys keys; warps_with_rows of them have rows of
+// their own, kWarpRows each, and the kWarps / warps_with_rows that have the same rows share out a block's keys, kBlockK
+// at a time.
+template <Math kMath, int kHeadDim>
+struct SplitTraits {
+  static constexpr int kElementSize = element_size(kMath);
+  static constexpr int kRowBytes = kHeadDim * kElementSize;
+  // Longer rows spill registers; forward_sm80.cuh takes them.
+  static constexpr bool kExists = kRowBytes <= 512;
+  // Mostly 32 KiB of keys and values. A block works on one such stage while the next is on its way, and a
+  // multiprocessor has two or three blocks: more than the fastest memory needs to be busy.
+  static constexpr int kBlockKeys = kRowBytes <= 64 ? 256 : kRowBytes <= 128 ? 128 : kRowBytes <= 256 ? 64 : 32;
+  static constexpr int kWarps = kBlockKeys >= 64 ? 4 : kBlockKeys / 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlockK = kBlockKeys / kWarps;
+  static constexpr bool kQInRegisters = kElementSize == 2 && kHeadDim <= 128;
+  // Then q's shared memory serves keys as well, and there is room for three blocks of 168 registers a thread: enough for
+  // 16 rows a warp, but where P is wide and takes twice as many.
+  static constexpr int kMinBlocks = kQInRegisters && kMath != Math::kFp16WideP ? 3 : 2;
+  static constexpr int kRowTiles = kElementSize == 4 && kRowBytes <= 128 ? 2 : 1;
+  // 16-bit keys become k_hat as fragments, in each warp that multiplies with them; float32's, whose products leave no
+  // time and registers for that, in shared memory, once a block.
+  static constexpr bool kNormalizesFragments = kElementSize == 2;
+  static constexpr int kOutDim = kHeadDim;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kBlockQ = kWarpRows * kWarps;  // at most
+  static constexpr int warps_with_rows(int64_t num_rows) {
+    int warps = 1;
+    while (warps < kWarps && warps * kWarpRows < num_rows) warps *= 2;
+    return warps;
+  }
+
+  static constexpr int kStageBytes = 2 * kBlockKeys * kRowBytes;
+  // A q that goes into registers is first where the second stage will be.
+  static constexpr int kTileBytesQ = kBlockQ * kRowBytes;
+  static constexpr int kOffsetQ = (kQInRegisters ? 1 : 2) * kStageBytes;
+  static constexpr int kSharedBytes = 2 * kStageBytes + (kQInRegisters ? 0 : kTileBytesQ);
+  static_assert(!kQInRegisters || kTileBytesQ <= kStageBytes);
+  // After the loop, the warps' sums: O and the two row sums behind it. The pitch spreads eight rows over all banks.
+  static constexpr int kPitch = kHeadDim + 8;
+  static_assert(kWarps * kWarpRows * kPitch * static_cast<int>(sizeof(float)) <= kSharedBytes);
+  static_assert(!kExists || kSharedBytes <= kMaxSharedBytes);
+  static_assert(!kExists || kMinBlocks * (kSharedBytes + 1024) <= 228 * 1024, "what a 9.0 has, which takes 1 KiB a block itself");
+};
+
 // A block owns kBlockK keys, each warp 16 * kRowTiles of them, and walks over queries in blocks of kBlockQ. It adds
 // up kOutDim columns of dK and dV in registers; where kHeadDim has more, other blocks do the rest.
 template <Math kMath, int kHeadDim>
@@ -98,6 +143,17 @@ enum class RoundedSum {
   kUnpack,  // P's registers unpacked: three instructions for two elements
 };
 
+// What blocks of forward_sm90.cuh count together, as places in an array that begins as zeros. Each of the first few has
+// a sector of the L2 cache for itself.
+struct ForwardSm90Counters {
+  static constexpr int kTilesTaken = 0;  // beyond every block's first
+  static constexpr int kNumWithoutKeys = 1;
+  // With Norm::kAhead:
+  static constexpr int kChunksTaken = 8;
+  static constexpr int kChunksDone = 16;
+  static constexpr int kChunksOfBlockDone = 24;  // and so on, for each block of keys of each head
+};
+
 // A block, one a multiprocessor, takes tile after tile of kBlockQ queries, 64 a warpgroup, and walks over the keys in
 // blocks of kBlockK. One more warpgroup has a warp that keeps K and V coming, kStages blocks each.
 //
@@ -113,8 +169,8 @@ struct ForwardSm90Traits {
   static constexpr int kConsumers = kSliced ? 3 : 2;  // warpgroups
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // What one launch's registers, 65536 / kThreads each, rounded down to 8, allow when unevenly dealt out.
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kHeadDim <= 128 ? 224 : 232;
+  static constexpr int kProducerRegisters = kHeadDim <= 128 ? 56 : 40;
   static constexpr int kLaunchRegisters = kConsumers == 3 ? 128 : 168;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kLaunchRegisters,
                 "setmaxnreg would wait for ever");
@@ -126,6 +182,13 @@ struct ForwardSm90Traits {
   static constexpr int kStages = kHeadDim <= 32 ? 6 : kHeadDim == 64 ? 4 : kHeadDim == 96 ? 3 : 2;
   // Measured at 128: 2 to 3 % less energy. It also frees q's memory for the next tile's at once.
   static constexpr bool kQInRegisters = kHeadDim <= 128;
+
+  // Norm::kAhead: a warp normalises a chunk of keys at a time. A lane has 16 columns, which is how rows.cuh cuts a row,
+  // of as many rows as kProducerRegisters have room for: the more loads are under way, the faster it is.
+  static constexpr int kLanesPerRow = kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 8 : 16;
+  static constexpr int kRowsPerLane = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kChunkRows = kRowsPerLane * (32 / kLanesPerRow);
+  static_assert(kBlockK % kChunkRows == 0);
 
   // Tiles are panels of so many columns, the widest that TMA swizzles.
   static constexpr int kPanelDim = kHeadDim % 64 == 0 ? 64 : kHeadDim % 32 == 0 ? 32 : 16;
