@@ -308,19 +308,29 @@ def gemm_tflops(timer: Timer, dtype: str) -> float | None:
     return 2 * 8192**3 / timer.median_ms(lambda: a @ b) / 1e9
 
 
+def copy_tb_s(timer: Timer) -> float | None:
+    """TB/s, read and written, of a copy of 1 GiB: what attention of few queries could at best read."""
+    if not timer.on_gpu:
+        return None
+    a, b = torch.empty(2, 2**30, dtype=torch.int8, device=timer.device).unbind(0)
+    return 2 * 2**30 / timer.median_ms(lambda: b.copy_(a)) / 1e9
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def cases(arguments: argparse.Namespace, dtype: str) -> list[Case]:
     """One case a length, from the smallest."""
+    if arguments.causal and arguments.seq_len_q:
+        raise ValueError("--seq-len-q takes no --causal: contenders disagree about which keys the first query sees")
     found = []
     for seq_len in sorted(set(arguments.seq_len or LENGTHS[arguments.preset])):
         batch, heads = _batch_and_heads(arguments, seq_len)
         kv_heads = arguments.kv_heads or heads
         if heads % kv_heads:
             raise ValueError(f"--kv-heads must divide --heads {heads}, got {kv_heads}")
-        options = (arguments.causal, arguments.mask_prob, arguments.bias)
+        options = (arguments.causal, arguments.mask_prob, arguments.bias, arguments.seq_len_q)
         found.append(Case(batch, heads, kv_heads, seq_len, arguments.head_dim, dtype, *options))
     return found
 
@@ -352,7 +362,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print("not installed:", ", ".join(absent) or "none", markup=False, highlight=False)
     report["versions"] |= versions(arguments.predecessor)
     report |= machine(device)
-    for key in ("gemm_tflops", "refused"):
+    for key in ("gemm_tflops", "copy_tb_s", "refused"):
         report[key] = {dtype: part[key] for dtype, part in parts.items()}
     for key in ("accuracy", "rows"):
         report[key] = [row for part in parts.values() for row in part[key]]
@@ -374,6 +384,7 @@ def _compare(
     errors, refused = check(candidates, checked, timer.device)
     console.print(_accuracy_table(checked, errors))
     peak = gemm_tflops(timer, smallest.dtype)
+    copy = copy_tb_s(timer) if smallest.seq_len_q else None
     only = "forwards" if arguments.only_forwards else "backwards" if arguments.only_backwards else None
     rows = []
     for case in listed:
@@ -387,6 +398,8 @@ def _compare(
             break
         results = {contender.name: result for contender, result in measured.items()}
         console.print(_table(case, results, peak))
+        if case.seq_len_q:
+            console.print(_bandwidth_table(case, results, copy))
         if arguments.sustained:
             console.print(_sustained_table(case, results))
         if host:
@@ -396,7 +409,7 @@ def _compare(
     for name, results in errors.items():
         numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
         accuracy.append({**asdict(checked), "contender": name, **numbers})
-    return {"accuracy": accuracy, "gemm_tflops": peak, "refused": refused, "rows": rows}
+    return {"accuracy": accuracy, "gemm_tflops": peak, "copy_tb_s": copy, "refused": refused, "rows": rows}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -425,7 +438,8 @@ def _shapes(listed: list[Case]) -> str:
     heads = f"{case.heads}" if case.kv_heads == case.heads else f"{case.heads}/{case.kv_heads}"
     batch = f"batch {case.batch}" if len({c.batch for c in listed}) == 1 else f"batch x seq_len {TOKENS}"
     options = ("causal",) * case.causal + (f"mask {case.mask_prob:g}",) * bool(case.mask_prob) + ("bias",) * case.bias
-    return ", ".join((batch, f"heads {heads}", f"head_dim {case.head_dim}", *options))
+    queries = (f"seq_len_q {case.seq_len_q}",) if case.seq_len_q else ()
+    return ", ".join((batch, f"heads {heads}", f"head_dim {case.head_dim}", *queries, *options))
 
 
 def _accuracy_table(case: Case, errors: dict[str, dict[str, float]]) -> Table:
@@ -447,6 +461,21 @@ def _host_table(case: Case, measured: dict[str, dict]) -> Table:
     for name, result in measured.items():
         if "host_us_grad" in result:
             table.add_row(name, f"{result['host_us_no_grad']:.1f}", f"{result['host_us_grad']:.1f}")
+    return table
+
+
+def _bandwidth_table(case: Case, measured: dict[str, dict], copy: float | None) -> Table:
+    table = Table(title=f"reading keys and values, forward\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+    table.add_column("contender")
+    table.add_column("us", justify="right")
+    table.add_column("TB/s", justify="right")
+    table.add_column("of a copy", justify="right")
+    size = 2 * case.batch * case.kv_heads * case.seq_len * case.head_dim * DTYPES[case.dtype].itemsize
+    for name, result in measured.items():
+        if "forward_ms" in result:
+            tb_s = size / result["forward_ms"] / 1e9
+            share = "-" if copy is None else f"{tb_s / copy:.0%}"
+            table.add_row(name, f"{1e3 * result['forward_ms']:.1f}", f"{tb_s:.2f}", share)
     return table
 
 
@@ -556,6 +585,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=integer(1), help="default: as many as heads")
     parser.add_argument("--head-dim", type=integer(1), default=64)
     parser.add_argument("--seq-len", type=integer(1), nargs="+", metavar="N")
+    parser.add_argument(
+        "--seq-len-q", type=integer(1), metavar="N", help="queries, where fewer than keys: how fast are these read?"
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"])
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask-prob", type=_probability, default=0.0, help="share of keys that a key mask hides")

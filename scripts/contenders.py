@@ -44,16 +44,21 @@ class Case:
     causal: bool
     mask_prob: float
     bias: bool
+    seq_len_q: int | None = None  # seq_len, unless queries are fewer than keys
+
+    @property
+    def queries(self) -> int:
+        return self.seq_len_q or self.seq_len
 
     def flops(self) -> float:
         """Forward operations of the two matrix products, a causal row counting the keys it sees."""
-        pairs = self.seq_len * (self.seq_len + 1) / 2 if self.causal else self.seq_len**2
+        pairs = self.seq_len * (self.seq_len + 1) / 2 if self.causal else self.queries * self.seq_len
         return 4 * self.batch * self.heads * pairs * self.head_dim
 
 
 @dataclass
 class Inputs:
-    """q (batch, heads, seq_len, head_dim); k, v with kv_heads; mask (batch, seq_len); bias (heads, i, j); do like q."""
+    """q (batch, heads, i, head_dim); k, v (batch, kv_heads, j, head_dim); mask (batch, j); bias (heads, i, j); do."""
 
     q: Tensor
     k: Tensor
@@ -82,7 +87,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Random inputs of a case; every batch element keeps its first key."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, device=device, dtype=dtype, generator=generator)
-    shape = (case.batch, case.heads, case.seq_len, case.head_dim)
+    shape = (case.batch, case.heads, case.queries, case.head_dim)
     kv_shape = (case.batch, case.kv_heads, case.seq_len, case.head_dim)
     q, k, v = (random(size).requires_grad_() for size in (shape, kv_shape, kv_shape))
     mask = bias = None
@@ -90,7 +95,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         mask = torch.rand(case.batch, case.seq_len, device=device, generator=generator) >= case.mask_prob
         mask[:, 0] = True
     if case.bias:
-        bias = random((case.heads, case.seq_len, case.seq_len)).requires_grad_()
+        bias = random((case.heads, case.queries, case.seq_len)).requires_grad_()
     return Inputs(q, k, v, mask, bias, random(shape))
 
 

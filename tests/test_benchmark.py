@@ -131,6 +131,14 @@ def test_sustained_load_is_measured_beside_the_rest(tmp_path, monkeypatch, capsy
     assert "under continuous load" in capsys.readouterr().out
 
 
+def test_few_queries_are_judged_by_what_they_read(tmp_path, capsys):
+    found = report(tmp_path, "--seq-len", "32", "--seq-len-q", "2", "--kv-heads", "1")
+    assert all(row["seq_len_q"] == 2 and row["forward_ms"] > 0 for row in found["rows"]) and found["rows"]
+    assert "reading keys and values" in capsys.readouterr().out
+    assert found["copy_tb_s"] == {"bfloat16": None}  # on a CPU
+    assert case(seq_len=32, seq_len_q=2).flops() == 4 * 2 * 4 * 2 * 32 * 16
+
+
 @pytest.mark.parametrize(("flag", "key"), [("--only-forwards", "forward_ms"), ("--only-backwards", "backward_ms")])
 def test_one_direction_alone(tmp_path, flag, key):
     for row in report(tmp_path, "--seq-len", "16", flag)["rows"]:
@@ -230,7 +238,7 @@ def test_the_plot_tells_ours_and_no_norm_apart(tmp_path, monkeypatch):
 def cases_of(monkeypatch, *arguments):
     asked = []
     monkeypatch.setattr(benchmark, "contenders", lambda *_: ([], []))
-    part = {"accuracy": [], "gemm_tflops": None, "refused": {}, "rows": []}
+    part = {"accuracy": [], "gemm_tflops": None, "copy_tb_s": None, "refused": {}, "rows": []}
     monkeypatch.setattr(benchmark, "_compare", lambda listed, *_: asked.extend(listed) or part)
     assert main(["--device", "cpu", *arguments]) == 2  # for nothing was timed
     return asked
@@ -262,6 +270,11 @@ def test_presets(monkeypatch):
 def test_bad_arguments_are_refused(capsys, arguments, message):
     assert main([*SMALL, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_few_queries_are_not_causal(capsys):
+    assert main([*SMALL, "--seq-len-q", "1", "--causal"]) == 2
+    assert "--seq-len-q takes no --causal" in capsys.readouterr().err
 
 
 def test_the_preset_refuses_what_does_not_divide(capsys):
