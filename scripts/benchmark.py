@@ -11,9 +11,10 @@ Before anything is timed, output and gradients of every contender are compared w
 inputs, at the smallest length (2048 at most, and a batch of two); one that is wrong, or that cannot serve the case, is
 listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel can crash,
 and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over random data
-after warm-up, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time. TFLOP/s count
-4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5 times that backward.
-The peak of memory is what forward and backward allocate beyond the inputs and the gradient of the output.
+after warm-up and a pause, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time.
+TFLOP/s count 4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5 times
+that backward. The peak of memory is what forward and backward allocate beyond the inputs and the gradient of the
+output.
 
 Large GPUs lower their clock after tens of milliseconds of such work, to stay within their power limit. --sustained
 measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
@@ -73,6 +74,9 @@ class Timer:
     """Medians of repeated calls on one device."""
 
     WARM_UP_S = 0.05  # at least, and at least three calls
+    # At its power limit a GPU lowers its clock, by up to a fifth: without a pause, a contender would be timed with the
+    # clock that the one before has left.
+    PAUSE_S = 0.5
     LONGEST_S = 1.5  # a measurement stops at so much, but not before
     FEWEST = 5  # calls
     HOST_ROUNDS, HOST_CALLS = 5, 200
@@ -90,6 +94,7 @@ class Timer:
         count = min(self.num_times, max(self.FEWEST, int(self.LONGEST_S / seconds)))
         if not self.on_gpu:
             return 1e3 * statistics.median(self._clock(call) for _ in range(count))
+        time.sleep(self.PAUSE_S)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self.flush.zero_()

@@ -350,10 +350,12 @@ def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: happened.append("synchronize"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: happened.append(seconds))
     timer = Timer(CPU, 2)
     timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
     assert timer.median_ms(lambda: happened.append("call")) == 7.0
-    assert happened == ["call", "synchronize"] * 3 + ["flush", "event", "call", "event"] * 2 + ["synchronize"]
+    timed = ["flush", "event", "call", "event"] * 2
+    assert happened == ["call", "synchronize"] * 3 + [Timer.PAUSE_S] + timed + ["synchronize"]
     happened.clear()
     timer.host_us(lambda: happened.append("call"))
     rounds = (["synchronize"] + ["call"] * Timer.HOST_CALLS) * Timer.HOST_ROUNDS
