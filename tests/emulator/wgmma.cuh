@@ -23,6 +23,10 @@ uint64_t make_descriptor(uint32_t lower_half) {
   return kUpperHalf << 32 | lower_half;
 }
 
+inline uint64_t make_plain_descriptor(uint32_t lower_half) {
+  return (make_descriptor<128>(lower_half) & 0xffffffffu) | uint64_t{256 / 16} << 32;
+}
+
 template <typename T>
 float wgmma_element(uint16_t bits) {
   if constexpr (__is_same(T, __half)) return static_cast<float>(std::bit_cast<_Float16>(bits));
@@ -30,11 +34,14 @@ float wgmma_element(uint16_t bits) {
 }
 
 // Element k of the contraction in row (of a) or column (of b) n. With kTransposed the rows in memory are k's, not n's.
+// Without a swizzle a panel is a core matrix wide.
 template <typename T, bool kTransposed>
 float wgmma_element(uint64_t descriptor, int n, int k) {
   const auto field = [&](int first_bit) { return static_cast<uint32_t>(descriptor >> first_bit & 0x3fff) * 16; };
   const uint32_t start = field(0), next_panel = field(16), next_rows = field(32);
-  const uint32_t panel_bytes = 256 >> (descriptor >> 62);
+  const int mode = static_cast<int>(descriptor >> 62);
+  const uint32_t panel_bytes = mode == 0 ? 16 : 256 >> mode;
+  if (mode == 0 && kTransposed) throw std::logic_error("not emulated");
   const int row = kTransposed ? k : n, column = kTransposed ? n : k;
   const int panel_columns = static_cast<int>(panel_bytes) / 2;
   const uint32_t address = start + column / panel_columns * next_panel + row / 8 * next_rows + row % 8 * panel_bytes +
@@ -120,9 +127,9 @@ void wgmma_rs(float (&d)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
   issue_wgmma<T, kAccumulate, kTransposed, kBlocks>("wgmma of registers", {d, a, 0, b});
 }
 
-template <typename T, bool kAccumulate, int kBlocks>
+template <typename T, bool kAccumulate, bool kTransposed, int kBlocks>
 void wgmma_ss(float (&d)[kBlocks][4], uint64_t a, uint64_t b) {
-  issue_wgmma<T, kAccumulate, false, kBlocks>("wgmma of shared memory", {d, nullptr, a, b});
+  issue_wgmma<T, kAccumulate, kTransposed, kBlocks>("wgmma of shared memory", {d, nullptr, a, b});
 }
 
 inline void wgmma_commit() {

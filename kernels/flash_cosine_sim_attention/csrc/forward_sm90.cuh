@@ -474,9 +474,9 @@ struct ForwardSm90 {
           const uint32_t tile_q = (shared.q() + first_row / 64 * 64 * kPanelBytes) / 16;
           const uint64_t a = make_descriptor<kPanelBytes>(tile_q + panel * (kBlockQ * kPanelBytes / 16) + offset);
           if (step == 0) {
-            wgmma_ss<T, false>(scores, a, b);
+            wgmma_ss<T, false, false>(scores, a, b);
           } else {
-            wgmma_ss<T, true>(scores, a, b);
+            wgmma_ss<T, true, false>(scores, a, b);
           }
         }
       }
