@@ -67,6 +67,30 @@ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { ldmatrix<false>(r, address); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { ldmatrix<true>(r, address); }
 
+inline void mark_written(uint32_t address, uint32_t bytes, int thread) {
+  for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) {
+    emulator::last_write[word] = {thread, emulator::fibers[thread].num_proxy_fences};
+  }
+}
+
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  struct Store {
+    uint32_t address;
+    const uint32_t* r;
+  } mine{address, r};
+  emulator::meet_warp("stmatrix.trans", ~0u, mine, [](Store** lanes) {
+    const int first_thread = emulator::current / 32 * 32;
+    for (int lane = 0; lane < 32; ++lane) {  // the one with the address
+      uint16_t column[8];
+      for (int row = 0; row < 8; ++row) {
+        column[row] = static_cast<uint16_t>(lanes[4 * row + lane % 8 / 2]->r[lane / 8] >> lane % 2 * 16);
+      }
+      std::memcpy(shared_memory_at(lanes[lane]->address, 16), column, 16);
+      mark_written(lanes[lane]->address, 16, first_thread + lane);
+    }
+  });
+}
+
 inline float load_shared_f32(uint32_t address) {
   float value;
   std::memcpy(&value, shared_memory_at(address, 4), 4);
@@ -76,9 +100,7 @@ inline float load_shared_f32(uint32_t address) {
 template <typename Value>
 void store_shared(uint32_t address, const Value& value) {
   std::memcpy(shared_memory_at(address, sizeof(value)), &value, sizeof(value));
-  for (uint32_t word = address / 4; word < (address + sizeof(value)) / 4; ++word) {
-    emulator::last_write[word] = {emulator::current, emulator::fibers[emulator::current].num_proxy_fences};
-  }
+  mark_written(address, sizeof(value), emulator::current);
 }
 
 inline void load_shared_v4_s32(int (&values)[4], uint32_t address) {
@@ -88,6 +110,10 @@ inline void load_shared_v4_s32(int (&values)[4], uint32_t address) {
 inline void store_shared_b32(uint32_t address, uint32_t value) { store_shared(address, value); }
 inline void store_shared_v4_s32(uint32_t address, const int (&values)[4]) { store_shared(address, values); }
 inline void store_shared_v2_f32(uint32_t address, float x, float y) { store_shared(address, float2{x, y}); }
+
+inline void store_shared_v4_f32(uint32_t address, float x, float y, float z, float w) {
+  store_shared(address, float4{x, y, z, w});
+}
 
 // kPerRegister elements of the contraction lie in a register: 2 of 16 bits, or one TF32. Sums are rounded, where a
 // tensor core truncates them.
@@ -282,6 +308,36 @@ inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_
   if (!barrier.waiting.threads.empty()) make_loads(barrier);
 }
 
+inline void check_bulk(const void* global, uint32_t shared, int bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || shared % 16 != 0 || bytes % 16 != 0 || bytes <= 0) {
+    throw std::logic_error("a bulk copy of an unaligned address or size");
+  }
+}
+
+inline void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier_address) {
+  check_bulk(source, destination, bytes);
+  emulator::Barrier& barrier = barrier_at(barrier_address);
+  for (int byte = 0; byte < bytes; byte += 16) emulator::poison(overwritten_by_tma(destination + byte), 16);
+  barrier.loads.push_back([=, &barrier] {
+    for (int byte = 0; byte < bytes; byte += 16) {
+      std::memcpy(shared_memory_at(destination + byte, 16), static_cast<const char*>(source) + byte, 16);
+    }
+    barrier.missing_bytes -= bytes;
+  });
+  if (!barrier.waiting.threads.empty()) make_loads(barrier);
+}
+
+inline void bulk_add_f32(float* destination, uint32_t source, int bytes) {
+  check_bulk(destination, source, bytes);
+  emulator::fibers[emulator::current].stores.push_back([=] {
+    for (int byte = 0; byte < bytes; byte += 4) {
+      float x;
+      std::memcpy(&x, asynchronous_memory_at(source + byte, 4), 4);
+      destination[byte / 4] += x;
+    }
+  });
+}
+
 // The bytes are read when the thread waits for that, and no sooner.
 inline void tma_store_4d(const void* tensor_map, uint32_t tile, int column, int row, int head, int batch) {
   const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
@@ -304,6 +360,8 @@ inline void tma_store_wait_read() {
   std::for_each(fiber.stores.begin(), end, [](const emulator::Deferred& store) { store(); });
   fiber.stores.erase(fiber.stores.begin(), end);
 }
+
+inline void tma_store_wait() { tma_store_wait_read(); }
 
 inline void prefetch_tensor_map(const void*) {}
 
