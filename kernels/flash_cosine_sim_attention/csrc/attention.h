@@ -98,7 +98,21 @@ struct ForwardParams : Attention {
   float* denominator = nullptr;
 };
 
+// How many bytes of a query's statistics, row_statistics.cuh, backward_sm90.cuh's tensor cores read.
+inline constexpr int kRowStatisticsBytes = 32;
+
+// Which kernel a backward pass takes, and how much workspace, in elements.
+struct BackwardPlan {
+  bool sm90 = false;  // backward_sm90.cuh, else backward_sm80.cuh
+  int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
+  // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
+  int padded_rows = 0, padded_dim = 0;
+  int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0, row_statistics = 0;
+  bool tile_counter = false;
+};
+
 struct BackwardParams : Attention {
+  BackwardPlan plan;
   Tensor o, dout;
   const float* row_sum_log2 = nullptr;   // (batch, num_heads, seq_len_q)
   const float* drow_sum_log2 = nullptr;  // the same, or nullptr for zero
@@ -111,21 +125,17 @@ struct BackwardParams : Attention {
   // Workspace, in the sizes that plan_backward gives; contiguous.
   float* delta = nullptr;  // (batch, num_heads, seq_len_q): rowsum(dO * O) - log2(e) * drow_sum_log2
   // sum_j dS_ij k^_j, (batch, num_heads, seq_len_q, head_dim): the gradient of q^ but for the factor scale.
-  // run_backward sets it to zero. nullptr if neither dq nor dscale is needed.
+  // run_backward sets it to zero. nullptr if neither dq nor dscale is needed. backward_sm90.cuh's is padded, and its
+  // elements are in the order of rows.cuh's `tiled_offset`.
   float* dq_accumulator = nullptr;
   int* dq_order = nullptr;  // deterministic: whose turn it is at each block of queries; zeroed by run_backward
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0.
   float* dkv_partials = nullptr;
-  int num_splits = 0;
-};
-
-// How much workspace a backward pass needs, in elements.
-struct BackwardPlan {
-  int64_t dq_accumulator = 0;
-  int64_t dq_order = 0;
-  int64_t dkv_partials = 0;
-  int num_splits = 0;  // 0: the main kernel writes dk and dv itself
+  // backward_sm90.cuh: what launch_row_statistics makes of delta and row_sum_log2, instead of delta; and how many tiles
+  // have been taken beyond every block's first, which run_backward zeroes.
+  float* row_statistics = nullptr;
+  uint32_t* tile_counter = nullptr;
 };
 
 // dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and
@@ -134,7 +144,7 @@ struct BackwardPlan {
 // Reads shapes, strides and options, and which outputs are wanted; neither q_hat nor k_hat nor a workspace pointer.
 ForwardPlan plan_forward(const ForwardParams& params);
 void run_forward(const ForwardParams& params, cudaStream_t stream);
-// Reads shapes, options and which outputs are needed; no workspace pointer.
+// Reads shapes, strides and options, and which outputs are needed; neither q_hat nor k_hat nor a workspace pointer.
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors);
 void run_backward(const BackwardParams& params, cudaStream_t stream);
 
@@ -143,6 +153,8 @@ void run_backward(const BackwardParams& params, cudaStream_t stream);
 void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
 // postprocess.cu
+// row_statistics, and zeros in dq_accumulator.
+void launch_row_statistics(const BackwardParams& params, cudaStream_t stream);
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
 // dq from dq_accumulator, through the factor scale and the norm; its rows' shares of dscale go into delta,
 // which nobody reads any more, and are then added up in order.
@@ -172,8 +184,11 @@ void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  /
 template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
 
-// forward_sm90.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no bias, at least a key
+// forward_sm90.cuh, backward_sm90.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
+// bias, at least a key; backward with the norm only
 template <Math kMath, int kHeadDim>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
+template <Math kMath, int kHeadDim>
+void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 
 }  // namespace flash_cosine_sim

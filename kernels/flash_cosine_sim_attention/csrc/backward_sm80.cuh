@@ -44,7 +44,7 @@ struct Backward {
   // Neighbouring blocks share keys, and keys ascend: in deterministic mode a block waits for those of lower keys
   // only. CUDA does not promise, but every GPU does, that those started before it.
   static __device__ Work find_work(const BackwardParams& params, unsigned index) {
-    const int num_splits = max(params.num_splits, 1), num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
+    const int num_splits = max(params.plan.num_splits, 1), num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
     Work work;
     work.slice = static_cast<int>(index % Traits::kSlices);
     index /= Traits::kSlices;
@@ -261,7 +261,7 @@ struct Backward {
     const int64_t heads = int64_t(params.batch) * params.num_kv_heads;
     // Found anew, or it would occupy a register through the loop.
     const auto block = static_cast<unsigned>(opaque(static_cast<int>(blockIdx.x)));
-    const int split = static_cast<int>(block / Traits::kSlices % params.num_splits);
+    const int split = static_cast<int>(block / Traits::kSlices % params.plan.num_splits);
     const int64_t head = (int64_t(split) * 2 + which) * heads + int64_t(work.batch) * params.num_kv_heads +
                          work.kv_head;
     const int column = work.slice * kOutDim + 2 * (lane & 3);
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   // with a scale each then have one head each (plan_backward).
   float factor = kLn2;
   if (!params.l2norm_qk) factor *= scale_log2(params, B::find_item(params, work, work.begin).head);
-  if (params.num_splits > 0) {
+  if (params.plan.num_splits > 0) {
     B::write_partial(params, work, 0, dk, factor, row);
     B::write_partial(params, work, 1, dv, 1.f, row);
   } else if constexpr (Traits::kSlices == 1) {
@@ -381,7 +381,7 @@ template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream) {
   using Traits = BackwardTraits<kMath, kHeadDim>;
   const int64_t num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
-  const int64_t num_splits = params.num_splits > 0 ? params.num_splits : 1;
+  const int64_t num_splits = params.plan.num_splits > 0 ? params.plan.num_splits : 1;
   const int64_t num_blocks = int64_t(params.batch) * params.num_kv_heads * num_blocks_k * num_splits * Traits::kSlices;
   allow_shared_memory<backward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
   backward_sm80_kernel<kMath, kHeadDim>

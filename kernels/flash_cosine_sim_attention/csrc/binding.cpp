@@ -295,14 +295,16 @@ std::tuple<TorchTensor, TorchTensor> partials(
   return {numerator, denominator};
 }
 
-// Sets the workspace of a backward pass: pieces of one allocation, which is returned.
+// Sets the plan and the workspace of a backward pass: pieces of one allocation, which is returned.
 TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   static_assert(sizeof(int) == sizeof(float), "dq_order lies in a float32 tensor");
-  const BackwardPlan plan = plan_backward(params, current_device().num_multiprocessors);
+  params.plan = plan_backward(params, current_device().num_multiprocessors);
+  const BackwardPlan& plan = params.plan;
   const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
   TorchTensor workspace = call.empty_float32(
-      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) + padded(plan.dq_order)});
+      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) + padded(plan.row_statistics) +
+       padded(plan.dq_order) + padded(plan.tile_counter)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;
@@ -312,8 +314,9 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   params.delta = take(delta);
   params.dq_accumulator = take(plan.dq_accumulator);
   params.dkv_partials = take(plan.dkv_partials);
+  params.row_statistics = take(plan.row_statistics);
   params.dq_order = reinterpret_cast<int*>(take(plan.dq_order));
-  params.num_splits = plan.num_splits;
+  params.tile_counter = reinterpret_cast<uint32_t*>(take(plan.tile_counter));
   return workspace;
 }
 

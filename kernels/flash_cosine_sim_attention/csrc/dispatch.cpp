@@ -110,6 +110,62 @@ int64_t num_counters_sm90(const ForwardParams& params, Norm k_norm) {
   return ForwardSm90Counters::kChunksOfBlockDone + int64_t(params.batch) * params.num_kv_heads * num_blocks_k;
 }
 
+// What it does not take goes to the portable kernel, as above; so do head dims above 128 and l2norm_qk=False.
+bool takes_backward_sm90(const BackwardParams& params) {
+  if (current_device().compute_capability != 90 || params.dtype == DType::kFloat32 || !params.l2norm_qk ||
+      params.head_dim > 128 || params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
+    return false;
+  }
+  const auto is_written = [](const Tensor& gradient) { return gradient.data != nullptr; };
+  return keys_have_tensor_map(params, params.v) && queries_have_tensor_map(params, params.dout) &&
+         (!is_written(params.dk) || keys_have_tensor_map(params, params.dk)) &&
+         (!is_written(params.dv) || keys_have_tensor_map(params, params.dv)) &&
+         (!is_written(params.dq) || queries_have_tensor_map(params, params.dq));
+}
+
+template <int kHeadDim>
+BackwardPlan plan_backward_sm90(const BackwardParams& params, int num_multiprocessors) {
+  using Traits = BackwardSm90Traits<Math::kBf16, kHeadDim>;
+  BackwardPlan plan;
+  plan.sm90 = plan.tile_counter = true;
+  const auto blocks = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
+  const int64_t num_blocks_q = blocks(params.seq_len_q, Traits::kBlockQ);
+  const int64_t num_heads = int64_t(params.batch) * params.num_heads;
+  plan.padded_rows = static_cast<int>(num_blocks_q * Traits::kBlockQ);
+  plan.padded_dim = kHeadDim;
+  plan.row_statistics = num_heads * plan.padded_rows * (kRowStatisticsBytes / int64_t{sizeof(float)});
+  if (params.dq.data != nullptr || params.dscale != nullptr) {
+    plan.dq_accumulator = num_heads * plan.padded_rows * plan.padded_dim;
+    // A turn for each warp.
+    if (params.deterministic) plan.dq_order = num_heads * num_blocks_q * (4 * Traits::kConsumers);
+  }
+  const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
+  const int64_t num_tiles = num_kv_heads * blocks(params.seq_len_k, Traits::kBlockK);
+  const int64_t items = params.num_heads / params.num_kv_heads * num_blocks_q;  // that each of them walks over
+  if (2 * num_tiles <= num_multiprocessors && items >= 4) {
+    // Too few tiles to fill the GPU: several blocks share the walk, and their sums are added up afterwards.
+    plan.num_splits = static_cast<int>(std::min(blocks(num_multiprocessors, num_tiles), items / 2));
+  } else if (params.groups > 1) {
+    plan.num_splits = 1;  // the main kernel takes dk through the norm of whole rows only
+  }
+  plan.dkv_partials = plan.num_splits * 2 * num_kv_heads * params.seq_len_k * params.head_dim;
+  return plan;
+}
+
+template <int kHeadDim>
+void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
+  if (params.dtype == DType::kFloat16) return launch_backward_sm90<Math::kFp16, kHeadDim>(params, stream);
+  launch_backward_sm90<Math::kBf16, kHeadDim>(params, stream);
+}
+
+// Calls function with the constant head dim of backward_sm90.cuh.
+template <typename Function>
+void with_backward_sm90(int head_dim, Function function) {
+  with_head_dim(head_dim, [&](auto padded) {
+    if constexpr (padded.value <= 128) function(Constant<kHeadDimSm90<padded.value>>());
+  });
+}
+
 template <int kHeadDim>
 void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDimSm90<kHeadDim>>(params, stream);
@@ -249,6 +305,14 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors) {
   BackwardPlan plan;
   if (!needs_main_kernel(params) || params.batch == 0) return plan;
+#if FLASH_COSINE_SIM_HAS_SM90
+  if (takes_backward_sm90(params)) {
+    with_backward_sm90(params.head_dim, [&](auto head_dim) {
+      plan = plan_backward_sm90<head_dim.value>(params, num_multiprocessors);
+    });
+    return plan;
+  }
+#endif
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
   const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
   const int group = params.num_heads / params.num_kv_heads;
@@ -281,19 +345,28 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.batch == 0) return;
-  if (params.l2norm_qk) launch_normalize(params, nullptr, 0, stream);
+  if (params.l2norm_qk) launch_normalize(params, params.tile_counter, params.tile_counter != nullptr, stream);
+  if (params.dq_order != nullptr) {
+    CUDA_CHECK(cudaMemsetAsync(params.dq_order, 0, params.plan.dq_order * sizeof(int), stream));
+  }
+#if FLASH_COSINE_SIM_HAS_SM90
+  if (params.plan.sm90) {
+    launch_row_statistics(params, stream);
+    with_backward_sm90(params.head_dim,
+                       [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
+    launch_dkv_merge(params, stream);
+    launch_dq(params, stream);
+    return;
+  }
+#endif
   launch_delta(params, stream);
   with_math(params, [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {
       // First, for the main kernel may write dk where k_hat is.
       if (params.dbias.data != nullptr) launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream);
       if (!needs_main_kernel(params)) return;
-      const BackwardPlan plan = plan_backward(params, 0);
       if (params.dq_accumulator != nullptr) {
-        CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, plan.dq_accumulator * sizeof(float), stream));
-      }
-      if (params.dq_order != nullptr) {
-        CUDA_CHECK(cudaMemsetAsync(params.dq_order, 0, plan.dq_order * sizeof(int), stream));
+        CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, params.plan.dq_accumulator * sizeof(float), stream));
       }
       if (params.seq_len_k > 0) launch_backward_sm80<math.value, head_dim.value>(params, stream);
     });

@@ -1,7 +1,8 @@
-// What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
-// the partial dk and dv.
+// What the backward pass does row by row, before and after its main kernel: delta or the statistics with it, dq with
+// dscale, and the sum of the partial dk and dv.
 #include "attention.h"
 #include "cuda_check.h"
+#include "row_statistics.cuh"
 #include "rows.cuh"
 
 namespace flash_cosine_sim {
@@ -76,6 +77,69 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
   }
 }
 
+// Rows of heads as long as padded_rows; nobody sees those that do not exist.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    row_statistics_kernel(const __grid_constant__ BackwardParams params) {
+  const rows::RowLanes<T> lanes(params.head_dim);
+  const int64_t padded_row = flat_row_of_thread(lanes, blockIdx.x);
+  const rows::Position position = rows::position_of(padded_row, params.num_heads, params.plan.padded_rows);
+  const bool exists = position.batch < params.batch;
+  const bool active = exists && position.row < params.seq_len_q;
+  typename rows::RowLanes<T>::Slice o, dout;
+  lanes.load(o, rows::row_of<const T>(params.o, position), active);
+  lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
+  float delta = rows::dot_over_lanes(dout, o, lanes.lanes());
+  if (exists && params.dq_accumulator) {
+    // Which row's tiles put here does not matter.
+    float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + padded_row * params.plan.padded_dim);
+    for (int i = lanes.lane; i < params.plan.padded_dim / 4; i += lanes.lanes()) {
+      zeros[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
+  if (exists && lanes.lane == 0) {
+    float row_sum_log2 = -INFINITY;
+    if (active) {
+      const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
+      row_sum_log2 = params.row_sum_log2[row];
+      if (params.drow_sum_log2) {
+        delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
+      }
+    }
+    using Statistics = RowStatistics<T>;
+    uint32_t d[4], r[4];
+    Statistics::split(d, -delta, 0.f);
+    Statistics::split(r, Statistics::subtracted(row_sum_log2), 1.f);
+    uint4* matrices = reinterpret_cast<uint4*>(params.row_statistics) + padded_row / 8 * 16 + padded_row % 8;
+    matrices[0] = make_uint4(d[0], d[1], d[2], d[3]);
+    matrices[8] = make_uint4(r[0], r[1], r[2], r[3]);
+  }
+}
+
+// A slice of a row of dq_accumulator, in order.
+template <typename T>
+__device__ void load_accumulator(const BackwardParams& params, const rows::RowLanes<T>& lanes,
+                                 typename rows::RowLanes<T>::Slice& slice, int64_t flat_row,
+                                 const rows::Position& position, bool active) {
+  if (params.plan.padded_dim == 0) {
+    lanes.load(slice, params.dq_accumulator + flat_row * params.head_dim, active);
+    return;
+  }
+  const int dim = params.plan.padded_dim;
+  const float* head = params.dq_accumulator +
+                      (position.batch * params.num_heads + position.head) * params.plan.padded_rows * dim;
+  lanes.for_each_vector([&](int first, int channel) {
+#pragma unroll
+    for (int i = 0; i < lanes.kVector; i += 2) {
+      const bool there = active && channel < params.head_dim;
+      const float* pair = head + rows::tiled_offset(static_cast<int>(position.row), channel + i, dim);
+      const float2 x = there ? *reinterpret_cast<const float2*>(pair) : make_float2(0.f, 0.f);
+      slice[first + i] = x.x;
+      slice[first + i + 1] = x.y;
+    }
+  });
+}
+
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ BackwardParams params) {
   const rows::RowLanes<T> lanes(params.head_dim);
@@ -84,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ Ba
   const rows::Position position = rows::position_of(flat_row, params.num_heads, params.seq_len_q);
 
   typename rows::RowLanes<T>::Slice q, accumulator, gradient;
-  lanes.load(accumulator, params.dq_accumulator + flat_row * params.head_dim, active);
+  load_accumulator(params, lanes, accumulator, flat_row, position, active);
   if (params.l2norm_qk || params.dscale) {
     lanes.load(q, rows::row_of<const T>(params.q, position), active);
   }
@@ -190,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
   typename rows::RowLanes<T>::Slice gradient;
   lanes.load(gradient, partial, active);
 #pragma unroll 2
-  for (int split = 1; split < params.num_splits; ++split) {
+  for (int split = 1; split < params.plan.num_splits; ++split) {
     partial += 2 * num_rows * params.head_dim;
     typename rows::RowLanes<T>::Slice next;
     lanes.load(next, partial, active);
@@ -218,6 +282,13 @@ void launch_delta_as(const BackwardParams& params, cudaStream_t stream) {
 }
 
 template <typename T>
+void launch_row_statistics_as(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.plan.padded_rows;
+  row_statistics_kernel<T><<<blocks_for<T>(num_rows, params.head_dim), kThreads, 0, stream>>>(params);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T>
 void launch_dq_as(const BackwardParams& params, cudaStream_t stream) {
   const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.seq_len_q;
   if (num_rows > 0) {
@@ -237,7 +308,7 @@ void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
   const unsigned blocks_per_tensor = blocks_for<T>(num_rows, params.head_dim);
   const unsigned key_blocks = params.dk.data ? blocks_per_tensor : 0;
   const unsigned blocks = key_blocks + (params.dv.data ? blocks_per_tensor : 0);
-  if (blocks == 0 || params.num_splits == 0) {
+  if (blocks == 0 || params.plan.num_splits == 0) {
     return;
   }
   const bool grouped = params.l2norm_qk && params.groups > 1;
@@ -250,6 +321,13 @@ void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
 
 void launch_delta(const BackwardParams& params, cudaStream_t stream) {
   rows::with_dtype(params.dtype, [&]<typename T>() { launch_delta_as<T>(params, stream); });
+}
+
+void launch_row_statistics(const BackwardParams& params, cudaStream_t stream) {
+  if (params.dtype == DType::kFloat16) {
+    return launch_row_statistics_as<__half>(params, stream);
+  }
+  launch_row_statistics_as<__nv_bfloat16>(params, stream);
 }
 
 void launch_dq(const BackwardParams& params, cudaStream_t stream) {

@@ -147,6 +147,15 @@ struct RowLanes {
     }
   }
 
+  // Calls body(index of the slice's element, its channel) for the first of each vector.
+  template <typename Body>
+  __device__ void for_each_vector(Body body) const {
+#pragma unroll
+    for (int vector = 0; vector < 2; ++vector) {
+      body(vector * kVector, first_channel(vector));
+    }
+  }
+
  private:
   __device__ int first_channel(int vector) const { return (lane + (vector << log2)) * kVector; }
 };
@@ -218,13 +227,14 @@ __device__ inline Norm normalize(float (&x)[kCount], int lanes) {
 
 // The same to float32's last bits for x of 16 bits, without a subroutine or a branch that only some lanes take: beside
 // wgmma, either would take what a warp knows to be common to its lanes out of the uniform registers.
+// Returns 1 / |x| as two factors; 0 if x is.
 template <typename T, int kCount>
-__device__ __forceinline__ void normalize_together(float (&x)[kCount], int lanes) {
-  float square_sum = dot_over_lanes(x, x, lanes);
+__device__ __forceinline__ float2 normalize_together(float (&x)[kCount], int lanes) {
+  float square_sum = dot_over_lanes(x, x, lanes), factor = 1.f;
   if constexpr (__is_same(T, __nv_bfloat16)) {  // float16's squares are safe
     const bool too_small = square_sum <= kSmallestSafe, too_large = square_sum >= kLargestSafe;
     if (__any_sync(kWholeWarp, too_small || too_large)) {
-      const float factor = too_small ? 0x1p100f : too_large ? 0x1p-70f : 1.f;
+      factor = too_small ? 0x1p100f : too_large ? 0x1p-70f : 1.f;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         x[i] *= factor;
@@ -237,6 +247,7 @@ __device__ __forceinline__ void normalize_together(float (&x)[kCount], int lanes
   for (int i = 0; i < kCount; ++i) {
     x[i] *= inverse;
   }
+  return make_float2(inverse, factor);
 }
 
 // A lane's share of a row of 16-bit elements as it lies in memory: two vectors of 16 bytes, as RowLanes cuts a row, in
@@ -373,6 +384,24 @@ template <typename T>
 __device__ inline T* row_of(const Tensor& tensor, const Position& position) {
   return static_cast<T*>(tensor.data) + position.batch * tensor.stride_batch + position.head * tensor.stride_head +
          position.row * tensor.stride_row;
+}
+
+// Where backward_sm90.cuh keeps an element of dq_accumulator, counted from its head's first, for `dim` columns: 16 rows
+// after 16, 8 columns after 8, and those as a warp has them in wgmma's accumulators, four of each lane together.
+__device__ inline int64_t tiled_offset(int row, int column, int dim) {
+  return int64_t(row & ~15) * dim + (column & ~7) * 16 + (row & 7) * 16 + (column & 6) * 2 + (row & 8) / 4 +
+         (column & 1);
+}
+
+// x becomes x^ and the gradient that of x, as `project` does it, under the conditions of normalize_together.
+template <typename T, int kCount>
+__device__ __forceinline__ void project_together(float (&x)[kCount], float (&gradient)[kCount], int lanes) {
+  const float2 inverse = normalize_together<T>(x, lanes);
+  const float dot = dot_over_lanes(x, gradient, lanes);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    gradient[i] = fmaf(-x[i], dot, gradient[i]) * inverse.x * inverse.y;
+  }
 }
 
 // Call body.template operator()<T>() with the type of the tensors' elements.

@@ -214,4 +214,58 @@ struct ForwardSm90Traits {
                 "a swizzle's pattern begins at a multiple of it");
 };
 
+// A block, one a multiprocessor, takes tile after tile of kBlockK keys, 64 for each of two warpgroups, and walks over
+// the queries in blocks of kBlockQ. One more warpgroup has a warp that keeps Q and dO coming, two blocks of each.
+template <Math kMath, int kHeadDim>
+struct BackwardSm90Traits {
+  static_assert(kMath == Math::kBf16 || kMath == Math::kFp16);
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40, kLaunchRegisters = 168;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kLaunchRegisters,
+                "setmaxnreg would wait for ever");
+  static constexpr int kBlockK = 64 * kConsumers;
+  // S and dP take kBlockQ registers together, dK and dV kHeadDim.
+  static constexpr int kBlockQ = kHeadDim <= 64 ? 128 : 64;
+  // Whether the next S is under way while dK is: measured, 3 % of the tensor cores' time at head dim 64. At 128 there
+  // are no registers for it.
+  static constexpr bool kPrefetchScores = kHeadDim <= 96;
+  static constexpr int kStages = 2;  // of Q, of dO and of dS
+
+  // Of dQ, kBlockQ x kHeadDim, a warpgroup has 64 rows, or all of them and half of the columns.
+  static constexpr bool kSplitRows = kBlockQ == 128;
+  static constexpr int kColumnsDQ = kSplitRows ? kHeadDim : kHeadDim / 2;
+
+  // Tiles are panels of so many columns, the widest that TMA swizzles; of K half of dQ's columns have to be whole ones.
+  static constexpr int kPanelDim = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kPanels = kHeadDim / kPanelDim;
+  static constexpr int kPanelBytes = 2 * kPanelDim;  // of a row
+  static constexpr int kPanelDimK = kColumnsDQ % 64 == 0 ? 64 : kColumnsDQ % 32 == 0 ? 32 : 16;
+  static constexpr int kPanelsK = kHeadDim / kPanelDimK;
+  static constexpr int kPanelBytesK = 2 * kPanelDimK;
+  static constexpr int kPanelBytesDS = 128;  // a warpgroup's keys
+
+  static constexpr int kTileBytesK = kBlockK * 2 * kHeadDim;
+  static constexpr int kTileBytesQ = kBlockQ * 2 * kHeadDim;
+  static constexpr int kPanelTileBytesDS = kBlockQ * kPanelBytesDS;
+  static constexpr int kTileBytesDS = kConsumers * kPanelTileBytesDS;
+  // What a warp has of dQ, on its way to global memory. A warp's 16 rows of dK or dV, which take the same way, fit.
+  static constexpr int kStagingBytes = 16 * kColumnsDQ * 4;
+  static_assert(kStagingBytes >= 16 * 2 * kHeadDim && kStagingBytes % 1024 == 0);
+
+  static constexpr int kOffsetV = kTileBytesK;  // after K
+  static constexpr int kOffsetQ = kOffsetV + kTileBytesK;
+  static constexpr int kOffsetDO = kOffsetQ + kStages * kTileBytesQ;
+  static constexpr int kOffsetDS = kOffsetDO + kStages * kTileBytesQ;
+  static constexpr int kOffsetStaging = kOffsetDS + kStages * kTileBytesDS;
+  static constexpr int kOffsetStatistics = kOffsetStaging + 4 * kConsumers * kStagingBytes;
+  static constexpr int kOffsetFactors = kOffsetStatistics + kStages * kBlockQ * kRowStatisticsBytes;
+  static constexpr int kOffsetWork = kOffsetFactors + kBlockK * kRowStatisticsBytes;
+  static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
+  static constexpr int kNumBarriers = 4 + 6 * kStages;
+  static constexpr int kSharedBytes = kOffsetBarriers + 8 * kNumBarriers;
+  static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kTileBytesK % 1024 == 0 && kTileBytesQ % 1024 == 0, "a swizzle's pattern begins at a multiple of it");
+};
+
 }  // namespace flash_cosine_sim
