@@ -229,6 +229,8 @@ SM90_BACKWARD_OPTIONS = {
     "GQA": {"seq_len_q": 140, "seq_len_k": 260, "num_heads": 6, "num_kv_heads": 2, "causal": True, "batch": 1},
     "many-keys": {"seq_len_q": 70, "seq_len_k": 700, "num_heads": 2, "num_kv_heads": 1},
     "split": {"batch": 1, "seq_len_q": 300, "seq_len_k": 100, **SM90_GROUP_OF_HEADS, "causal": True},
+    # Three splits of two blocks of queries.
+    "empty-split": {"batch": 1, "seq_len_q": 900, "seq_len_k": 60, "num_heads": 1, "num_kv_heads": 1, "causal": True},
     "scale-of-heads": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": True},
     "one-scale": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": "scalar", "causal": True},
     "groups": {"seq_len_q": 130, "seq_len_k": 140, "groups": 4, "num_heads": 2, "num_kv_heads": 1},
@@ -334,7 +336,7 @@ def sm90_checks():
         for name, options in list(SM90_BACKWARD_OPTIONS.items())[index % 2 :: 2]:
             add(f"gradients-{name}", replace(case, **options), check_sm90_gradients)
         # In order: one block after the other, and tiles that several share.
-        for name in ("causal", "GQA", "split"):
+        for name in ("causal", "GQA", "split", "empty-split"):
             ordered = replace(case, **SM90_BACKWARD_OPTIONS[name])
             add(f"deterministic-{name}", ordered, check_sm90_gradients, deterministic=True)
         alone = replace(case, seq_len_q=129, seq_len_k=127, causal=True, mask=True, learned_scale=True)

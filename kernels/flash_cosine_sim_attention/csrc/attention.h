@@ -107,6 +107,7 @@ struct BackwardPlan {
   int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
+  int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has
   int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0, row_statistics = 0;
   bool tile_counter = false;
 };
@@ -130,7 +131,7 @@ struct BackwardParams : Attention {
   float* dq_accumulator = nullptr;
   int* dq_order = nullptr;  // deterministic: whose turn it is at each block of queries; zeroed by run_backward
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
-  // launch_dkv_merge adds up in order; nullptr if num_splits is 0.
+  // launch_dkv_merge adds up in order; nullptr if num_splits is 0. backward_sm90.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
   // backward_sm90.cuh: what launch_row_statistics makes of delta and row_sum_log2, instead of delta; and how many tiles
   // have been taken beyond every block's first, which run_backward zeroes.

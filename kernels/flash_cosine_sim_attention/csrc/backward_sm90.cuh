@@ -79,9 +79,8 @@ struct BackwardSm90 {
     int count;                       // of the pairs that are left
 
     __device__ __forceinline__ Walk(const BackwardParams& params, const BackwardSchedule& schedule, const Work& work) {
-      const int first_query = work.block_k * kBlockK - (params.seq_len_k - params.seq_len_q);  // that sees a key
       end_block_q = (params.seq_len_q + kBlockQ - 1) / kBlockQ;
-      first_block_q = params.causal ? max(first_query, 0) / kBlockQ : 0;
+      first_block_q = rows::first_block_of_queries(params, work.block_k * kBlockK, kBlockQ);
       const int num_blocks_q = end_block_q - first_block_q, group = params.num_heads / params.num_kv_heads;
       const int share = group * num_blocks_q / schedule.num_splits;
       const int remainder = group * num_blocks_q % schedule.num_splits;
@@ -220,6 +219,8 @@ struct BackwardSm90 {
     // In the order in which memory becomes free.
     __device__ __forceinline__ void load_tile(const Work& work) {
       Walk walk(params, schedule, work);
+      // A causal mask leaves to the last keys so few queries that some splits have none: dkv_merge_kernel knows.
+      if (walk.count == 0) return;
       load_q(work, walk);
       mbarrier_wait(shared.v_empty(), k_parity ^ 1);
       mbarrier_arrive_expect_tx(shared.v_full(), Traits::kTileBytesK);

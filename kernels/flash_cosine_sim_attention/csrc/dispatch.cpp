@@ -133,6 +133,8 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, int num_multiproce
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
   plan.padded_rows = static_cast<int>(num_blocks_q * Traits::kBlockQ);
   plan.padded_dim = kHeadDim;
+  plan.block_q = Traits::kBlockQ;
+  plan.block_k = Traits::kBlockK;
   plan.row_statistics = num_heads * plan.padded_rows * (kRowStatisticsBytes / int64_t{sizeof(float)});
   if (params.dq.data != nullptr || params.dscale != nullptr) {
     plan.dq_accumulator = num_heads * plan.padded_rows * plan.padded_dim;

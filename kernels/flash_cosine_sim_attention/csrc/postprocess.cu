@@ -239,6 +239,16 @@ void sum_shares(const BackwardParams& params, cudaStream_t stream) {
   }
 }
 
+// How many splits have a share of the walk over queries that see a key. backward_sm80.cuh's write zeros without one.
+__device__ int splits_of_key(const BackwardParams& params, int key) {
+  const auto& plan = params.plan;
+  if (!plan.sm90) return plan.num_splits;
+  const int first_key = key / plan.block_k * plan.block_k;
+  const int first_block_q = rows::first_block_of_queries(params, first_key, plan.block_q);
+  const int num_blocks = plan.padded_rows / plan.block_q - first_block_q;
+  return min(plan.num_splits, params.num_heads / params.num_kv_heads * num_blocks);
+}
+
 // The first key_blocks blocks have rows of dk, the others of dv.
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads)
@@ -253,11 +263,12 @@ __global__ void __launch_bounds__(kThreads)
   const float* partial = params.dkv_partials + ((is_key ? 0 : num_rows) + flat_row) * params.head_dim;
   typename rows::RowLanes<T>::Slice gradient;
   lanes.load(gradient, partial, active);
+  const int num_splits = splits_of_key(params, static_cast<int>(position.row));
 #pragma unroll 2
   for (int split = 1; split < params.plan.num_splits; ++split) {
     partial += 2 * num_rows * params.head_dim;
     typename rows::RowLanes<T>::Slice next;
-    lanes.load(next, partial, active);
+    lanes.load(next, partial, active && split < num_splits);
 #pragma unroll
     for (int i = 0; i < lanes.kSlice; ++i) {
       gradient[i] += next[i];
