@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "launch.h"
 #include "row_statistics.cuh"
 #include "rows.cuh"
