@@ -1,12 +1,14 @@
 """Every CUDA kernel once, on a few tiles, for compute-sanitizer to watch: see docs/kernel_tests.md.
 
-    PYTHONPATH=kernels compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernel_sanitizer.py --quick
+    export PYTHONPATH=kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernel_sanitizer.py --quick --tool memcheck
 
 Inputs are made on the CPU and copied, results are copied back and compared there, so that hardly any kernel but the
 library's own runs. Each launch is named before it starts: where the tool stops, or the GPU hangs, is the last line.
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ TF32_LIMIT = 1e-2
 ALL = ("dq", "dk", "dv", "dbias", "dscale")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 SM90_HEAD_DIMS = (32, 64, 96, 128, 256, 40, 136)
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,18 @@ def launches(quick: bool) -> list[Launch]:
         replace(plain, partials=True, head_dim=40),
         replace(plain, layout="offset", causal=True, groups=2),
     ]
-    # The forward kernels of compute capability 9.0 take no bias, have larger tiles and leave few queries to others.
-    sm90 = Launch(num_heads=4, seq_len_q=400, seq_len_k=300, causal=True, needs=())
+    # The forward kernels of compute capability 9.0 take no bias, have larger tiles and leave few queries to others. So
+    # many heads are 144 to 192 tiles: more than such a GPU has multiprocessors, so that blocks go on to a second one.
+    sm90 = Launch(num_heads=24, seq_len_q=400, seq_len_k=300, causal=True, needs=())
     sm90_mask = replace(sm90, dtype=FLOAT16, causal=False, mask=True)
     found += [replace(sm90, head_dim=head_dim) for head_dim in ((64, 128, 256) if quick else SM90_HEAD_DIMS)]
     found += [replace(sm90_mask, head_dim=head_dim) for head_dim in ((96,) if quick else SM90_HEAD_DIMS)]
     found += [replace(sm90, partials=True)]
     if quick:
         return found
+    # With a backward pass to come, they are other kernels.
+    for launch in (sm90, sm90_mask):
+        found += [replace(launch, num_heads=12, needs=("dq",), head_dim=head_dim) for head_dim in SM90_HEAD_DIMS]
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         found += [
             replace(everything, dtype=dtype, deterministic=True, head_dim=256),
@@ -152,7 +159,12 @@ def on_device(tensor, device: str, layout: str = "heads"):
     return tensor.to(device)
 
 
-def run(launch: Launch, device: str) -> list[str]:
+def may_write_by_tma(launch: Launch) -> bool:
+    """Whether o may come from a kernel of compute capability 9.0, as dispatch.cpp decides."""
+    return torch.cuda.get_device_capability() == (9, 0) and launch.dtype != FLOAT32 and launch.bias is None
+
+
+def run(launch: Launch, device: str, tool: str | None) -> list[str]:
     """Returns what is wrong."""
     inputs = make_inputs(launch)
     options = launch.groups, launch.causal, launch.l2norm_qk, launch.tf32
@@ -164,13 +176,15 @@ def run(launch: Launch, device: str) -> list[str]:
     drow_sum_log2 = torch.randn(do.shape[:-1], generator=generator) if launch.row_sum_gradient else None
 
     found = []
-    for where, layout in ((device, launch.layout), ("cpu", "heads")):
+    for where, layout in (("cpu", "heads"), (device, launch.layout)):
         tensors = [on_device(tensor, where, layout) for tensor in inputs[:3]]
         tensors += [on_device(tensor, where) for tensor in inputs[3:]]
         if launch.partials:
             outputs = list(operators.partials(*tensors, *options))
         else:
-            rows = operators.forward(*tensors, *options)
+            rows = list(operators.forward(*tensors, *options, any(needs)))
+            if tool == "initcheck" and where != "cpu" and may_write_by_tma(launch):
+                rows[0] = on_device(found[0][0], where)  # to initcheck nobody has written the kernel's own
             outputs = list(rows)
             if any(needs):
                 gradients = (on_device(do, where, layout), *tensors, *rows, on_device(drow_sum_log2, where))
@@ -180,7 +194,7 @@ def run(launch: Launch, device: str) -> list[str]:
     names = ("numerator", "denominator") if launch.partials else ("o", "row_sum_log2", *(ALL if any(needs) else ()))
     limit = TF32_LIMIT if launch.tf32 else LIMITS[launch.dtype]
     wrong = []
-    for name, ours, expected in zip(names, *found, strict=True):
+    for name, expected, ours in zip(names, *found, strict=True):
         if ours.shape != expected.shape or ours.dtype != expected.dtype:
             wrong.append(f"{name} is {ours.dtype} {tuple(ours.shape)}")
             continue
@@ -199,6 +213,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two head dims and the main options")
     parser.add_argument("--only", default="", metavar="TEXT", help="only launches with TEXT in their names")
     parser.add_argument("--list", action="store_true", help="print the launches' names and stop")
+    parser.add_argument("--tool", choices=TOOLS, help="which one watches; initcheck does not see all writes")
     parser.add_argument("--device", default="cuda", help="cpu runs the reference implementation (default: cuda)")
     arguments = parser.parse_args()
     chosen = [launch for launch in launches(arguments.quick) if arguments.only in launch.name()]
@@ -211,13 +226,15 @@ def main() -> int:
         raise SystemExit(f"the CUDA kernels are not available: {ops.kernels_error()}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no CUDA GPU")
+    if arguments.tool in ("memcheck", "initcheck") and not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        raise SystemExit(f"{arguments.tool} needs PYTORCH_NO_CUDA_MEMORY_CACHING=1: see docs/kernel_tests.md")
 
     failures = 0
     start = time.monotonic()
     for index, launch in enumerate(chosen):
         print(f"[{index + 1}/{len(chosen)}] {launch.name()}", end="", flush=True)
         launched = time.monotonic()
-        wrong = run(launch, arguments.device)
+        wrong = run(launch, arguments.device, arguments.tool)
         print(f"  {time.monotonic() - launched:.1f} s" + "".join(f"\n    WRONG: {line}" for line in wrong), flush=True)
         failures += bool(wrong)
     print(f"{len(chosen)} launches, {failures} wrong, {time.monotonic() - start:.0f} s")
