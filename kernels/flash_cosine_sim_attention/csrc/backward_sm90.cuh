@@ -295,9 +295,11 @@ struct BackwardSm90 {
     // Waits for a tile and its K.
     __device__ __forceinline__ Work receive() {
       mbarrier_wait(shared.k_full(), k_parity);
-      int work[4];
-      load_shared_v4_s32(work, shared.work());
-      // Known to be the same in all lanes: what depends on it, such as the walk, is computed once a warp.
+      // Lane 0 alone reads, as it is the one that will arrive at k_empty. What other lanes read would be ordered before
+      // the next write by way of __syncwarp, too, but compute-sanitizer's racecheck follows only who arrives.
+      int work[4]{};
+      if ((threadIdx.x & 31) == 0) load_shared_v4_s32(work, shared.work());
+      // From here on known to be the same in all lanes: what depends on it, such as the walk, is computed once a warp.
 #pragma unroll
       for (int& x : work) x = __shfl_sync(0xffffffffu, x, 0);
       return {work[0], work[1], work[2], work[3]};
