@@ -220,6 +220,8 @@ inline void run_block() {
   whole_block = {};
   asleep = {};
   num_sleeps = 0;
+  // What an earlier block wrote, one of more threads perhaps, is no matter of this one.
+  for (Fiber& fiber : fibers) ++fiber.num_proxy_fences;
   for (unsigned thread = 0; thread < num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
     if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
@@ -232,7 +234,6 @@ inline void run_block() {
     fiber.stores.clear();
     fiber.num_committed_stores = 0;
     fiber.acquired = false;
-    ++fiber.num_proxy_fences;  // what an earlier block wrote is no matter of this one
     whole_warp[thread / 32] = {};
     products[thread / 32] = {};
     ready[thread / 32] = running[thread / 32] = ~0u;

@@ -12,6 +12,9 @@
 // columns, of dQ from its own keys first and then from the other's. dS has two stages, and a warpgroup that has seen
 // the other's dS of a step knows that the other is through with the step before: nothing more has to be waited for.
 //
+// Staggered (BackwardSm90Traits), the warpgroups take turns: while one makes P and dS, the other multiplies. The first
+// is half a step ahead, and makes dQ of a pair in the step after it, when the other's dS is there.
+//
 // row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: row_statistics.cuh.
 //
 // A warp's part of dQ is added to dq_accumulator by a bulk copy, in the order of the accumulators' registers. Blocks of
@@ -53,6 +56,7 @@ struct BackwardSm90 {
   static constexpr int kSlices = kBlockQ / 16;
   // Waiting for turns takes the registers that a prefetch would need.
   static constexpr bool kPrefetchScores = Traits::kPrefetchScores && !kDeterministic;
+  static constexpr bool kStaggered = Traits::kStaggered && !kDeterministic;
   static constexpr int kSteps = kHeadDim / 16;  // of the contraction over the head dim
 
   struct Work {
@@ -149,6 +153,11 @@ struct BackwardSm90 {
         index = 0;
         parity ^= 1;
       }
+    }
+
+    __device__ __forceinline__ Stage previous() const {
+      static_assert(kStages == 2);
+      return {index ^ 1, index == 0 ? parity ^ 1 : parity};
     }
   };
 
@@ -268,6 +277,7 @@ struct BackwardSm90 {
     uint32_t k_parity = 0;
     Stage stage;
     int turn = -1;  // kDeterministic: which of dq_order is passed on once the last addition to dQ is done
+    int last_block;  // of queries, counted through all heads: that of the tile's pair before, or negative
 
     float scores[kBlockQ / 8][4], dp[kBlockQ / 8][4];
     uint32_t p[kSlices][4], ds[kSlices][4];
@@ -288,6 +298,14 @@ struct BackwardSm90 {
     // Tells the producer that the warp is through with a tile.
     __device__ __forceinline__ void release(uint32_t empty) const {
       if ((threadIdx.x & 31) == 0) mbarrier_arrive(empty);
+    }
+
+    // kStaggered: the first warpgroup is ahead of the second, and makes dQ of a pair during the next one.
+    __device__ __forceinline__ bool is_ahead() const { return kStaggered && warpgroup == 0; }
+
+    // Until the other warpgroup has written its dS of a pair.
+    __device__ __forceinline__ void wait_for_other(const Stage& pair) const {
+      mbarrier_wait(shared.ds_full(pair.index, warpgroup ^ 1), pair.parity);
     }
 
     __device__ __forceinline__ void wait_for_warpgroup() const { named_barrier_sync<128>(1 + warpgroup); }
@@ -439,10 +457,10 @@ struct BackwardSm90 {
 
     // Starts dQ (+)= dS K for the keys of one warpgroup.
     template <bool kAccumulate>
-    __device__ __forceinline__ void start_dq(GradientQ& dq, int keys_of) const {
+    __device__ __forceinline__ void start_dq(GradientQ& dq, const Stage& pair, int keys_of) const {
       constexpr int kFirstRow = Traits::kSplitRows ? 64 * Traits::kPanelBytesDS : 0;
       constexpr int kFirstColumn = Traits::kSplitRows ? 0 : Traits::kColumnsDQ / kPanelDimK * kBlockK * kPanelBytesK;
-      const uint32_t a = (shared.ds(stage.index) + keys_of * Traits::kPanelTileBytesDS + warpgroup * kFirstRow) / 16;
+      const uint32_t a = (shared.ds(pair.index) + keys_of * Traits::kPanelTileBytesDS + warpgroup * kFirstRow) / 16;
       const uint32_t b = (shared.k() + keys_of * 64 * kPanelBytesK + warpgroup * kFirstColumn) / 16 |
                          (kBlockK * kPanelBytesK / 16) << 16;
 #pragma unroll
@@ -455,6 +473,19 @@ struct BackwardSm90 {
           wgmma_ss<T, false, true>(dq, keys_a, keys_b);
         }
       }
+    }
+
+    // The other's keys come last: if it has not been waited for, its dS may not be there yet.
+    __device__ __forceinline__ void start_dq(GradientQ& dq, const Stage& pair) const {
+      wgmma_fence();
+      start_dq<false>(dq, pair, warpgroup);
+      if constexpr (!kStaggered) {
+        wgmma_commit();
+        wait_for_other(pair);
+        wgmma_fence();
+      }
+      start_dq<true>(dq, pair, warpgroup ^ 1);
+      wgmma_commit();
     }
 
     // The staging memory may be written: what was there has left it.
@@ -473,17 +504,16 @@ struct BackwardSm90 {
       turn = -1;
     }
 
-    __device__ __forceinline__ void wait_for_turn(const Work& work, const Walk& walk) {
-      const int head = work.batch * params.num_heads + walk.head;
-      turn = (head * walk.end_block_q + walk.block_q) * (4 * Traits::kConsumers) + warp;
+    __device__ __forceinline__ void wait_for_turn(const Work& work, int block) {
+      turn = block * (4 * Traits::kConsumers) + warp;
       if ((threadIdx.x & 31) == 0) {
         while (load_acquire(params.dq_order + turn) != work.block_k) __nanosleep(32);
       }
     }
 
     // Adds the warp's part of dQ to dq_accumulator.
-    __device__ __forceinline__ void add_dq(const Work& work, const Walk& walk, const GradientQ& dq) {
-      if (params.dq_accumulator == nullptr) return;
+    __device__ __forceinline__ void add_dq(const Work& work, int block, const GradientQ& dq) {
+      if (params.dq_accumulator == nullptr || block < 0) return;
       const int lane = threadIdx.x & 31;
       const uint32_t staging = shared.staging(warp);
       if constexpr (kDeterministic) pass_turn(work);
@@ -494,12 +524,11 @@ struct BackwardSm90 {
       }
       fence_proxy_async();
       __syncwarp();
-      if constexpr (kDeterministic) wait_for_turn(work, walk);
+      if constexpr (kDeterministic) wait_for_turn(work, block);
       if (lane == 0) {
-        const int row = walk.block_q * kBlockQ + (Traits::kSplitRows ? 16 * warp : 16 * (warp % 4));
+        const int row = Traits::kSplitRows ? 16 * warp : 16 * (warp % 4);
         const int column = Traits::kSplitRows ? 0 : warpgroup * Traits::kColumnsDQ;
-        const int64_t head = int64_t(work.batch) * params.num_heads + walk.head;
-        float* target = params.dq_accumulator + (head * params.plan.padded_rows + row) * kHeadDim + column * 16;
+        float* target = params.dq_accumulator + (int64_t(block) * kBlockQ + row) * kHeadDim + column * 16;
         bulk_add_f32(target, staging, Traits::kStagingBytes);
         tma_store_commit();
       }
@@ -519,9 +548,14 @@ struct BackwardSm90 {
       // dO came long ago; what counts is the branch in this wait. Without one, ptxas puts the 2^x, which are to run
       // beside the product, behind it.
       mbarrier_wait(shared.dout_full(stage.index), stage.parity);
+      const Stage pair_of_dq = is_ahead() ? stage.previous() : stage;
+      // So the warpgroups write dS in turn, and whoever does knows that the other has read what was there.
+      if constexpr (kStaggered) wait_for_other(pair_of_dq);
       wgmma_wait<0>();
       pin(dp);
       if constexpr (kLast) release(shared.v_empty());
+      // Its own warps may still read each other's, which they do after the pair's barrier.
+      if (is_ahead()) wait_for_warpgroup();
       make_ds();
       fence_proxy_async();
       wgmma_fence();
@@ -529,20 +563,17 @@ struct BackwardSm90 {
       wait_for_warpgroup();
       if (threadIdx.x % 128 == 0) mbarrier_arrive(shared.ds_full(stage.index, warpgroup));
       GradientQ dq;
-      wgmma_fence();
-      start_dq<false>(dq, warpgroup);
-      wgmma_commit();
-      mbarrier_wait(shared.ds_full(stage.index, warpgroup ^ 1), stage.parity);
-      wgmma_fence();
-      start_dq<true>(dq, warpgroup ^ 1);
-      wgmma_commit();
+      // A tile's first pair has none before it: whatever is there is multiplied, for products must not be conditional.
+      start_dq(dq, pair_of_dq);
       start_gradient(dk, ds, shared.q(stage.index));
-      wgmma_wait<3>();
+      wgmma_wait<kStaggered ? 2 : 3>();
       release(shared.dout_empty(stage.index));
       wgmma_wait<1>();
       pin(dq);
-      if constexpr (kLast) release(shared.k_empty());
-      add_dq(work, walk, dq);
+      if (kLast && !is_ahead()) release(shared.k_empty());
+      const int block = (work.batch * params.num_heads + walk.head) * walk.end_block_q + walk.block_q;
+      add_dq(work, is_ahead() ? last_block : block, dq);
+      last_block = block;
     }
 
     // dK and dV of a tile.
@@ -550,6 +581,7 @@ struct BackwardSm90 {
       Walk walk(params, schedule, work);
       mbarrier_wait(shared.v_full(), k_parity);
       k_parity ^= 1;
+      last_block = -1;
       if constexpr (kPrefetchScores) {
         start_s(stage);
         wgmma_wait<0>();
@@ -578,6 +610,19 @@ struct BackwardSm90 {
       pin(dv);
       release(shared.q_empty(stage.index));
       stage.advance();
+    }
+
+    // is_ahead(): dQ of the tile's last pair.
+    __device__ __forceinline__ void finish_dq(const Work& work) {
+      // Not is_ahead(): its answer is not worth a register through the walk.
+      if (!kStaggered || __shfl_sync(0xffffffffu, opaque(static_cast<int>(threadIdx.x)) / 128, 0) != 0) return;
+      wait_for_other(stage.previous());
+      GradientQ dq;
+      start_dq(dq, stage.previous());
+      wgmma_wait<0>();
+      pin(dq);
+      release(shared.k_empty());
+      add_dq(work, last_block, dq);
     }
 
     // The warp's rows of a gradient, through its staging memory. TMA leaves out what is beyond the last key.
@@ -678,10 +723,12 @@ struct BackwardSm90 {
       }
       if (is_whole) {
         if (params.dv.data != nullptr) write_rows(maps.dv, work, dv);
+        finish_dq(work);  // the other warpgroup has come so far by now
         if (params.dk.data == nullptr) return;
         project_dk(work);
         write_rows(maps.dk, work, dk);
       } else {
+        finish_dq(work);
         write_partial(work, 0, dk);
         write_partial(work, 1, dv);
       }
