@@ -106,16 +106,21 @@ class Rotary(nn.Module):
             raise ValueError(f"model.positions=rotary needs an even head_dim, got {head_dim}")
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # (seq_len, head_dim / 2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        cos, sin = angle.cos().float(), angle.sin().float()
+        self.register_buffer("cos", cos.repeat_interleave(2, dim=-1), persistent=False)  # (seq_len, head_dim)
+        self.register_buffer("sin", torch.stack((-sin, sin), dim=-1).flatten(-2), persistent=False)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotates x (batch, heads, n, head_dim) as positions start .. start + n - 1."""
-        positions = slice(start, start + x.shape[-2])
-        cos, sin = self.cos[positions], self.sin[positions]  # (n, head_dim / 2)
-        even, odd = rearrange(x, "b h n (d two) -> two b h n d", two=2)
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return rearrange(rotated, "b h n d two -> b h n (d two)").to(x.dtype)
+        """Rotates x (batch, n, heads, head_dim) as positions start .. start + n - 1.
+
+        Every output is a sum of two products at its own place, with no stacking of even and odd channels: compiled, it
+        reads and writes whole lines of memory in either direction.
+        """
+        positions = slice(start, start + x.shape[1])
+        cos, sin = self.cos[positions, None], self.sin[positions, None]  # (n, 1, head_dim)
+        wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # once: else each product's gradient is rounded
+        swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
+        return (wide * cos + swapped * sin).to(x.dtype)
 
 
 class KVCache:
@@ -177,9 +182,15 @@ class SelfAttention(nn.Module):
         return self.dropout(self.out(rearrange(o, "b h n d -> b n (h d)")))
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q (batch, num_heads, n, head_dim) and k, and v (batch, num_kv_heads, n, head_dim)."""
-        parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", d=self.head_dim) for part in parts)
-        if self.rotary is None:
-            return q, k, v
-        return self.rotary(q, start), self.rotary(k, start), v
+        """Rotated q (batch, num_heads, n, head_dim) and k, and v (batch, num_kv_heads, n, head_dim).
+
+        In memory all three stay (batch, n, heads, head_dim), as the projection left them: nothing is transposed, and o
+        and the gradients have that order, too.
+        """
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (batch, n, num_heads + 2 num_kv_heads, head_dim)
+        num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.sizes)
+        qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        if self.rotary is not None:
+            qk = self.rotary(qk, start)  # both at once: one pass over memory, in either direction
+        q, k = qk.split((num_heads, num_kv_heads), dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

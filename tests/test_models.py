@@ -151,13 +151,43 @@ def test_regular_attention_scales_by_the_root_of_head_dim():
 def test_rotation_keeps_group_norms_and_depends_on_distance_only(groups, start):
     rotary = Rotary(32, 256).double()
     rotary.cos, rotary.sin = rotary.cos.double(), rotary.sin.double()
-    x = torch.randn(1, 1, 6, 32, dtype=torch.float64)
-    rotated = rotary(x, start)
+    x = torch.randn(1, 6, 1, 32, dtype=torch.float64)
+    rotated, again, x = rotary(x, start)[:, :, 0], rotary(x, start + 40)[:, :, 0], x[:, :, 0]
     norm = lambda t: t.unflatten(-1, (groups, -1)).norm(dim=-1)  # noqa: E731
     torch.testing.assert_close(norm(rotated), norm(x))
-    again = rotary(x, start + 40)
     torch.testing.assert_close(again @ again.mT, rotated @ rotated.mT, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(rotated @ rotated.mT, x @ x.mT)
+
+
+def test_rotation_turns_each_pair_as_a_complex_number():
+    x = torch.randn(2, 9, 3, 16)
+    frequency = 10_000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    turn = torch.polar(torch.ones(9, 1, 8).double(), torch.arange(5, 14).view(9, 1, 1) * frequency)
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (8, 2)))
+    expected = torch.view_as_real(pairs * turn).flatten(-2)
+    torch.testing.assert_close(Rotary(16, 64)(x, 5), expected.float())
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 1])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_nothing_around_the_attention_is_transposed_in_memory(positions, num_kv_heads):
+    """q, k, v, o and the gradients stay (batch, n, heads, head_dim), as the projections have them."""
+    seen = {}
+
+    class Inner(torch.nn.Module):
+        def forward(self, q, k, v):
+            seen.update(q=q, k=k, v=v)
+            return torch.empty_like(q).copy_(q + v.mean(1, keepdim=True) * k.mean(1, keepdim=True))
+
+    gpt = build("regular", PreNormBlock, num_layers=1, positions=positions, num_kv_heads=num_kv_heads)
+    attention = gpt.blocks[0].attention
+    attention.inner = Inner()
+    attention.out.register_forward_pre_hook(lambda _, arguments: seen.update(o=arguments[0]))
+    attention(torch.randn(2, 5, attention.out.in_features))
+    for name in "qkv":
+        batch, head, position, channel = seen[name].stride()
+        assert (head, channel) == (attention.head_dim, 1) and batch == 5 * position
+    assert seen["o"]._is_view() and seen["o"].is_contiguous()
 
 
 def test_deepnorm_scales_the_residual_and_starts_as_the_paper_says():
