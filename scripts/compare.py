@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from models.report import PLOT_FILE, Results, console, markdown, plot, read_results, table
 from models.runs import RECORD_FILE, load_config
-from scripts import Parser, run_script
+from scripts import Parser, non_negative, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", metavar="DIR", type=Path, help=f"of {PLOT_FILE} (default: the folder that all runs share)"
     )
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown, too")
+    parser.add_argument(
+        "--within",
+        metavar="SHARE",
+        type=non_negative,
+        help="exit with 1 if a run's train/loss differs by more than this share, 0.005 say, from the first run's at a "
+        "step that both logged",
+    )
     return run_script(parser, compare, argv)
 
 
@@ -44,6 +52,8 @@ def compare(arguments: argparse.Namespace) -> None:
     out.print(str(output / PLOT_FILE), highlight=False, markup=False, soft_wrap=True)
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(runs), encoding="utf-8")
+    if arguments.within is not None and not same_losses(runs, arguments.within):
+        raise SystemExit(1)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -114,6 +124,32 @@ def _settings(run: Results) -> dict[str, Any]:
         "tokens_per_step": run.record.get("tokens_per_step"),
         "the number of validated bytes (trainer.val_bytes)": corpus.get("val_scored"),
     }
+
+
+def same_losses(runs: Sequence[Results], share: float) -> bool:
+    """Whether every run's train/loss stays within a share of the first run's; says by how much each differs."""
+    first, *others = runs
+    if not others:
+        raise ValueError("--within compares with the first run: give another")
+    expected = dict(zip(*first.series("train/loss"), strict=True))
+    same = True
+    for run in others:
+        found = dict(zip(*run.series("train/loss"), strict=True))
+        errors = {step: abs(found[step] / loss - 1) for step, loss in expected.items() if step in found}
+        if not errors:
+            raise ValueError(f"--within needs steps that both logged, got none of {first.name} and {run.name}")
+        worst = max(errors, key=errors.__getitem__)
+        within = errors[worst] <= share
+        same = same and within
+        console().print(
+            f"train/loss of {run.name} {'is' if within else 'is NOT'} within {share:.2%} of {first.name}'s at all of "
+            f"{len(errors)} logged steps: {errors[worst]:.3%} apart at step {worst:g}, "
+            f"{statistics.mean(errors.values()):.3%} on average",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return same
 
 
 def warn(message: str) -> None:

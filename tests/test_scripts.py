@@ -150,6 +150,23 @@ def test_compare_warns_of_runs_that_are_not_comparable(run, capsys, change, name
     assert warning.startswith("warning: not comparable: ") and named in warning
 
 
+def test_compare_judges_loss_curves(run, capsys):
+    near, far = variant(run, "near"), variant(run, "far")
+    for folder, factor in ((near, 1.004), (far, 0.99)):
+        with open(folder / "metrics.csv") as file:
+            header, *rows = csv.reader(file)
+        column = header.index("train/loss")
+        logged = [row for row in rows if row[column]]
+        logged[1][column] = str(float(logged[1][column]) * factor)
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    assert compare.main([str(run), str(near), "--within", "0.005"]) == 0
+    assert "near is within 0.50% of first's at all of 3 logged steps: 0.400% apart at step 4" in capsys.readouterr().out
+    assert compare.main([str(run), str(near), str(far), "--within", "0.005"]) == 1
+    assert "far is NOT within 0.50% of first's at all of 3 logged steps: 1.000% apart" in capsys.readouterr().out
+    assert "give another" in refusal(capsys, compare, run, "--within", "0.005")
+
+
 def test_compare_leaves_out_what_is_no_run(run, capsys):
     (run.parent / "notes.txt").write_text("not a run")
     (run.parent / "empty").mkdir()

@@ -20,7 +20,7 @@ from models.callbacks import decode, peak_flops
 from models.lightning import DivergedError, GPTModule
 from models.loggers import CSVLogger
 from models.report import read_results
-from scripts import loop_overhead
+from scripts import benchmark_training
 from train import build_module, train
 
 ROOT = Path(__file__).parent.parent
@@ -405,17 +405,72 @@ def test_compiled_training_keeps_clean_keys_and_the_same_losses(text, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_both_loops_are_timed_on_the_same_training(text, tmp_path, capsys):
+# What scripts.benchmark_training takes of nanoGPT's model.py.
+NANOGPT = """
+import types
+import torch
+
+GPTConfig = types.SimpleNamespace
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert (config.vocab_size, config.bias) == (256, False)
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("said")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, tokens, targets):
+        logits = self.head(self.embedding(tokens))
+        return logits, torch.nn.functional.cross_entropy(logits.view(-1, 256), targets.view(-1))
+"""
+
+
+def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT)
     changes = overrides(text, tmp_path, "trainer.clip_norm=null")
-    report = tmp_path / "loop.json"
-    assert loop_overhead.main([*changes, "--steps", "8", "--rounds", "1", "--json", str(report)]) == 0
-    result = json.loads(report.read_text())
-    bare, lightning = (result["tokens_per_s"][loop][0] for loop in ("bare", "lightning"))
-    assert result["ratio"] == pytest.approx(lightning / bare) and bare > 0
-    assert "Lightning / bare" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        loop_overhead.main([*changes, "--steps", "2"])
-    assert "--steps must be at least 3 * trainer.log_every = 6" in capsys.readouterr().err
+    options = ["--model", "tiny", "--seq-len", "32", "16", "--steps", "8", "--rounds", "2"]
+    options += ["--nanogpt", str(tmp_path / "model.py"), "--json", str(tmp_path / "report.json")]
+    changes = [change for change in changes if not change.startswith(("model=", "seq_len="))]
+    assert benchmark_training.main([*changes, *options]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    found = [(row["seq_len"], row["contender"], len(row["rates"])) for row in rows]
+    assert found == [(n, name, 6) for n in (32, 16) for name in ("lightning", "bare", "nanogpt")]
+    assert all(row["ms_per_step"] == pytest.approx(256e3 / row["tokens_per_s"]) for row in rows)
+    out = capsys.readouterr().out
+    assert out.count("x nanogpt") == 2 and "said" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--steps", "5"], "--steps must be at least 3 * trainer.log_every = 6"),
+        (["--nanogpt", "absent.py"], "must be the path of nanoGPT's model.py, got 'absent.py'"),
+        (["--nanogpt", __file__], "has no GPT and GPTConfig"),
+        (["--contenders", "nanogpt"], "needs --nanogpt"),
+        (["--profile"], "--profile needs a CUDA device"),
+        (["--model", "huge"], "huge"),
+    ],
+)
+def test_benchmark_training_refuses(text, tmp_path, capsys, arguments, named):
+    changes = [change for change in overrides(text, tmp_path) if not change.startswith(("model", "seq_len="))]
+    assert benchmark_training.main([*changes, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and "Traceback" not in error
+
+
+def test_profile_sums_kernels_and_finds_the_idle_time():
+    kernels = [("b", 60.0, 100.0), ("a", 0.0, 10.0), ("a", 5.0, 25.0), ("c", 12.0, 20.0)]  # two streams overlap
+    found = benchmark_training.summed_up(kernels, steps=2)
+    assert found["ms"] == pytest.approx(0.05) and found["idle_share"] == pytest.approx(0.35)
+    assert [(row["kernel"], row["calls"], row["ms"]) for row in found["kernels"]] == [
+        ("b", 0.5, pytest.approx(0.02)),
+        ("a", 1, pytest.approx(0.015)),
+        ("c", 0.5, pytest.approx(0.004)),
+    ]
 
 
 def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):

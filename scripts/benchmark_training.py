@@ -1,0 +1,363 @@
+"""Speed of whole training steps in one run: train.py's, a bare loop's on the same model, and nanoGPT's.
+
+    python -m scripts.benchmark_training data=pystdlib --model small base --seq-len 1024 8192 --json training.json
+    python -m scripts.benchmark_training data=pystdlib --nanogpt PATH/model.py --profile
+
+Contenders, for every --model at every --seq-len, all other keys as for train.py (trainer.log_every, tokens_per_step):
+
+- lightning: train.py's own path, the whole trainer with its loggers and callbacks.
+- bare: the same model, data and optimizer in a loop that does nothing but train. What it is faster by is Lightning's.
+- nanogpt: nanoGPT's model (https://github.com/karpathy/nanoGPT, a model.py that --nanogpt names) of the same size over
+  the same bytes, in the bare loop, as its train.py sets it up: SDPA, no biases, its own AdamW groups (fused on a GPU),
+  gradients clipped at 1, bf16 autocast and torch.compile wherever ours has them.
+
+They take turns, --rounds times. A result is the median over intervals of trainer.log_every steps, each ended by waiting
+for the device; the first interval, which compiles and warms up, does not count. --profile also lists the kernels of a
+bare step by the GPU's time in them, and the share of a step in which the GPU has nothing to do.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib.util
+import io
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from conf.schema import CONF, validate
+from data.bytes import ByteCorpus
+from models.callbacks import GIB
+from models.environment import environment
+from models.gpt import VOCABULARY
+from models.report import MEMORY_COLUMNS, read_results
+from models.trainer import choose_precision, compiles_by_default, uses_cuda
+from scripts import Parser, autocast, integer, run_script
+from scripts.benchmark import machine
+from train import build_data, build_module, train
+
+CONTENDERS = ("lightning", "bare", "nanogpt")
+PROFILED_STEPS = 5
+KERNELS_SHOWN = 25
+
+
+@dataclass
+class Trainee:
+    """What a bare loop trains."""
+
+    loss: Callable[[Tensor], Tensor]  # of tokens (micro_batch_size, seq_len + 1)
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    update_lr: Callable[[], None]  # after every step
+    clip_norm: float
+
+
+Build = Callable[[DictConfig, torch.device], Trainee]
+
+
+def our_trainee(config: DictConfig, device: torch.device) -> Trainee:
+    """What train.py trains, without Lightning."""
+    module = build_module(config)
+    gpt = module.gpt.to(device)
+    optimizer, scheduler = module.optimizer.build(gpt)
+    return Trainee(
+        loss=lambda tokens: gpt(tokens[:, :-1], tokens[:, 1:]),
+        parameters=list(gpt.parameters()),
+        optimizer=optimizer,
+        update_lr=scheduler.step,
+        clip_norm=config.trainer.clip_norm or math.inf,
+    )
+
+
+def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device) -> Trainee:
+    """NanoGPT's model of the same size, with the settings of its own train.py."""
+    code = load_nanogpt(path)
+    sizes = {"n_layer": config.model.num_layers, "n_head": config.model.num_heads, "n_embd": config.model.width}
+    settings = {"block_size": config.seq_len, "vocab_size": VOCABULARY, "dropout": config.model.dropout, "bias": False}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        gpt = code.GPT(code.GPTConfig(**sizes, **settings)).to(device)
+        optimizer = gpt.configure_optimizers(
+            weight_decay=0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type=device.type
+        )
+    parameters = list(gpt.parameters())
+    forward = torch.compile(gpt) if _compiles(config) else gpt
+    return Trainee(
+        loss=lambda tokens: forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1],
+        parameters=parameters,
+        optimizer=optimizer,
+        update_lr=lambda: None,
+        clip_norm=1.0,
+    )
+
+
+def load_nanogpt(path: Path) -> Any:
+    """The module of nanoGPT's model.py. Raises ValueError where path is something else."""
+    if not path.is_file():
+        raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, got {str(path)!r}")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    code = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = code  # its dataclass looks itself up there
+    spec.loader.exec_module(code)
+    if not (hasattr(code, "GPT") and hasattr(code, "GPTConfig")):
+        raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, {str(path)!r} has no GPT and GPTConfig")
+    return code
+
+
+def _compiles(config: DictConfig) -> bool:
+    cuda = uses_cuda(config.trainer.accelerator)
+    return compiles_by_default(cuda=cuda) if config.compile is None else config.compile
+
+
+def bare_loop(build: Build, config: DictConfig, corpus: ByteCorpus, *, profiled: bool) -> dict[str, Any]:
+    """Trains config.max_steps steps in plain PyTorch.
+
+    Returns:
+        tokens/s of every interval but the first (rates), peak_gib on a GPU, and profile if asked for.
+    """
+    cuda = uses_cuda(config.trainer.accelerator)
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(config.seed)
+    data, accumulate = build_data(config, corpus)
+    trainee = build(config, device)
+    precision = choose_precision(config.trainer.precision, cuda=cuda)
+
+    def take_step(step: int) -> None:
+        for micro_step in range(accumulate):
+            tokens = data.train_batch(step, micro_step, 0, device)
+            with autocast(device, precision):
+                loss = trainee.loss(tokens)
+            (loss / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(trainee.parameters, trainee.clip_norm)
+        trainee.optimizer.step()
+        trainee.update_lr()
+        trainee.optimizer.zero_grad(set_to_none=True)
+
+    tokens_per_interval = data.micro_batch_size * config.seq_len * accumulate * config.trainer.log_every
+    rates, start = [], None
+    for step in range(config.max_steps):
+        take_step(step)
+        if (step + 1) % config.trainer.log_every == 0:
+            _synchronize(device)
+            now = time.perf_counter()
+            if start is not None:
+                rates.append(tokens_per_interval / (now - start))
+            start = now
+    result = {"rates": rates, "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None}
+    if profiled:
+        result["profile"] = profile(take_step, device)
+    return result
+
+
+def lightning_loop(config: DictConfig) -> dict[str, Any]:
+    """Trains the same through train.py's own path; returns what ``bare_loop`` does."""
+    with tempfile.TemporaryDirectory() as root:
+        config.run_root, config.name = root, "run"
+        with contextlib.redirect_stdout(io.StringIO()):  # the summary names files that are gone with the folder
+            train(config, choices={})
+        results = read_results(Path(root) / "run")
+    peaks = results.series(MEMORY_COLUMNS[0])[1][1:]
+    rates = results.series("throughput/tokens_per_s")[1][1:]
+    return {"rates": rates, "peak_gib": max(peaks) if peaks else None}
+
+
+def profile(take_step: Callable[[int], None], device: torch.device) -> dict[str, Any]:
+    """The kernels of a step by the GPU's time in them, and the share of the time in which it runs none."""
+    _synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for step in range(PROFILED_STEPS):
+            take_step(step)
+        _synchronize(device)
+    on_gpu = [
+        event
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    return summed_up([(event.name, event.time_range.start, event.time_range.end) for event in on_gpu], PROFILED_STEPS)
+
+
+def summed_up(kernels: Iterable[tuple[str, float, float]], steps: int) -> dict[str, Any]:
+    """The profile of kernels (name, start, end), in microseconds, of so many steps."""
+    kernels = sorted(kernels, key=lambda kernel: kernel[1])
+    if not kernels:
+        raise ValueError("the profiler saw no kernel: is another one attached to this GPU?")
+    times: dict[str, list[float]] = defaultdict(list)
+    busy, reached = 0.0, kernels[0][1]
+    for name, start, end in kernels:
+        times[name].append(end - start)
+        busy += max(0.0, end - max(start, reached))  # streams overlap
+        reached = max(reached, end)
+    span = reached - kernels[0][1]
+    rows = [
+        {"kernel": name, "calls": len(durations) / steps, "ms": sum(durations) / steps / 1e3}
+        for name, durations in sorted(times.items(), key=lambda item: -sum(item[1]))
+    ]
+    return {"ms": span / steps / 1e3, "idle_share": 1 - busy / span, "kernels": rows}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints, writes."""
+    builders = choose_contenders(arguments)
+    cases = itertools.product(dict.fromkeys(arguments.model), dict.fromkeys(arguments.seq_len))
+    configs = {(model, seq_len): configure(arguments, model, seq_len) for model, seq_len in cases}
+    some = next(iter(configs.values()))
+    cuda = uses_cuda(some.trainer.accelerator)
+    if arguments.profile and not cuda:
+        raise ValueError("--profile needs a CUDA device: it lists a GPU's kernels")
+    corpus = instantiate(some.data)
+    report = {**environment(), **machine(torch.device("cuda" if cuda else "cpu"))}
+    report |= {"overrides": arguments.overrides, "steps": arguments.steps, "rows": []}
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    for (model, seq_len), config in configs.items():
+        results = measure(builders, config, corpus, arguments.rounds, profiled=arguments.profile)
+        rows = [{"model": model, "seq_len": seq_len, "contender": name, **result} for name, result in results.items()]
+        console.print(table(rows, config))
+        for row in rows:
+            if "profile" in row:
+                console.print(profile_table(row))
+        report["rows"] += rows
+        if arguments.json:  # after each case: what is measured is kept, whatever becomes of the next
+            arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def choose_contenders(arguments: argparse.Namespace) -> dict[str, Build | None]:
+    """By name: what the bare loop trains; None is Lightning's loop. Raises ValueError without nanoGPT's code."""
+    builders = {"lightning": None, "bare": our_trainee}
+    if arguments.nanogpt is not None:
+        load_nanogpt(arguments.nanogpt)  # a wrong path shows before anything is timed
+        builders["nanogpt"] = functools.partial(nanogpt_trainee, arguments.nanogpt)
+    elif "nanogpt" in (arguments.contenders or ()):
+        raise ValueError("--contenders nanogpt needs --nanogpt, the path of its model.py")
+    return {name: builders[name] for name in dict.fromkeys(arguments.contenders or builders)}
+
+
+def configure(arguments: argparse.Namespace, model: str, seq_len: int) -> DictConfig:
+    """The configuration of one case. Raises ValueError for a key or value that train.py does not take."""
+    fixed = [f"model={model}", f"seq_len={seq_len}", f"max_steps={arguments.steps}"]
+    fixed += [f"trainer.val_every={arguments.steps}", "trainer.progress_bar=false"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            config = validate(compose("config", overrides=[*arguments.overrides, *fixed]))
+        except HydraException as error:
+            raise ValueError(str(error).strip().split("\n", 1)[0]) from error
+    if arguments.steps < 3 * config.trainer.log_every:
+        raise ValueError(f"--steps must be at least 3 * trainer.log_every = {3 * config.trainer.log_every}")
+    return config
+
+
+def measure(
+    builders: dict[str, Build | None], config: DictConfig, corpus: ByteCorpus, rounds: int, *, profiled: bool
+) -> dict[str, dict[str, Any]]:
+    """The results of all contenders, which take turns."""
+    results: dict[str, dict[str, Any]] = {}
+    for index in range(rounds):
+        for name, build in builders.items():
+            _forget()
+            if build is None:
+                result = lightning_loop(config.copy())
+            else:
+                result = bare_loop(build, config, corpus, profiled=profiled and index == rounds - 1)
+            earlier = results[name]["rates"] if name in results else []
+            results[name] = {**result, "rates": earlier + result["rates"]}
+    for result in results.values():
+        result["tokens_per_s"] = statistics.median(result["rates"])
+        result["ms_per_step"] = 1e3 * _tokens_per_step(config) / result["tokens_per_s"]
+    return results
+
+
+def _forget() -> None:
+    """Leaves nothing of the contender before: neither memory nor compiled code, of which PyTorch keeps but so many."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _tokens_per_step(config: DictConfig) -> int:
+    return config.tokens_per_step // config.seq_len * config.seq_len
+
+
+def table(rows: list[dict[str, Any]], config: DictConfig) -> Table:
+    """The contenders of one case."""
+    baseline = next((row for row in reversed(rows) if row["contender"] != "lightning"), rows[-1])
+    title = f"model={rows[0]['model']}, seq_len {rows[0]['seq_len']}, {_tokens_per_step(config):,} tokens a step"
+    columns = Table(title=f"{title}\nmedian of {len(rows[0]['rates'])} intervals of {config.trainer.log_every} steps")
+    headings = ("tokens/s", "lowest", "highest", "ms/step", "peak GiB", f"x {baseline['contender']}")
+    columns.add_column("contender")
+    for heading in headings:
+        columns.add_column(heading, justify="right")
+    for row in rows:
+        rates = (row["tokens_per_s"], min(row["rates"]), max(row["rates"]))
+        columns.add_row(
+            row["contender"],
+            *(f"{rate:,.0f}" for rate in rates),
+            f"{row['ms_per_step']:.2f}",
+            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
+            f"{row['tokens_per_s'] / baseline['tokens_per_s']:.3f}",
+        )
+    return columns
+
+
+def profile_table(row: dict[str, Any]) -> Table:
+    """Where a step's time goes on the GPU."""
+    found = row["profile"]
+    title = f"{row['contender']}, model={row['model']}, seq_len {row['seq_len']}: kernels of a step"
+    columns = Table(title=f"{title}\n{found['ms']:.2f} ms, the GPU idle {found['idle_share']:.1%} of it")
+    for heading in ("ms", "share", "calls"):
+        columns.add_column(heading, justify="right")
+    columns.add_column("kernel", no_wrap=True)
+    for kernel in found["kernels"][:KERNELS_SHOWN]:
+        share = kernel["ms"] / found["ms"]
+        columns.add_row(f"{kernel['ms']:.3f}", f"{share:.1%}", f"{kernel['calls']:g}", kernel["kernel"])
+    return columns
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = Parser(
+        prog="python -m scripts.benchmark_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py; before the options")
+    parser.add_argument("--model", nargs="+", default=["small"], help="options of conf/model/ (default: small)")
+    parser.add_argument("--seq-len", type=integer(1), nargs="+", default=[1024], metavar="N", help="(default: 1024)")
+    parser.add_argument("--steps", type=integer(1), default=200, help="optimizer steps a round (default: 200)")
+    parser.add_argument("--rounds", type=integer(1), default=1, help="rounds of each contender (default: 1)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="(default: all)")
+    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="nanoGPT's model.py")
+    parser.add_argument(
+        "--profile", action="store_true", help="also list the GPU's kernels in a step of the bare loops"
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
+    return run_script(parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
