@@ -108,19 +108,19 @@ class Rotary(nn.Module):
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # (seq_len, head_dim / 2)
         cos, sin = angle.cos().float(), angle.sin().float()
         self.register_buffer("cos", cos.repeat_interleave(2, dim=-1), persistent=False)  # (seq_len, head_dim)
-        self.register_buffer("sin", torch.stack((-sin, sin), dim=-1).flatten(-2), persistent=False)
+        self.register_buffer("sin", torch.stack((sin, -sin), dim=-1).flatten(-2), persistent=False)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """Rotates x (batch, n, heads, head_dim) as positions start .. start + n - 1.
 
-        Every output is a sum of two products at its own place, with no stacking of even and odd channels: compiled, it
-        reads and writes whole lines of memory in either direction.
+        Each place is read and written by itself, without stacking even and odd channels, which would compile to several
+        times the instructions; and multiplied before the swap, so that the gradient reads sin in order.
         """
         positions = slice(start, start + x.shape[1])
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # (n, 1, head_dim)
         wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # once: else each product's gradient is rounded
-        swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
-        return (wide * cos + swapped * sin).to(x.dtype)
+        swapped = (wide * sin).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
+        return (wide * cos + swapped).to(x.dtype)
 
 
 class KVCache:
