@@ -231,6 +231,12 @@ SM90_BACKWARD_OPTIONS = {
     "split": {"batch": 1, "seq_len_q": 300, "seq_len_k": 100, **SM90_GROUP_OF_HEADS, "causal": True},
     # Three splits of two blocks of queries.
     "empty-split": {"batch": 1, "seq_len_q": 900, "seq_len_k": 60, "num_heads": 1, "num_kv_heads": 1, "causal": True},
+    # So many rows either way that the kernel itself makes q_hat, k_hat and the statistics.
+    "rows-ahead": {"seq_len_q": 300, "seq_len_k": 260, "learned_scale": True, "num_heads": 4},
+    "rows-ahead-causal": {
+        **{"batch": 1, "seq_len_q": 515, "seq_len_k": 530, "num_heads": 2, "num_kv_heads": 1},
+        **{"causal": True, "mask": True, "strided": True},
+    },
     "scale-of-heads": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": True},
     "one-scale": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": "scalar", "causal": True},
     "groups": {"seq_len_q": 130, "seq_len_k": 140, "groups": 4, "num_heads": 2, "num_kv_heads": 1},
@@ -336,7 +342,7 @@ def sm90_checks():
         for name, options in list(SM90_BACKWARD_OPTIONS.items())[index % 2 :: 2]:
             add(f"gradients-{name}", replace(case, **options), check_sm90_gradients)
         # In order: one block after the other, and tiles that several share.
-        for name in ("causal", "GQA", "split", "empty-split"):
+        for name in ("causal", "GQA", "split", "empty-split", "rows-ahead-causal"):
             ordered = replace(case, **SM90_BACKWARD_OPTIONS[name])
             add(f"deterministic-{name}", ordered, check_sm90_gradients, deterministic=True)
         alone = replace(case, seq_len_q=129, seq_len_k=127, causal=True, mask=True, learned_scale=True)

@@ -188,6 +188,8 @@ inline uint32_t load_acquire(const uint32_t* address) {
   emulator::fibers[emulator::current].acquired = true;
   return *address;
 }
+inline uint32_t load_relaxed(const uint32_t* address) { return *address; }
+inline void prefetch_l2(const void*) {}
 inline void store_release(int* address, int value) { *address = value; }
 inline void red_add_release(uint32_t* address, uint32_t value) { *address += value; }
 inline uint32_t atomic_increment(uint32_t* address) { return (*address)++; }
@@ -285,12 +287,16 @@ void for_each_piece(const emulator::TensorMap& map, uint32_t tile, int column, i
   }
 }
 
+inline void check_acquired() {
+  if (emulator::fibers[emulator::current].acquired) throw std::logic_error("no proxy fence between ld.acquire and TMA");
+}
+
 // The bytes arrive when a thread waits for them, and no sooner; until then there is nothing to read.
 inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_address, int column, int row, int head,
                         int batch) {
   const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
   emulator::Barrier& barrier = barrier_at(barrier_address);
-  if (emulator::fibers[emulator::current].acquired) throw std::logic_error("no proxy fence between ld.acquire and TMA");
+  check_acquired();
   for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char*) {
     emulator::poison(overwritten_by_tma(address), 16);
   });
@@ -317,6 +323,7 @@ inline void check_bulk(const void* global, uint32_t shared, int bytes) {
 inline void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier_address) {
   check_bulk(source, destination, bytes);
   emulator::Barrier& barrier = barrier_at(barrier_address);
+  check_acquired();
   for (int byte = 0; byte < bytes; byte += 16) emulator::poison(overwritten_by_tma(destination + byte), 16);
   barrier.loads.push_back([=, &barrier] {
     for (int byte = 0; byte < bytes; byte += 16) {

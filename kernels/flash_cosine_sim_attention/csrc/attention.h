@@ -109,7 +109,8 @@ struct BackwardPlan {
   int padded_rows = 0, padded_dim = 0;
   int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has
   int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0, row_statistics = 0;
-  bool tile_counter = false;
+  bool prepares_rows = false;  // sm90: the main kernel makes q_hat, k_hat, row_statistics and the accumulator's zeros
+  int64_t num_counters = 0;
 };
 
 struct BackwardParams : Attention {
@@ -129,14 +130,14 @@ struct BackwardParams : Attention {
   // run_backward sets it to zero. nullptr if neither dq nor dscale is needed. backward_sm90.cuh's is padded, and its
   // elements are in the order of rows.cuh's `tiled_offset`.
   float* dq_accumulator = nullptr;
-  int* dq_order = nullptr;  // deterministic: whose turn it is at each block of queries; zeroed by run_backward
+  // deterministic: whose turn it is at each block of queries. Lies behind the counters; run_backward zeroes both.
+  int* dq_order = nullptr;
+  uint32_t* counters = nullptr;  // backward_sm90.cuh: traits.h says what of
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. backward_sm90.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
-  // backward_sm90.cuh: what launch_row_statistics makes of delta and row_sum_log2, instead of delta; and how many tiles
-  // have been taken beyond every block's first, which run_backward zeroes.
+  // backward_sm90.cuh: what launch_row_statistics, or that kernel, makes of delta and row_sum_log2, instead of delta.
   float* row_statistics = nullptr;
-  uint32_t* tile_counter = nullptr;
 };
 
 // dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and

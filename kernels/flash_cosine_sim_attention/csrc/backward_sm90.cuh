@@ -23,6 +23,7 @@
 
 #include <algorithm>
 
+#include "backward_rows.cuh"
 #include "device.h"
 #include "launch.h"
 #include "row_statistics.cuh"
@@ -38,18 +39,12 @@ struct BackwardTensorMaps {
   CUtensorMap q, dout, k, v, dk, dv;
 };
 
-// Tiles in the order in which they are begun, in sections of heads whose Q, dO and dQ fit into the L2 cache together. A
-// causal mask makes the first keys the longest work: they come first. A tile comes after those of lower keys of its
-// head, for which it waits in deterministic mode.
-struct BackwardSchedule {
-  int num_blocks_k, heads_per_section, num_splits, num_tiles;
-};
-
 template <Math kMath, int kHeadDim, bool kDeterministic>
 struct BackwardSm90 {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   using Statistics = RowStatistics<T>;
+  using Rows = RowPreparer<kMath, kHeadDim>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kStages = Traits::kStages;
   static constexpr int kPanelBytes = Traits::kPanelBytes, kPanels = Traits::kPanels, kPanelDim = Traits::kPanelDim;
   static constexpr int kPanelBytesK = Traits::kPanelBytesK, kPanelDimK = Traits::kPanelDimK;
@@ -200,14 +195,33 @@ struct BackwardSm90 {
       }
     }
 
+    // Until the rows of a block are prepared.
+    template <int kRows>
+    __device__ __forceinline__ void await_rows(unsigned counter) {
+      while (load_acquire(params.counters + counter) < kRows / Traits::kChunkRows) __nanosleep(64);
+      fence_proxy_async_global();  // other threads' st.global before TMA, here and in the consumers
+    }
+
+    __device__ __forceinline__ void await_queries(int head, int block) {
+      if (!params.plan.prepares_rows) return;
+      await_rows<kBlockQ>(Rows::queries_counter(params, schedule, head, block));
+    }
+
+    __device__ __forceinline__ void await_keys(const Work& work) {
+      if (!params.plan.prepares_rows) return;
+      const int kv_head = work.batch * params.num_kv_heads + work.kv_head;
+      await_rows<kBlockK>(Rows::keys_counter(schedule, kv_head, work.block_k));
+    }
+
     __device__ __forceinline__ void load_q(const Work& work, const Walk& walk) {
       constexpr int kStatisticsBytes = kBlockQ * kRowStatisticsBytes;
       const uint32_t full = shared.q_full(stage.index);
+      const int head = work.batch * params.num_heads + walk.head;
+      await_queries(head, walk.block_q);  // first: it takes almost a microsecond, and memory becomes free meanwhile
       mbarrier_wait(shared.q_empty(stage.index), stage.parity ^ 1);
       mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ + kStatisticsBytes);
       load<kBlockQ, kPanelDim>(maps.q, shared.q(stage.index), full, walk.block_q * kBlockQ, walk.head, work.batch);
-      const int64_t row = (int64_t(work.batch) * params.num_heads + walk.head) * params.plan.padded_rows +
-                          walk.block_q * kBlockQ;
+      const int64_t row = int64_t(head) * params.plan.padded_rows + walk.block_q * kBlockQ;
       bulk_load(shared.statistics(stage.index), params.row_statistics + row * (kRowStatisticsBytes / sizeof(float)),
                 kStatisticsBytes, full);
     }
@@ -236,6 +250,7 @@ struct BackwardSm90 {
       mbarrier_arrive_expect_tx(shared.v_full(), Traits::kTileBytesK);
       load<kBlockK, kPanelDim>(maps.v, shared.v(), shared.v_full(), work.block_k * kBlockK, work.kv_head, work.batch);
       load_dout(work, walk);
+      await_keys(work);
       announce(work);
       mbarrier_arrive_expect_tx(shared.k_full(), Traits::kTileBytesK);
       load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
@@ -253,8 +268,8 @@ struct BackwardSm90 {
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are. Where a tile
     // waits for others, the first is no exception: those that it waits for have been begun, whatever else the GPU does.
     __device__ __forceinline__ void load_tiles() {
-      const auto next_tile = [&] { return atomic_increment(params.tile_counter); };
-      const unsigned num_static_tiles = kDeterministic ? 0 : gridDim.x;
+      const auto next_tile = [&] { return atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken); };
+      const unsigned num_static_tiles = schedule.num_static_tiles;
       unsigned tile = kDeterministic ? next_tile() : blockIdx.x;
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
         // Asked for a tile ahead, for the answer takes a microsecond.
@@ -748,7 +763,11 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
 
   if (warp >= 4 * B::Traits::kConsumers) {
     setmaxnreg_dec<B::Traits::kProducerRegisters>();
-    if (threadIdx.x != 128 * B::Traits::kConsumers) return;
+    if (warp > 4 * B::Traits::kConsumers) {
+      if (params.plan.prepares_rows) typename B::Rows{params, schedule}.prepare_chunks();
+      return;
+    }
+    if (threadIdx.x % 32 != 0) return;
     for (const CUtensorMap* map : {&maps.q, &maps.dout, &maps.k, &maps.v}) prefetch_tensor_map(map);
     typename B::Producer{params, maps, schedule, shared}.load_tiles();
   } else {
@@ -792,8 +811,16 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
       8 * int64_t(params.seq_len_q) * params.head_dim * params.num_heads / params.num_kv_heads + 1;
   // Without a causal mask all tiles are alike, and a head's tiles follow each other.
   schedule.heads_per_section = params.causal ? static_cast<int>(kSectionBytes / bytes_per_head) + 1 : 1;
-  const auto num_blocks =
-      static_cast<unsigned>(std::min<int64_t>(num_tiles, current_device().num_multiprocessors));
+  const int64_t num_multiprocessors = current_device().num_multiprocessors;
+  const auto num_blocks = static_cast<unsigned>(std::min(num_tiles, num_multiprocessors));
+  schedule.num_static_tiles = params.dq_order == nullptr ? num_blocks : 0;
+  // Those that tiles need which begin together.
+  schedule.prepared_heads_per_section =
+      params.causal ? schedule.heads_per_section : num_blocks / (schedule.num_blocks_k * schedule.num_splits) + 1;
+  const int64_t chunks_per_kv_head =
+      int64_t(schedule.num_blocks_k) * (Traits::kBlockK / Traits::kChunkRows) +
+      int64_t(params.num_heads / params.num_kv_heads) * (params.plan.padded_rows / Traits::kChunkRows);
+  schedule.num_chunks = static_cast<int>(params.batch * params.num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
     constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();

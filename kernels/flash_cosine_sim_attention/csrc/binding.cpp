@@ -304,7 +304,7 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
   TorchTensor workspace = call.empty_float32(
       {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) + padded(plan.row_statistics) +
-       padded(plan.dq_order) + padded(plan.tile_counter)});
+       padded(plan.num_counters + plan.dq_order)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;
@@ -315,8 +315,8 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   params.dq_accumulator = take(plan.dq_accumulator);
   params.dkv_partials = take(plan.dkv_partials);
   params.row_statistics = take(plan.row_statistics);
-  params.dq_order = reinterpret_cast<int*>(take(plan.dq_order));
-  params.tile_counter = reinterpret_cast<uint32_t*>(take(plan.tile_counter));
+  params.counters = reinterpret_cast<uint32_t*>(take(plan.num_counters + plan.dq_order));
+  if (plan.dq_order > 0) params.dq_order = reinterpret_cast<int*>(params.counters + plan.num_counters);
   return workspace;
 }
 

@@ -123,11 +123,20 @@ bool takes_backward_sm90(const BackwardParams& params) {
          (!is_written(params.dq) || queries_have_tensor_map(params, params.dq));
 }
 
+// Its idle warps can normalise rows, but not groups of their channels, and make their statistics while it works with
+// those that are done. They are slower than launches of their own, and hidden if each row is multiplied with many.
+bool can_prepare_rows_in_sm90(const BackwardParams& params) {
+  constexpr int64_t kManyRows = 256;
+  const int64_t num_queries = int64_t(params.num_heads / params.num_kv_heads) * params.seq_len_q;
+  const int64_t fewest = std::min<int64_t>(num_queries, params.seq_len_k);
+  return params.groups == 1 && (params.causal ? fewest / 2 : fewest) >= kManyRows;
+}
+
 template <int kHeadDim>
 BackwardPlan plan_backward_sm90(const BackwardParams& params, int num_multiprocessors) {
   using Traits = BackwardSm90Traits<Math::kBf16, kHeadDim>;
   BackwardPlan plan;
-  plan.sm90 = plan.tile_counter = true;
+  plan.sm90 = true;
   const auto blocks = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
   const int64_t num_blocks_q = blocks(params.seq_len_q, Traits::kBlockQ);
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
@@ -143,6 +152,10 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, int num_multiproce
   }
   const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
   const int64_t num_tiles = num_kv_heads * blocks(params.seq_len_k, Traits::kBlockK);
+  plan.prepares_rows = can_prepare_rows_in_sm90(params);
+  plan.num_counters = plan.prepares_rows
+                          ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
+                          : BackwardSm90Counters::kNumWithoutRows;
   const int64_t items = params.num_heads / params.num_kv_heads * num_blocks_q;  // that each of them walks over
   if (2 * num_tiles <= num_multiprocessors && items >= 4) {
     // Too few tiles to fill the GPU: several blocks share the walk, and their sums are added up afterwards.
@@ -347,13 +360,16 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.batch == 0) return;
-  if (params.l2norm_qk) launch_normalize(params, params.tile_counter, params.tile_counter != nullptr, stream);
-  if (params.dq_order != nullptr) {
-    CUDA_CHECK(cudaMemsetAsync(params.dq_order, 0, params.plan.dq_order * sizeof(int), stream));
+  const BackwardPlan& plan = params.plan;
+  const int64_t num_counters = plan.num_counters + plan.dq_order;
+  if (params.l2norm_qk && !plan.prepares_rows) {
+    launch_normalize(params, params.counters, num_counters, stream);
+  } else if (num_counters > 0) {
+    CUDA_CHECK(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(*params.counters), stream));
   }
 #if FLASH_COSINE_SIM_HAS_SM90
-  if (params.plan.sm90) {
-    launch_row_statistics(params, stream);
+  if (plan.sm90) {
+    if (!plan.prepares_rows) launch_row_statistics(params, stream);
     with_backward_sm90(params.head_dim,
                        [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
     launch_dkv_merge(params, stream);

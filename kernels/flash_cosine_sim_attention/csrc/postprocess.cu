@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
   }
 }
 
-// Rows of heads as long as padded_rows; nobody sees those that do not exist.
+// Rows of heads as long as padded_rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     row_statistics_kernel(const __grid_constant__ BackwardParams params) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   typename rows::RowLanes<T>::Slice o, dout;
   lanes.load(o, rows::row_of<const T>(params.o, position), active);
   lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
-  float delta = rows::dot_over_lanes(dout, o, lanes.lanes());
+  const float delta = rows::dot_over_lanes(dout, o, lanes.lanes());
   if (exists && params.dq_accumulator) {
     // Which row's tiles put here does not matter.
     float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + padded_row * params.plan.padded_dim);
@@ -98,21 +98,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (exists && lanes.lane == 0) {
-    float row_sum_log2 = -INFINITY;
-    if (active) {
-      const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
-      row_sum_log2 = params.row_sum_log2[row];
-      if (params.drow_sum_log2) {
-        delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
-      }
-    }
-    using Statistics = RowStatistics<T>;
-    uint32_t d[4], r[4];
-    Statistics::split(d, -delta, 0.f);
-    Statistics::split(r, Statistics::subtracted(row_sum_log2), 1.f);
-    uint4* matrices = reinterpret_cast<uint4*>(params.row_statistics) + padded_row / 8 * 16 + padded_row % 8;
-    matrices[0] = make_uint4(d[0], d[1], d[2], d[3]);
-    matrices[8] = make_uint4(r[0], r[1], r[2], r[3]);
+    const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
+    RowStatistics<T>::store(params, delta, row, padded_row, active);
   }
 }
 

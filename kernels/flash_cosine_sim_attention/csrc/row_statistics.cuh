@@ -7,6 +7,7 @@
 // In memory, for 8 queries each, 8 rows of d and then 8 of r: the core matrices of wgmma without a swizzle.
 #pragma once
 
+#include "attention.h"
 #include "math.cuh"
 
 namespace flash_cosine_sim {
@@ -45,6 +46,22 @@ struct RowStatistics {
   // row_sum_log2 is -inf in an empty row, which no key is to see.
   static __device__ __forceinline__ float subtracted(float row_sum_log2) {
     return row_sum_log2 == -INFINITY ? kHidden : -row_sum_log2;
+  }
+
+  // Both rows of one of heads as long as padded_rows, from rowsum(dO * O). Nobody sees queries that do not exist.
+  static __device__ __forceinline__ void store(const BackwardParams& params, float delta, int64_t row,
+                                               int64_t padded_row, bool exists) {
+    float row_sum_log2 = -INFINITY;
+    if (exists) {
+      row_sum_log2 = params.row_sum_log2[row];
+      if (params.drow_sum_log2) delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
+    }
+    uint32_t d[4], r[4];
+    split(d, -delta, 0.f);
+    split(r, subtracted(row_sum_log2), 1.f);
+    uint4* matrices = reinterpret_cast<uint4*>(params.row_statistics) + padded_row / 8 * 16 + padded_row % 8;
+    matrices[0] = make_uint4(d[0], d[1], d[2], d[3]);
+    matrices[8] = make_uint4(r[0], r[1], r[2], r[3]);
   }
 };
 

@@ -255,22 +255,23 @@ __device__ __forceinline__ float2 normalize_together(float (&x)[kCount], int lan
 using PackedSlice = uint32_t[8];
 
 template <typename T>
-__device__ __forceinline__ float square_sum_over_lanes(const PackedSlice& x, int lanes) {
+__device__ __forceinline__ float dot_over_lanes(const PackedSlice& x, const PackedSlice& y, int lanes) {
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float2 pair = unpack<T>(x[i]);
-    sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
+    const float2 pair_x = unpack<T>(x[i]), pair_y = unpack<T>(y[i]);
+    sum = fmaf(pair_x.y, pair_y.y, fmaf(pair_x.x, pair_y.x, sum));
   }
   return sum_over_lanes(sum, lanes);
 }
 
+// x a b, rounded as float32 after each factor.
 template <typename T>
-__device__ __forceinline__ void scale(PackedSlice& x, float factor) {
+__device__ __forceinline__ void scale(PackedSlice& x, float a, float b) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float2 pair = unpack<T>(x[i]);
-    x[i] = pack<T>(pair.x * factor, pair.y * factor);
+    x[i] = pack<T>(pair.x * a * b, pair.y * a * b);
   }
 }
 
@@ -295,19 +296,20 @@ __device__ __forceinline__ float rsqrt_refined(float x) {
   return fmaf(0.5f * y, residual, y);
 }
 
-// Like normalize_together, but to the bits of normalize: where no square sum is out of range, and all but always.
+// Like normalize_together, but to the bits of normalize: where no square sum is out of range, and all but always. The
+// result is multiplied by a factor.
 template <typename T>
-__device__ __forceinline__ void normalize_packed(PackedSlice& x, int lanes) {
-  float square_sum = square_sum_over_lanes<T>(x, lanes);
+__device__ __forceinline__ void normalize_packed(PackedSlice& x, int lanes, float result_factor = 1.f) {
+  float square_sum = dot_over_lanes<T>(x, x, lanes);
   const bool too_small = square_sum <= kSmallestSafe, too_large = square_sum >= kLargestSafe;
   // float16 comes here with zeros only. But for the branch, the compiler would unpack x once, into 16 registers more.
   if (__any_sync(kWholeWarp, too_small || too_large)) {
     constexpr bool kIsBf16 = __is_same(T, __nv_bfloat16);
     const float factor = too_small ? (kIsBf16 ? 0x1p100f : 0x1p10f) : too_large ? 0x1p-70f : 1.f;
     multiply_packed<T>(x, factor);
-    square_sum = square_sum_over_lanes<T>(x, lanes);
+    square_sum = dot_over_lanes<T>(x, x, lanes);
   }
-  scale<T>(x, square_sum == 0.f ? 0.f : rsqrt_refined(square_sum));
+  scale<T>(x, square_sum == 0.f ? 0.f : rsqrt_refined(square_sum), result_factor);
 }
 
 // x becomes x^ = x / |x|; gradient, the one of x^, becomes that of x: (dx^ - x^ (x^.dx^)) / |x|.

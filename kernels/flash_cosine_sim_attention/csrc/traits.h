@@ -214,6 +214,15 @@ struct ForwardSm90Traits {
                 "a swizzle's pattern begins at a multiple of it");
 };
 
+// The same for backward_sm90.cuh.
+struct BackwardSm90Counters {
+  // With BackwardPlan::prepares_rows. The first place: its warps have no register for the sum of two addresses.
+  static constexpr int kChunksTaken = 0;
+  static constexpr int kTilesTaken = 8;  // beyond every block's first
+  static constexpr int kNumWithoutRows = 9;
+  static constexpr int kChunksOfBlockDone = 16;  // and so on, for each block of keys and then of queries of each head
+};
+
 // A block, one a multiprocessor, takes tile after tile of kBlockK keys, 64 for each of two warpgroups, and walks over
 // the queries in blocks of kBlockQ. One more warpgroup has a warp that keeps Q and dO coming, two blocks of each.
 template <Math kMath, int kHeadDim>
@@ -234,6 +243,11 @@ struct BackwardSm90Traits {
   // Whether one warpgroup multiplies dQ a pair later than the other, so that their 2^x alternate instead of coinciding.
   // Up to head dim 64 these take as long as the products: measured, 8 % of the kernel's time. At 128 it costs 3 %.
   static constexpr bool kStaggered = kHeadDim <= 64;
+
+  // backward_rows.cuh: a warp has as many rows at a time as its lanes have statistics. A lane has 16 columns of a row.
+  static constexpr int kChunkRows = 32;
+  static constexpr int kLanesPerRow = kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : 8;
+  static_assert(kBlockK % kChunkRows == 0 && kBlockQ % kChunkRows == 0);
 
   // Of dQ, kBlockQ x kHeadDim, a warpgroup has 64 rows, or all of them and half of the columns.
   static constexpr bool kSplitRows = kBlockQ == 128;
