@@ -135,6 +135,37 @@ def shared_a_registers(sass: str) -> dict[str, set[int] | None]:
     return found
 
 
+def touched_in_flight(sass: str) -> dict[str, list[str]]:
+    """By function: the instructions that touch an accumulator, or write an operand a, of a wgmma before its wait.
+
+    In the order of the listing, as if no branch were taken: what a loop's end leaves under way for its beginning is not
+    seen.
+    """
+    found = {}
+    for text in sass.split("Function : ")[1:]:
+        touching, groups, group = [], [], []  # groups: of wgmmas, each of (accumulators, operand a)
+        for line in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?) *;", text, re.MULTILINE):
+            line = re.sub(r"^@!?U?P\w+ +", "", line)
+            if product := re.match(r"HGMMA\.64x(\d+)x\S+ R(\d+), (?:R(\d+)|gdesc)", line):
+                first = int(product[2])
+                operand = set(range(int(product[3]), int(product[3]) + 4)) if product[3] else set()
+                group.append((set(range(first, first + int(product[1]) // 2)), operand))
+                if "gsb0" in line:
+                    groups.append(group)
+                    group = []
+            elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", line):
+                groups = groups[max(len(groups) - int(wait[1]), 0) :]
+            else:
+                used = {int(register) for register in re.findall(r"\bR(\d+)\b", line)}
+                target = re.match(r"(?!ST|RED|ATOM|BAR|SYNCS|R2UR)\S+ R(\d+)\b", line)
+                written = {int(target[1])} if target else set()
+                if any(used & sums or written & a for one in [*groups, group] for sums, a in one):
+                    touching.append(line)
+        if "HGMMA" in text:
+            found[text.split(maxsplit=1)[0]] = touching
+    return found
+
+
 def demangled(name: str) -> str:
     return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -177,6 +208,29 @@ def test_files_of_sm90_are_compiled_for_it(build):
 def test_shared_a_registers_are_found():
     assert shared_a_registers(SASS.replace("{p}", "120")) == {"kept_apart": set()}
     assert shared_a_registers(SASS.replace("{p}", "102")) == {"kept_apart": {102, 103}}
+
+
+def test_registers_touched_in_flight_are_found():
+    product = "HGMMA.64x16x16.F32.BF16 R24, {a}, gdesc[UR8], R24, gsb0"
+    for lines, touching in [
+        ([product.format(a="R100"), "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R24, R31, R31", "MOV R100, RZ"], []),
+        ([product.format(a="R100"), "MOV R101, RZ", "FADD R1, R32, R100", "STS [R2], R103"], ["MOV R101, RZ"]),
+        ([product.format(a="gdesc[UR4]"), "@P0 FADD R1, R31, R2"], ["FADD R1, R31, R2"]),
+        ([product.format(a="R4"), product.format(a="R8"), "WARPGROUP.DEPBAR.LE gsb0, 0x1", "MOV R4, R8"], []),
+    ]:
+        listing = "\t\tFunction : kernel\n" + "".join(f"        /*{16 * i:04x}*/  {x} ;\n" for i, x in enumerate(lines))
+        assert touched_in_flight(listing) == {"kernel": touching}
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
+def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
+    objects = sorted((build[1] / "build" / "kernels").glob("*_sm90.cu.o"))
+    for path in objects:
+        listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
+        touching = touched_in_flight(listing)
+        assert touching, path
+        assert not any(touching.values()), {demangled(name): lines for name, lines in touching.items() if lines}
+    assert objects
 
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
