@@ -26,6 +26,7 @@
 #include "backward_rows.cuh"
 #include "device.h"
 #include "launch.h"
+#include "pipeline.cuh"
 #include "row_statistics.cuh"
 #include "rows.cuh"
 #include "scores.cuh"
@@ -137,24 +138,7 @@ struct BackwardSm90 {
     }
   };
 
-  // A place in the ring of stages, and the parity of its barriers' current phase.
-  struct Stage {
-    int index = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance() {
-      ++index;
-      if (index == kStages) {
-        index = 0;
-        parity ^= 1;
-      }
-    }
-
-    __device__ __forceinline__ Stage previous() const {
-      static_assert(kStages == 2);
-      return {index ^ 1, index == 0 ? parity ^ 1 : parity};
-    }
-  };
+  using Stage = RingStage<kStages>;
 
   static __device__ __forceinline__ void initialise(const Shared& shared) {
     if (threadIdx.x == 0) {
@@ -310,11 +294,6 @@ struct BackwardSm90 {
       return warp / 4 * Traits::kPanelTileBytesDS + swizzle<Traits::kPanelBytesDS>(row, chunk);
     }
 
-    // Tells the producer that the warp is through with a tile.
-    __device__ __forceinline__ void release(uint32_t empty) const {
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(empty);
-    }
-
     // kStaggered: the first warpgroup is ahead of the second, and makes dQ of a pair during the next one.
     __device__ __forceinline__ bool is_ahead() const { return kStaggered && warpgroup == 0; }
 
@@ -328,13 +307,8 @@ struct BackwardSm90 {
     // Waits for a tile and its K.
     __device__ __forceinline__ Work receive() {
       mbarrier_wait(shared.k_full(), k_parity);
-      // Lane 0 alone reads, as it is the one that will arrive at k_empty. What other lanes read would be ordered before
-      // the next write by way of __syncwarp, too, but compute-sanitizer's racecheck follows only who arrives.
-      int work[4]{};
-      if ((threadIdx.x & 31) == 0) load_shared_v4_s32(work, shared.work());
-      // From here on known to be the same in all lanes: what depends on it, such as the walk, is computed once a warp.
-#pragma unroll
-      for (int& x : work) x = __shfl_sync(0xffffffffu, x, 0);
+      int work[4];
+      read_work(work, shared.work());
       return {work[0], work[1], work[2], work[3]};
     }
 

@@ -19,6 +19,7 @@
 
 #include "device.h"
 #include "launch.h"
+#include "pipeline.cuh"
 #include "rows.cuh"
 #include "scores.cuh"
 #include "tensor_map.h"
@@ -132,19 +133,7 @@ struct ForwardSm90 {
     __device__ __forceinline__ uint32_t v_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
   };
 
-  // A place in the ring of stages, and the parity of its barriers' current phase.
-  struct Stage {
-    int index = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance() {
-      ++index;
-      if (index == kStages) {
-        index = 0;
-        parity ^= 1;
-      }
-    }
-  };
+  using Stage = RingStage<kStages>;
 
   static __device__ __forceinline__ void initialise(const Shared& shared) {
     if (threadIdx.x == 0) {
@@ -392,23 +381,12 @@ struct ForwardSm90 {
     float o[kHeadDim / 8 + (kOnes ? 1 : 0)][4];  // the last, if ones: the rounded row sums
     float exact_sums[2], rounded_sums[2];
 
-    // Tells the producer that the warp is through with a tile.
-    __device__ __forceinline__ void release(uint32_t empty) const {
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(empty);
-    }
-
     // Waits for a tile and its q.
     __device__ __forceinline__ Work receive() {
       mbarrier_wait(shared.q_full(), q_parity);
       q_parity ^= 1;
-      // Lane 0 alone reads, as it is the one that will arrive at q_empty. What other lanes read would be ordered before
-      // the next write by way of __syncwarp, too, but compute-sanitizer's racecheck follows only who arrives.
-      int work[4]{};
-      if ((threadIdx.x & 31) == 0) load_shared_v4_s32(work, shared.work());
-      // From here on known to be the same in all lanes: what depends on it, such as the number of blocks, is computed
-      // once a warp.
-#pragma unroll
-      for (int& x : work) x = __shfl_sync(0xffffffffu, x, 0);
+      int work[4];
+      read_work(work, shared.work());
       return {work[0], work[1], work[2], work[3]};
     }
 
@@ -753,7 +731,7 @@ __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 
       } else {
         consumer.write_output(maps, work);
       }
-      if constexpr (!F::Traits::kQInRegisters) consumer.release(shared.q_empty());
+      if constexpr (!F::Traits::kQInRegisters) release(shared.q_empty());
     }
     tma_store_wait_read();  // this block's shared memory lives until then
   }
