@@ -320,20 +320,6 @@ inline void check_bulk(const void* global, uint32_t shared, int bytes) {
   }
 }
 
-inline void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier_address) {
-  check_bulk(source, destination, bytes);
-  emulator::Barrier& barrier = barrier_at(barrier_address);
-  check_acquired();
-  for (int byte = 0; byte < bytes; byte += 16) emulator::poison(overwritten_by_tma(destination + byte), 16);
-  barrier.loads.push_back([=, &barrier] {
-    for (int byte = 0; byte < bytes; byte += 16) {
-      std::memcpy(shared_memory_at(destination + byte, 16), static_cast<const char*>(source) + byte, 16);
-    }
-    barrier.missing_bytes -= bytes;
-  });
-  if (!barrier.waiting.threads.empty()) make_loads(barrier);
-}
-
 inline void bulk_add_f32(float* destination, uint32_t source, int bytes) {
   check_bulk(destination, source, bytes);
   emulator::fibers[emulator::current].stores.push_back([=] {

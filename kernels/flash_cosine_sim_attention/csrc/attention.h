@@ -98,9 +98,6 @@ struct ForwardParams : Attention {
   float* denominator = nullptr;
 };
 
-// How many bytes of a query's statistics, row_statistics.cuh, backward_sm90.cuh's tensor cores read.
-inline constexpr int kRowStatisticsBytes = 32;
-
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
   bool sm90 = false;  // backward_sm90.cuh, else backward_sm80.cuh
@@ -108,8 +105,8 @@ struct BackwardPlan {
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
   int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has
-  int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0, row_statistics = 0;
-  bool prepares_rows = false;  // sm90: the main kernel makes q_hat, k_hat, row_statistics and the accumulator's zeros
+  int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0;
+  bool prepares_rows = false;  // sm90: the main kernel makes q_hat, k_hat, delta and the accumulator's zeros
   int64_t num_counters = 0;
 };
 
@@ -136,8 +133,6 @@ struct BackwardParams : Attention {
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. backward_sm90.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
-  // backward_sm90.cuh: what launch_row_statistics, or that kernel, makes of delta and row_sum_log2, instead of delta.
-  float* row_statistics = nullptr;
 };
 
 // dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and
@@ -155,8 +150,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream);
 void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
 // postprocess.cu
-// row_statistics, and zeros in dq_accumulator.
-void launch_row_statistics(const BackwardParams& params, cudaStream_t stream);
+// delta; for backward_sm90.cuh also zeros in dq_accumulator.
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
 // dq from dq_accumulator, through the factor scale and the norm; its rows' shares of dscale go into delta,
 // which nobody reads any more, and are then added up in order.

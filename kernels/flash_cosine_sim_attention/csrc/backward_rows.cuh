@@ -1,11 +1,10 @@
 // What the warps beside the producer's in backward_sm90.cuh do, row by row, for all blocks, while the others multiply:
-// ahead of the tiles q -> q_hat, k -> k_hat, the row statistics, and zeros in dq_accumulator.
+// ahead of the tiles q -> q_hat, k -> k_hat, delta, and zeros in dq_accumulator.
 //
 // Launches of their own would do the same at the speed of the memory, which the main kernel hardly uses. Rows are made
 // shortly before they are read, so that they are still in the L2 cache.
 #pragma once
 
-#include "row_statistics.cuh"
 #include "rows.cuh"
 #include "scores.cuh"
 #include "traits.h"
@@ -33,9 +32,8 @@ struct RowPreparer {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using Counters = BackwardSm90Counters;
   using T = Element<kMath>;
-  using Statistics = RowStatistics<T>;
   static constexpr int kLanes = Traits::kLanesPerRow, kRowsAtOnce = 32 / kLanes, kChunkRows = Traits::kChunkRows;
-  static_assert(kChunkRows == 32, "a lane has a row's statistics");
+  static_assert(kChunkRows == 32, "a lane has a row's delta");
 
   const BackwardParams& params;
   const BackwardSchedule& schedule;
@@ -201,12 +199,13 @@ struct RowPreparer {
     return result;
   }
 
-  __device__ __forceinline__ void write_statistics(const Chunk& chunk) const {
-    const float delta = row_products(chunk);
-    const int row = first_row(chunk) + chunk.lane % kLanes * kRowsAtOnce;
-    const int64_t head = int64_t(chunk.batch) * params.num_heads + chunk.head;
-    Statistics::store(params, delta, head * params.seq_len_q + row, head * params.plan.padded_rows + row,
-                      row < params.seq_len_q);
+  __device__ __forceinline__ void write_delta(const Chunk& chunk) const {
+    float delta = row_products(chunk);
+    const int row_in_head = first_row(chunk) + chunk.lane % kLanes * kRowsAtOnce;
+    if (row_in_head >= params.seq_len_q) return;
+    const int64_t row = (int64_t(chunk.batch) * params.num_heads + chunk.head) * params.seq_len_q + row_in_head;
+    if (params.drow_sum_log2) delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
+    params.delta[row] = delta;
   }
 
   __device__ __forceinline__ void clear_dq(const Chunk& chunk) const {
@@ -230,7 +229,7 @@ struct RowPreparer {
       clear_dq(chunk);
     }
     normalize(x, unit, chunk, num_rows, is_key ? 1.f : scale_log2(params, chunk.head));
-    if (!is_key) write_statistics(chunk);
+    if (!is_key) write_delta(chunk);
   }
 
   // Who acquires the counter sees what the warp has written.

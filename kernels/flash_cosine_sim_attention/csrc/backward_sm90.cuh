@@ -4,8 +4,8 @@
 //                kBlockQ queries
 //              +-----------------+      A block takes one tile of keys after the other and walks over the queries that
 //   kBlockK    | S^T, dP^T (regs)|      see them, of all heads that share the keys. Consumer warpgroup w owns keys
-//   keys       |                 |      [64w, 64w + 64) of it. The producer, one thread, has TMA bring K, V, Q and dO
-//              +-----------------+      as memory becomes free.
+//   keys       |                 |      [64w, 64w + 64) of it. The producer, a warp, has TMA bring K, V, Q and dO as
+//              +-----------------+      memory becomes free, and writes the queries' statistics beside Q.
 //
 // As in backward_sm80.cuh the keys are the rows, so that P^T and dS^T turn from accumulators into operands of dV and dK
 // in registers, and dS goes through shared memory for dQ alone. There the warpgroups meet: each makes its rows, or its
@@ -148,7 +148,7 @@ struct BackwardSm90 {
       mbarrier_init(shared.k_empty(), kConsumerWarps);
       mbarrier_init(shared.v_empty(), kConsumerWarps);
       for (int stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(shared.q_full(stage), 1);
+        mbarrier_init(shared.q_full(stage), 2);  // for Q and for its statistics
         mbarrier_init(shared.dout_full(stage), 1);
         mbarrier_init(shared.q_empty(stage), kConsumerWarps);
         mbarrier_init(shared.dout_empty(stage), kConsumerWarps);
@@ -161,7 +161,8 @@ struct BackwardSm90 {
     __syncthreads();
   }
 
-  // One thread.
+  // A warp. Its first lane alone asks for tiles and waits for memory to become free, but for that of Q, for whose
+  // statistics all lanes wait: no barrier may be two phases ahead of a lane that waits for it.
   struct Producer {
     const BackwardParams& params;
     const BackwardTensorMaps& maps;
@@ -169,6 +170,14 @@ struct BackwardSm90 {
     const Shared shared;
     uint32_t k_parity = 0;
     Stage stage;
+
+    static constexpr int kRowsPerLane = kBlockQ / 32;
+    struct RowNumbers {  // of queries lane, lane + 32 ... of a block
+      float delta[kRowsPerLane], row_sum_log2[kRowsPerLane];
+    };
+
+    static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+    static __device__ __forceinline__ bool is_leader() { return lane() == 0; }
 
     template <int kRows, int kPanelDim>
     __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t tile, uint32_t full, int row, int head,
@@ -197,17 +206,43 @@ struct BackwardSm90 {
       await_rows<kBlockK>(Rows::keys_counter(schedule, kv_head, work.block_k));
     }
 
+    // Nobody sees queries that do not exist.
+    __device__ __forceinline__ RowNumbers load_row_numbers(int head, int block) const {
+      RowNumbers numbers;
+      const int first = block * kBlockQ + lane();
+      const int64_t row = int64_t(head) * params.seq_len_q + first;
+      const float *delta = params.delta + row, *row_sum_log2 = params.row_sum_log2 + row;
+#pragma unroll
+      for (int i = 0; i < kRowsPerLane; ++i) {
+        const bool exists = first + 32 * i < params.seq_len_q;
+        numbers.delta[i] = exists ? delta[32 * i] : 0.f;
+        numbers.row_sum_log2[i] = exists ? row_sum_log2[32 * i] : -INFINITY;
+      }
+      return numbers;
+    }
+
+    __device__ __forceinline__ void write_statistics(const RowNumbers& numbers) const {
+#pragma unroll
+      for (int i = 0; i < kRowsPerLane; ++i) {
+        Statistics::store(shared.statistics(stage.index), lane() + 32 * i, numbers.delta[i], numbers.row_sum_log2[i]);
+      }
+      fence_proxy_async();
+      __syncwarp();
+      if (is_leader()) mbarrier_arrive(shared.q_full(stage.index));
+    }
+
     __device__ __forceinline__ void load_q(const Work& work, const Walk& walk) {
-      constexpr int kStatisticsBytes = kBlockQ * kRowStatisticsBytes;
       const uint32_t full = shared.q_full(stage.index);
       const int head = work.batch * params.num_heads + walk.head;
-      await_queries(head, walk.block_q);  // first: it takes almost a microsecond, and memory becomes free meanwhile
+      // First, for each of the two takes almost a microsecond, and memory becomes free meanwhile.
+      await_queries(head, walk.block_q);
+      const RowNumbers numbers = load_row_numbers(head, walk.block_q);
       mbarrier_wait(shared.q_empty(stage.index), stage.parity ^ 1);
-      mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ + kStatisticsBytes);
-      load<kBlockQ, kPanelDim>(maps.q, shared.q(stage.index), full, walk.block_q * kBlockQ, walk.head, work.batch);
-      const int64_t row = int64_t(head) * params.plan.padded_rows + walk.block_q * kBlockQ;
-      bulk_load(shared.statistics(stage.index), params.row_statistics + row * (kRowStatisticsBytes / sizeof(float)),
-                kStatisticsBytes, full);
+      if (is_leader()) {
+        mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ);
+        load<kBlockQ, kPanelDim>(maps.q, shared.q(stage.index), full, walk.block_q * kBlockQ, walk.head, work.batch);
+      }
+      write_statistics(numbers);
     }
 
     __device__ __forceinline__ void load_dout(const Work& work, const Walk& walk) {
@@ -218,10 +253,23 @@ struct BackwardSm90 {
                                work.batch);
     }
 
+    __device__ __forceinline__ void load_v(const Work& work) {
+      mbarrier_wait(shared.v_empty(), k_parity ^ 1);
+      mbarrier_arrive_expect_tx(shared.v_full(), Traits::kTileBytesK);
+      load<kBlockK, kPanelDim>(maps.v, shared.v(), shared.v_full(), work.block_k * kBlockK, work.kv_head, work.batch);
+    }
+
     // What a tile is shares the barriers of its K: it is there when K is, and no longer read when K is not.
     __device__ __forceinline__ void announce(const Work& work) {
       mbarrier_wait(shared.k_empty(), k_parity ^ 1);
       store_shared_v4_s32(shared.work(), {work.batch, work.kv_head, work.block_k, work.split});
+    }
+
+    __device__ __forceinline__ void load_k(const Work& work) {
+      await_keys(work);
+      announce(work);
+      mbarrier_arrive_expect_tx(shared.k_full(), Traits::kTileBytesK);
+      load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
     }
 
     // In the order in which memory becomes free.
@@ -230,39 +278,41 @@ struct BackwardSm90 {
       // A causal mask leaves to the last keys so few queries that some splits have none: dkv_merge_kernel knows.
       if (walk.count == 0) return;
       load_q(work, walk);
-      mbarrier_wait(shared.v_empty(), k_parity ^ 1);
-      mbarrier_arrive_expect_tx(shared.v_full(), Traits::kTileBytesK);
-      load<kBlockK, kPanelDim>(maps.v, shared.v(), shared.v_full(), work.block_k * kBlockK, work.kv_head, work.batch);
-      load_dout(work, walk);
-      await_keys(work);
-      announce(work);
-      mbarrier_arrive_expect_tx(shared.k_full(), Traits::kTileBytesK);
-      load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
+      if (is_leader()) {
+        load_v(work);
+        load_dout(work, walk);
+        load_k(work);
+      }
       k_parity ^= 1;
       stage.advance();
       walk.advance();
 #pragma unroll 1
       for (; walk.count > 0; walk.advance()) {
         load_q(work, walk);
-        load_dout(work, walk);
+        if (is_leader()) load_dout(work, walk);
         stage.advance();
       }
+    }
+
+    // The answer, which takes a microsecond, is the leader's alone.
+    __device__ __forceinline__ unsigned ask_for_tile() const {
+      return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are. Where a tile
     // waits for others, the first is no exception: those that it waits for have been begun, whatever else the GPU does.
     __device__ __forceinline__ void load_tiles() {
-      const auto next_tile = [&] { return atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken); };
-      const unsigned num_static_tiles = schedule.num_static_tiles;
-      unsigned tile = kDeterministic ? next_tile() : blockIdx.x;
+      const auto receive = [](unsigned answer) { return __shfl_sync(0xffffffffu, answer, 0); };
+      unsigned tile = kDeterministic ? receive(ask_for_tile()) : blockIdx.x;
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
-        // Asked for a tile ahead, for the answer takes a microsecond.
-        const unsigned next = num_static_tiles + next_tile();
+        const unsigned next = ask_for_tile();  // a tile ahead
         load_tile(find_work(params, schedule, tile));
-        tile = next;
+        tile = schedule.num_static_tiles + receive(next);
       }
-      announce({0, 0, kNoMoreTiles, 0});
-      mbarrier_arrive(shared.k_full());
+      if (is_leader()) {
+        announce({0, 0, kNoMoreTiles, 0});
+        mbarrier_arrive(shared.k_full());
+      }
     }
   };
 
@@ -320,14 +370,14 @@ struct BackwardSm90 {
       if (visible && params.mask.data != nullptr) {
         visible = params.mask.data[work.batch * params.mask.stride_batch + key * params.mask.stride_key];
       }
-      uint32_t words[4];
+      int words[4];
       Statistics::factors(words, visible);
       // Half of the threads write the columns that are all zeros.
       const bool zeros = thread >= 64;
       const uint32_t address = shared.factors() + row / 8 * (8 * kRowStatisticsBytes) + row % 8 * 16;
       wait_for_warpgroup();  // of the tile before nobody is multiplying any more
       store_shared_v4_s32(address + (zeros ? 128 : 0),
-                          {zeros ? 0 : static_cast<int>(words[0]), zeros ? 0 : static_cast<int>(words[1]), 0, 0});
+                          {zeros ? 0 : words[0], zeros ? 0 : words[1], 0, 0});
       fence_proxy_async();
       wait_for_warpgroup();
     }
@@ -741,8 +791,9 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
       if (params.plan.prepares_rows) typename B::Rows{params, schedule}.prepare_chunks();
       return;
     }
-    if (threadIdx.x % 32 != 0) return;
-    for (const CUtensorMap* map : {&maps.q, &maps.dout, &maps.k, &maps.v}) prefetch_tensor_map(map);
+    if (threadIdx.x % 32 == 0) {
+      for (const CUtensorMap* map : {&maps.q, &maps.dout, &maps.k, &maps.v}) prefetch_tensor_map(map);
+    }
     typename B::Producer{params, maps, schedule, shared}.load_tiles();
   } else {
     setmaxnreg_inc<B::Traits::kConsumerRegisters>();

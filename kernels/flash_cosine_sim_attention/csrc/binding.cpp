@@ -303,7 +303,7 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
   TorchTensor workspace = call.empty_float32(
-      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) + padded(plan.row_statistics) +
+      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
        padded(plan.num_counters + plan.dq_order)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
@@ -314,7 +314,6 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   params.delta = take(delta);
   params.dq_accumulator = take(plan.dq_accumulator);
   params.dkv_partials = take(plan.dkv_partials);
-  params.row_statistics = take(plan.row_statistics);
   params.counters = reinterpret_cast<uint32_t*>(take(plan.num_counters + plan.dq_order));
   if (plan.dq_order > 0) params.dq_order = reinterpret_cast<int*>(params.counters + plan.num_counters);
   return workspace;

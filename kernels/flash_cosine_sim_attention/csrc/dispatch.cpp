@@ -123,7 +123,7 @@ bool takes_backward_sm90(const BackwardParams& params) {
          (!is_written(params.dq) || queries_have_tensor_map(params, params.dq));
 }
 
-// Its idle warps can normalise rows, but not groups of their channels, and make their statistics while it works with
+// Its idle warps can normalise rows, but not groups of their channels, and make their delta while it works with
 // those that are done. They are slower than launches of their own, and hidden if each row is multiplied with many.
 bool can_prepare_rows_in_sm90(const BackwardParams& params) {
   constexpr int64_t kManyRows = 256;
@@ -144,7 +144,6 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, int num_multiproce
   plan.padded_dim = kHeadDim;
   plan.block_q = Traits::kBlockQ;
   plan.block_k = Traits::kBlockK;
-  plan.row_statistics = num_heads * plan.padded_rows * (kRowStatisticsBytes / int64_t{sizeof(float)});
   if (params.dq.data != nullptr || params.dscale != nullptr) {
     plan.dq_accumulator = num_heads * plan.padded_rows * plan.padded_dim;
     // A turn for each warp.
@@ -369,7 +368,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   }
 #if FLASH_COSINE_SIM_HAS_SM90
   if (plan.sm90) {
-    if (!plan.prepares_rows) launch_row_statistics(params, stream);
+    if (!plan.prepares_rows) launch_delta(params, stream);
     with_backward_sm90(params.head_dim,
                        [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
     launch_dkv_merge(params, stream);

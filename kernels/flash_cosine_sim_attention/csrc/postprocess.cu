@@ -1,8 +1,7 @@
-// What the backward pass does row by row, before and after its main kernel: delta or the statistics with it, dq with
-// dscale, and the sum of the partial dk and dv.
+// What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
+// the partial dk and dv.
 #include "attention.h"
 #include "cuda_check.h"
-#include "row_statistics.cuh"
 #include "rows.cuh"
 
 namespace flash_cosine_sim {
@@ -62,44 +61,32 @@ constexpr size_t shared_bytes(bool grouped) {
   return grouped ? 2 * kThreads * rows::RowLanes<T>::kSlice * sizeof(float) : 0;
 }
 
+// How many rows of a head delta_kernel goes through: backward_sm90.cuh adds to whole tiles of dq_accumulator.
+__host__ __device__ int rows_of_delta(const BackwardParams& params) {
+  return params.plan.sm90 ? params.plan.padded_rows : params.seq_len_q;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__ BackwardParams params) {
   const rows::RowLanes<T> lanes(params.head_dim);
   const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x);
-  const bool active = flat_row < int64_t{params.batch} * params.num_heads * params.seq_len_q;
-  const rows::Position position = rows::position_of(flat_row, params.num_heads, params.seq_len_q);
-  typename rows::RowLanes<T>::Slice o, dout;
-  lanes.load(o, rows::row_of<const T>(params.o, position), active);
-  lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
-  const float sum = rows::dot_over_lanes(dout, o, lanes.lanes());
-  if (active && lanes.lane == 0) {
-    params.delta[flat_row] = params.drow_sum_log2 ? fmaf(-kLog2E, params.drow_sum_log2[flat_row], sum) : sum;
-  }
-}
-
-// Rows of heads as long as padded_rows.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    row_statistics_kernel(const __grid_constant__ BackwardParams params) {
-  const rows::RowLanes<T> lanes(params.head_dim);
-  const int64_t padded_row = flat_row_of_thread(lanes, blockIdx.x);
-  const rows::Position position = rows::position_of(padded_row, params.num_heads, params.plan.padded_rows);
+  const rows::Position position = rows::position_of(flat_row, params.num_heads, rows_of_delta(params));
   const bool exists = position.batch < params.batch;
   const bool active = exists && position.row < params.seq_len_q;
   typename rows::RowLanes<T>::Slice o, dout;
   lanes.load(o, rows::row_of<const T>(params.o, position), active);
   lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
-  const float delta = rows::dot_over_lanes(dout, o, lanes.lanes());
-  if (exists && params.dq_accumulator) {
+  const float sum = rows::dot_over_lanes(dout, o, lanes.lanes());
+  if (exists && params.plan.sm90 && params.dq_accumulator) {
     // Which row's tiles put here does not matter.
-    float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + padded_row * params.plan.padded_dim);
+    float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + flat_row * params.plan.padded_dim);
     for (int i = lanes.lane; i < params.plan.padded_dim / 4; i += lanes.lanes()) {
       zeros[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
-  if (exists && lanes.lane == 0) {
+  if (active && lanes.lane == 0) {
     const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
-    RowStatistics<T>::store(params, delta, row, padded_row, active);
+    params.delta[row] = params.drow_sum_log2 ? fmaf(-kLog2E, params.drow_sum_log2[row], sum) : sum;
   }
 }
 
@@ -271,18 +258,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 void launch_delta_as(const BackwardParams& params, cudaStream_t stream) {
-  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.seq_len_q;
+  const int64_t num_rows = int64_t{params.batch} * params.num_heads * rows_of_delta(params);
   if (num_rows == 0) {
     return;
   }
   delta_kernel<T><<<blocks_for<T>(num_rows, params.head_dim), kThreads, 0, stream>>>(params);
-  CUDA_CHECK(cudaGetLastError());
-}
-
-template <typename T>
-void launch_row_statistics_as(const BackwardParams& params, cudaStream_t stream) {
-  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.plan.padded_rows;
-  row_statistics_kernel<T><<<blocks_for<T>(num_rows, params.head_dim), kThreads, 0, stream>>>(params);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -319,13 +299,6 @@ void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
 
 void launch_delta(const BackwardParams& params, cudaStream_t stream) {
   rows::with_dtype(params.dtype, [&]<typename T>() { launch_delta_as<T>(params, stream); });
-}
-
-void launch_row_statistics(const BackwardParams& params, cudaStream_t stream) {
-  if (params.dtype == DType::kFloat16) {
-    return launch_row_statistics_as<__half>(params, stream);
-  }
-  launch_row_statistics_as<__nv_bfloat16>(params, stream);
 }
 
 void launch_dq(const BackwardParams& params, cudaStream_t stream) {

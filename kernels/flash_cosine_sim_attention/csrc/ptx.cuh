@@ -237,14 +237,6 @@ __device__ __forceinline__ void tma_store_4d(const void* tensor_map, uint32_t so
                : "memory");
 }
 
-// Starts to copy bytes, a multiple of 16; they count towards the barrier's phase.
-__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   destination),
-               "l"(source), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Starts to add floats in shared memory to those in global memory, each atomically; a store for the two below.
 __device__ __forceinline__ void bulk_add_f32(float* destination, uint32_t source, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),

@@ -4,11 +4,12 @@
 // dP - delta = [V | f] [dO | d]^T,  S - row_sum_log2 = [k_hat | f] [q_hat | r]^T, with 8 more columns each:
 //   d: -delta as three numbers of 16 bits, 0 ...           f: three factors, what hides the key or 0, 0 ...
 //   r: -row_sum_log2 as three numbers, 1, 0 ...
-// In memory, for 8 queries each, 8 rows of d and then 8 of r: the core matrices of wgmma without a swizzle.
+// In shared memory, for 8 queries each, 8 rows of d and then 8 of r: the core matrices of wgmma without a swizzle.
 #pragma once
 
-#include "attention.h"
 #include "math.cuh"
+#include "ptx.cuh"
+#include "traits.h"
 
 namespace flash_cosine_sim {
 
@@ -23,14 +24,14 @@ struct RowStatistics {
   static constexpr float kLargest = __is_same(T, __half) ? 65504.f * 0x1p12f : 0x1p127f;
 
   // The words of a row of f.
-  static __device__ __forceinline__ void factors(uint32_t (&words)[4], bool visible) {
+  static __device__ __forceinline__ void factors(int (&words)[4], bool visible) {
     words[0] = pack<T>(factor(0), factor(1));
     words[1] = pack<T>(factor(2), visible ? 0.f : kHidden);
     words[2] = words[3] = 0;
   }
 
   // The words of a row of d or r. Each number has what the ones before left.
-  static __device__ __forceinline__ void split(uint32_t (&words)[4], float x, float last) {
+  static __device__ __forceinline__ void split(int (&words)[4], float x, float last) {
     x = x > kLargest ? kLargest : x < -kLargest ? -kLargest : x;
     float parts[3];
 #pragma unroll
@@ -48,20 +49,14 @@ struct RowStatistics {
     return row_sum_log2 == -INFINITY ? kHidden : -row_sum_log2;
   }
 
-  // Both rows of one of heads as long as padded_rows, from rowsum(dO * O). Nobody sees queries that do not exist.
-  static __device__ __forceinline__ void store(const BackwardParams& params, float delta, int64_t row,
-                                               int64_t padded_row, bool exists) {
-    float row_sum_log2 = -INFINITY;
-    if (exists) {
-      row_sum_log2 = params.row_sum_log2[row];
-      if (params.drow_sum_log2) delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
-    }
-    uint32_t d[4], r[4];
+  // Both rows of a query, at the address of its block's matrices.
+  static __device__ __forceinline__ void store(uint32_t matrices, int query, float delta, float row_sum_log2) {
+    int d[4], r[4];
     split(d, -delta, 0.f);
     split(r, subtracted(row_sum_log2), 1.f);
-    uint4* matrices = reinterpret_cast<uint4*>(params.row_statistics) + padded_row / 8 * 16 + padded_row % 8;
-    matrices[0] = make_uint4(d[0], d[1], d[2], d[3]);
-    matrices[8] = make_uint4(r[0], r[1], r[2], r[3]);
+    const uint32_t address = matrices + query / 8 * (8 * kRowStatisticsBytes) + query % 8 * 16;
+    store_shared_v4_s32(address, d);
+    store_shared_v4_s32(address + 128, r);
   }
 };
 

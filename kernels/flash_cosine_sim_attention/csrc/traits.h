@@ -223,6 +223,9 @@ struct BackwardSm90Counters {
   static constexpr int kChunksOfBlockDone = 16;  // and so on, for each block of keys and then of queries of each head
 };
 
+// How many bytes of a query's statistics, or a key's factors, its tensor cores read: row_statistics.cuh.
+inline constexpr int kRowStatisticsBytes = 32;
+
 // A block, one a multiprocessor, takes tile after tile of kBlockK keys, 64 for each of two warpgroups, and walks over
 // the queries in blocks of kBlockQ. One more warpgroup has a warp that keeps Q and dO coming, two blocks of each.
 template <Math kMath, int kHeadDim>
@@ -244,7 +247,7 @@ struct BackwardSm90Traits {
   // Up to head dim 64 these take as long as the products: measured, 8 % of the kernel's time. At 128 it costs 3 %.
   static constexpr bool kStaggered = kHeadDim <= 64;
 
-  // backward_rows.cuh: a warp has as many rows at a time as its lanes have statistics. A lane has 16 columns of a row.
+  // backward_rows.cuh: a warp has as many rows at a time as its lanes have deltas. A lane has 16 columns of a row.
   static constexpr int kChunkRows = 32;
   static constexpr int kLanesPerRow = kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : 8;
   static_assert(kBlockK % kChunkRows == 0 && kBlockQ % kChunkRows == 0);
