@@ -7,6 +7,7 @@
 
 #include "rows.cuh"
 #include "scores.cuh"
+#include "sections.h"
 #include "traits.h"
 
 namespace flash_cosine_sim {
@@ -17,9 +18,10 @@ namespace flash_cosine_sim {
 //
 // Chunks of rows are prepared in sections of heads, too, each begun when there is little left to do in the one before.
 struct BackwardSchedule {
-  int num_blocks_k, heads_per_section, num_splits, num_tiles;
+  HeadSections kv_heads, prepared_kv_heads;
+  int num_blocks_k, num_splits, num_tiles;
   int num_static_tiles;  // which begin without being asked for: every block's first
-  int prepared_heads_per_section, num_chunks;
+  int num_chunks;
 };
 
 // A warp. It takes chunks of rows from a counter, and publishes them by a counter for each block of rows.
@@ -64,11 +66,7 @@ struct RowPreparer {
     const unsigned queries = params.plan.padded_rows / kChunkRows;
     const unsigned group = params.num_heads / params.num_kv_heads;
     const unsigned per_head = keys + group * queries;
-    const unsigned heads_per_section = schedule.prepared_heads_per_section;
-    const unsigned first_head = index / (per_head * heads_per_section) * heads_per_section;
-    const unsigned section_heads = min(heads_per_section, params.batch * params.num_kv_heads - first_head);
-    const unsigned rest = index - first_head * per_head;
-    const unsigned place = rest / section_heads, kv_head = first_head + rest % section_heads;
+    const auto [first_head, kv_head, place] = schedule.prepared_kv_heads.find(index, per_head);
 
     const unsigned alternating = params.causal ? min(keys, queries) : 0;
     Chunk chunk;
@@ -105,7 +103,7 @@ struct RowPreparer {
   // Waits until the tiles are no more than a wave away from the chunk's section, else k_hat, q_hat and the zeros would
   // leave the L2 cache and come back.
   __device__ __forceinline__ void wait_for_turn(const Chunk& chunk) {
-    const auto is_early = [&] { return chunk.first_tile > num_tiles_taken + gridDim.x; };
+    const auto is_early = [&] { return chunk.first_tile > num_tiles_taken + 2 * gridDim.x; };
     while (is_early()) {
       num_tiles_taken = schedule.num_static_tiles + load_relaxed(params.counters + Counters::kTilesTaken);
       if (is_early()) __nanosleep(1000);

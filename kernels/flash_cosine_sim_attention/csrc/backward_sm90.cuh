@@ -62,15 +62,10 @@ struct BackwardSm90 {
 
   static __device__ __forceinline__ Work find_work(const BackwardParams& params, const BackwardSchedule& schedule,
                                                    unsigned tile) {
-    const unsigned num_blocks_k = schedule.num_blocks_k, heads_per_section = schedule.heads_per_section;
     const unsigned split = tile % schedule.num_splits;
-    tile /= schedule.num_splits;
-    const unsigned first_head = tile / (num_blocks_k * heads_per_section) * heads_per_section;
-    const unsigned section_heads = min(heads_per_section, params.batch * params.num_kv_heads - first_head);
-    const unsigned index = tile - first_head * num_blocks_k;
-    const unsigned batch_head = first_head + index % section_heads;
-    return {static_cast<int>(batch_head / params.num_kv_heads), static_cast<int>(batch_head % params.num_kv_heads),
-            static_cast<int>(index / section_heads), static_cast<int>(split)};
+    const HeadSections::Place place = schedule.kv_heads.find(tile / schedule.num_splits, schedule.num_blocks_k);
+    return {static_cast<int>(place.head / params.num_kv_heads), static_cast<int>(place.head % params.num_kv_heads),
+            static_cast<int>(place.item), static_cast<int>(split)};
   }
 
   // The (head, block of queries) pairs of a tile, head by head.
@@ -272,11 +267,19 @@ struct BackwardSm90 {
       load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
     }
 
-    // In the order in which memory becomes free.
-    __device__ __forceinline__ void load_tile(const Work& work) {
+    // The answer, which takes a microsecond, is the leader's alone.
+    __device__ __forceinline__ unsigned ask_for_tile() const {
+      return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
+    }
+
+    // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is
+    // left to do, but no sooner: tiles would go to blocks that are not the first to be through.
+    __device__ __forceinline__ unsigned load_tile(const Work& work) {
       Walk walk(params, schedule, work);
+      unsigned answer = 0;
+      if (walk.count <= 1) answer = ask_for_tile();
       // A causal mask leaves to the last keys so few queries that some splits have none: dkv_merge_kernel knows.
-      if (walk.count == 0) return;
+      if (walk.count == 0) return answer;
       load_q(work, walk);
       if (is_leader()) {
         load_v(work);
@@ -288,15 +291,12 @@ struct BackwardSm90 {
       walk.advance();
 #pragma unroll 1
       for (; walk.count > 0; walk.advance()) {
+        if (walk.count == 1) answer = ask_for_tile();
         load_q(work, walk);
         if (is_leader()) load_dout(work, walk);
         stage.advance();
       }
-    }
-
-    // The answer, which takes a microsecond, is the leader's alone.
-    __device__ __forceinline__ unsigned ask_for_tile() const {
-      return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
+      return answer;
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are. Where a tile
@@ -305,9 +305,7 @@ struct BackwardSm90 {
       const auto receive = [](unsigned answer) { return __shfl_sync(0xffffffffu, answer, 0); };
       unsigned tile = kDeterministic ? receive(ask_for_tile()) : blockIdx.x;
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
-        const unsigned next = ask_for_tile();  // a tile ahead
-        load_tile(find_work(params, schedule, tile));
-        tile = schedule.num_static_tiles + receive(next);
+        tile = schedule.num_static_tiles + receive(load_tile(find_work(params, schedule, tile)));
       }
       if (is_leader()) {
         announce({0, 0, kNoMoreTiles, 0});
@@ -834,18 +832,24 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   schedule.num_tiles = static_cast<int>(num_tiles);
   const int64_t bytes_per_head =
       8 * int64_t(params.seq_len_q) * params.head_dim * params.num_heads / params.num_kv_heads + 1;
-  // Without a causal mask all tiles are alike, and a head's tiles follow each other.
-  schedule.heads_per_section = params.causal ? static_cast<int>(kSectionBytes / bytes_per_head) + 1 : 1;
-  const int64_t num_multiprocessors = current_device().num_multiprocessors;
-  const auto num_blocks = static_cast<unsigned>(std::min(num_tiles, num_multiprocessors));
+  const int num_kv_heads = params.batch * params.num_kv_heads;
+  const int num_multiprocessors = current_device().num_multiprocessors;
+  const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
+  const int tiles_per_head = schedule.num_blocks_k * schedule.num_splits;
   schedule.num_static_tiles = params.dq_order == nullptr ? num_blocks : 0;
-  // Those that tiles need which begin together.
-  schedule.prepared_heads_per_section =
-      params.causal ? schedule.heads_per_section : num_blocks / (schedule.num_blocks_k * schedule.num_splits) + 1;
+  if (params.causal) {
+    schedule.kv_heads = HeadSections::make(num_kv_heads, static_cast<int>(kSectionBytes / bytes_per_head) + 1,
+                                           heads_to_balance(tiles_per_head, num_multiprocessors));
+    schedule.prepared_kv_heads = schedule.kv_heads;
+  } else {
+    // All tiles are alike, and a head's follow each other. Rows are prepared for the heads that begin together.
+    schedule.kv_heads = HeadSections::make(num_kv_heads, 1, 1);
+    schedule.prepared_kv_heads = HeadSections::make(num_kv_heads, num_blocks / tiles_per_head + 1, 1);
+  }
   const int64_t chunks_per_kv_head =
       int64_t(schedule.num_blocks_k) * (Traits::kBlockK / Traits::kChunkRows) +
       int64_t(params.num_heads / params.num_kv_heads) * (params.plan.padded_rows / Traits::kChunkRows);
-  schedule.num_chunks = static_cast<int>(params.batch * params.num_kv_heads * chunks_per_kv_head);
+  schedule.num_chunks = static_cast<int>(num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
     constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();

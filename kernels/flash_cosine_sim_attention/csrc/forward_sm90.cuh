@@ -22,6 +22,7 @@
 #include "pipeline.cuh"
 #include "rows.cuh"
 #include "scores.cuh"
+#include "sections.h"
 #include "tensor_map.h"
 #include "traits.h"
 #include "wgmma.cuh"
@@ -32,15 +33,16 @@ struct ForwardTensorMaps {
   CUtensorMap q, k, v, o;
 };
 
-// Tiles in the order in which they are begun: a block that is through with one takes the next. Heads are taken in
-// sections whose keys and values fit into the L2 cache together. A causal mask makes the last queries of a section the
-// longest work: they come first, so that short work fills the end.
+// Tiles in the order in which they are begun: a block that is through with one takes the next. A section is of heads
+// whose keys and values fit into the L2 cache together. A causal mask makes the last queries of a section the longest
+// work: they come first, so that short work fills the end.
 //
 // Norm::kAhead takes chunks of keys in the order in which tiles need them: those that begin together need the last keys
 // of all of their heads first.
 struct ForwardSchedule {
-  int num_blocks_q, heads_per_section, num_tiles;
-  int chunks_per_kv_head, kv_heads_per_section, num_chunks;
+  HeadSections heads, kv_heads;
+  int num_blocks_q, num_tiles;
+  int chunks_per_kv_head, num_chunks;
 };
 
 // kExactSum: the backward pass will need the sum of P itself. It costs an addition a score, measured as 3.6 % of the
@@ -59,28 +61,14 @@ struct ForwardSm90 {
   };
   static constexpr int kNoMoreTiles = -1;  // as the first query
 
-  // A block of queries or chunk of keys; heads are those of all batches.
-  struct Place {
-    unsigned head, block;
-  };
-
-  // Of the index-th: section by section of heads, in each the first block of all of its heads, then the second.
-  static __device__ __forceinline__ Place find_place(unsigned index, unsigned num_heads, unsigned blocks_per_head,
-                                                     unsigned heads_per_section) {
-    const unsigned first_head = index / (blocks_per_head * heads_per_section) * heads_per_section;
-    const unsigned section_heads = min(heads_per_section, num_heads - first_head);
-    const unsigned rest = index - first_head * blocks_per_head;
-    return {first_head + rest % section_heads, rest / section_heads};
-  }
-
   static __device__ __forceinline__ Work find_work(const ForwardParams& params, const ForwardSchedule& schedule,
                                                    unsigned tile) {
     const unsigned num_blocks_q = schedule.num_blocks_q;
-    const Place place = find_place(tile, params.batch * params.num_heads, num_blocks_q, schedule.heads_per_section);
+    const HeadSections::Place place = schedule.heads.find(tile, num_blocks_q);
     const int head = place.head % params.num_heads;
     return {static_cast<int>(place.head / params.num_heads), head,
             head / (params.num_heads / params.num_kv_heads),
-            static_cast<int>(params.causal ? num_blocks_q - 1 - place.block : place.block) * kBlockQ};
+            static_cast<int>(params.causal ? num_blocks_q - 1 - place.item : place.item) * kBlockQ};
   }
 
   // Which counter counts the chunks of a block of k_hat that are there, with Norm::kAhead.
@@ -218,31 +206,30 @@ struct ForwardSm90 {
       store_shared_v4_s32(shared.work(), {work.batch, work.head, work.kv_head, work.first_query});
     }
 
-    __device__ __forceinline__ void load_tile(const Work& work) {
+    // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no sooner:
+    // tiles would go to blocks that are not the first to be through.
+    __device__ __forceinline__ unsigned load_tile(const Work& work) {
       announce(work);
       load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
       q_parity ^= 1;
       look_for_k_hat();
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
-      if (block < 0) return;
-      load_k(work, block);
+      const bool has_keys = block >= 0;
+      if (has_keys) load_k(work, block);
 #pragma unroll 1
       for (; block > 0; --block) {
         load_k(work, block - 1);
         load_v(work, block);
       }
-      load_v(work, 0);
+      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      if (has_keys) load_v(work, 0);
+      return next;
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are; results do not.
     __device__ __forceinline__ void load_tiles() {
       unsigned tile = blockIdx.x;
-      while (tile < static_cast<unsigned>(schedule.num_tiles)) {
-        // Asked for a tile ahead, for the answer takes a microsecond.
-        const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
-        load_tile(find_work(params, schedule, tile));
-        tile = next;
-      }
+      while (tile < static_cast<unsigned>(schedule.num_tiles)) tile = load_tile(find_work(params, schedule, tile));
       announce({0, 0, 0, kNoMoreTiles});
       mbarrier_arrive(shared.q_full());
     }
@@ -277,9 +264,8 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void load(unsigned chunk) {
-      const Place place = find_place(chunk, params.batch * params.num_kv_heads, schedule.chunks_per_kv_head,
-                                     schedule.kv_heads_per_section);
-      const unsigned first_row = (schedule.chunks_per_kv_head - 1 - place.block) * Traits::kChunkRows;
+      const HeadSections::Place place = schedule.kv_heads.find(chunk, schedule.chunks_per_kv_head);
+      const unsigned first_row = (schedule.chunks_per_kv_head - 1 - place.item) * Traits::kChunkRows;
       const unsigned first_column = 8 * (threadIdx.x % kLanes);
       row = first_row + (threadIdx.x & 31) / kLanes;
       counter = chunks_done(params, place.head, first_row / kBlockK);
@@ -757,17 +743,23 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   schedule.num_tiles = static_cast<int>(num_tiles);
   const int64_t bytes_per_head =
       4 * int64_t(params.seq_len_k) * params.head_dim * params.num_kv_heads / params.num_heads + 1;
-  // Without a causal mask all tiles are alike, and a head's tiles follow each other.
-  schedule.heads_per_section = params.causal ? static_cast<int>(kSectionBytes / bytes_per_head) + 1 : 1;
-  const auto num_blocks =
-      static_cast<unsigned>(std::min<int64_t>(num_tiles, current_device().num_multiprocessors));
-
-  const int group = params.num_heads / params.num_kv_heads;
-  const int heads_at_once =
-      params.causal ? schedule.heads_per_section : static_cast<int>(num_blocks) / schedule.num_blocks_q + 1;
-  schedule.kv_heads_per_section = (heads_at_once + group - 1) / group;
+  const int num_multiprocessors = current_device().num_multiprocessors;
+  const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
+  const int group = params.num_heads / params.num_kv_heads, num_kv_heads = params.batch * params.num_kv_heads;
+  if (params.causal) {
+    const int per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
+    const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors);
+    schedule.heads = HeadSections::make(params.batch * params.num_heads, per_section, in_last);
+    schedule.kv_heads =
+        HeadSections::make(num_kv_heads, (per_section + group - 1) / group, (in_last + group - 1) / group);
+  } else {
+    // All tiles are alike, and a head's follow each other.
+    schedule.heads = HeadSections::make(params.batch * params.num_heads, 1, 1);
+    const int heads_at_once = static_cast<int>(num_blocks) / schedule.num_blocks_q + 1;
+    schedule.kv_heads = HeadSections::make(num_kv_heads, (heads_at_once + group - 1) / group, 1);
+  }
   schedule.chunks_per_kv_head = (params.seq_len_k + Traits::kChunkRows - 1) / Traits::kChunkRows;
-  schedule.num_chunks = params.batch * params.num_kv_heads * schedule.chunks_per_kv_head;
+  schedule.num_chunks = num_kv_heads * schedule.chunks_per_kv_head;
   const auto launch = [&]<bool kExactSum>() {
     constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();
