@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from models.attention import CosineAttention, KVCache, RegularAttention, Rotary
-from models.blocks import PostNormBlock, PreNormBlock
+from models.blocks import GELU, PostNormBlock, PreNormBlock
 from models.gpt import GPT
 
 BLOCKS = [PreNormBlock, PostNormBlock]
@@ -207,6 +207,32 @@ def test_nothing_around_the_attention_is_transposed_in_memory(positions, num_kv_
         batch, head, position, channel = seen[name].stride()
         assert (head, channel) == (attention.head_dim, 1) and batch == 5 * position
     assert seen["o"]._is_view() and seen["o"].is_contiguous()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"),
+    [
+        (torch.float64, 1e-12, 1e-12),
+        (torch.float32, 1e-5, 3e-6),  # 1 + tanh(u), PyTorch's own, cancels where x is far below 0
+        (torch.bfloat16, 2**-8, 3e-6),  # rounded once, from float32
+    ],
+)
+def test_gelu_is_the_tanh_form_compiled_or_not(backend, dtype, rtol, atol):
+    torch.compiler.reset()
+    gelu = GELU() if backend is None else torch.compile(GELU(), fullgraph=True, backend=backend)
+    far = torch.tensor([30.0, 1e3, 1e4])
+    x = torch.cat((torch.linspace(-12, 12, 4001), far, -far)).to(dtype).requires_grad_()
+    y = gelu(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    exact = x.detach().double().requires_grad_()
+    inner = math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)
+    expected = 0.5 * exact * (1 + torch.tanh(inner))
+    (expected_dx,) = torch.autograd.grad(expected.sum(), exact)
+    assert y.dtype == dx.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(dx.double(), expected_dx, rtol=rtol, atol=atol)
+    torch.testing.assert_close(F.gelu(exact), expected, rtol=0, atol=5e-4)
 
 
 def test_deepnorm_scales_the_residual_and_starts_as_the_paper_says():
