@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention
+from models.rotary import Rotary
 
 # Without a shift the largest exponential is exp(scale * groups); 40 is the library's documented range, in which
 # bf16 and fp32 probabilities neither overflow nor lose the row sum to flushed subnormals.
@@ -93,36 +94,6 @@ class RegularAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34) of adjacent pairs of channels.
-
-    Adjacent pairs (2i, 2i + 1) never straddle a group of even size, so that rotating before the library's
-    normalisation equals rotating after it, grouped or not. The half-split pairing has that only for one group.
-    """
-
-    def __init__(self, head_dim: int, seq_len: int, base: float = 10_000.0):
-        super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"model.positions=rotary needs an even head_dim, got {head_dim}")
-        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # (seq_len, head_dim / 2)
-        cos, sin = angle.cos().float(), angle.sin().float()
-        self.register_buffer("cos", cos.repeat_interleave(2, dim=-1), persistent=False)  # (seq_len, head_dim)
-        self.register_buffer("sin", torch.stack((sin, -sin), dim=-1).flatten(-2), persistent=False)
-
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotates x (batch, n, heads, head_dim) as positions start .. start + n - 1.
-
-        Each place is read and written by itself, without stacking even and odd channels, which would compile to several
-        times the instructions; and multiplied before the swap, so that the gradient reads sin in order.
-        """
-        positions = slice(start, start + x.shape[1])
-        cos, sin = self.cos[positions, None], self.sin[positions, None]  # (n, 1, head_dim)
-        wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # once: else each product's gradient is rounded
-        swapped = (wide * sin).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
-        return (wide * cos + swapped).to(x.dtype)
-
-
 class KVCache:
     """Rotated keys and values of one layer, filled from the left: two (batch, num_kv_heads, seq_len, head_dim)."""
 
@@ -188,9 +159,6 @@ class SelfAttention(nn.Module):
         and the gradients have that order, too.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (batch, n, num_heads + 2 num_kv_heads, head_dim)
-        num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.sizes)
-        qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
-        if self.rotary is not None:
-            qk = self.rotary(qk, start)  # both at once: one pass over memory, in either direction
-        q, k = qk.split((num_heads, num_kv_heads), dim=2)
+        heads = [size // self.head_dim for size in self.sizes]
+        q, k, v = qkv.split(heads, dim=2) if self.rotary is None else self.rotary(qkv, heads[0], start)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

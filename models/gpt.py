@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KVCache, Rotary, SelfAttention
+from models.attention import KVCache, SelfAttention
 from models.blocks import MLP
+from models.rotary import Rotary
 
 VOCABULARY = 256  # one token a byte
 

@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
-from models.attention import CosineAttention, KVCache, RegularAttention, Rotary
+from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
 from models.gpt import GPT
 
@@ -146,19 +144,6 @@ def test_regular_attention_scales_by_the_root_of_head_dim():
         RegularAttention(2, 16)(q[:, :, :3], k, v)
 
 
-@given(groups=st.sampled_from([1, 2, 4, 8]), start=st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
-def test_rotation_keeps_group_norms_and_depends_on_distance_only(groups, start):
-    rotary = Rotary(32, 256).double()
-    rotary.cos, rotary.sin = rotary.cos.double(), rotary.sin.double()
-    x = torch.randn(1, 6, 1, 32, dtype=torch.float64)
-    rotated, again, x = rotary(x, start)[:, :, 0], rotary(x, start + 40)[:, :, 0], x[:, :, 0]
-    norm = lambda t: t.unflatten(-1, (groups, -1)).norm(dim=-1)  # noqa: E731
-    torch.testing.assert_close(norm(rotated), norm(x))
-    torch.testing.assert_close(again @ again.mT, rotated @ rotated.mT, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(rotated @ rotated.mT, x @ x.mT)
-
-
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("residual, dtype", [("float32", torch.float32), ("autocast", torch.bfloat16)])
 def test_the_stream_between_blocks_is_kept_as_asked(block, residual, dtype):
@@ -176,15 +161,6 @@ def test_the_stream_between_blocks_is_kept_as_asked(block, residual, dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
     loss.backward()
     assert {parameter.grad.dtype for parameter in gpt.parameters()} == {torch.float32}
-
-
-def test_rotation_turns_each_pair_as_a_complex_number():
-    x = torch.randn(2, 9, 3, 16)
-    frequency = 10_000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-    turn = torch.polar(torch.ones(9, 1, 8).double(), torch.arange(5, 14).view(9, 1, 1) * frequency)
-    pairs = torch.view_as_complex(x.double().unflatten(-1, (8, 2)))
-    expected = torch.view_as_real(pairs * turn).flatten(-2)
-    torch.testing.assert_close(Rotary(16, 64)(x, 5), expected.float())
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
