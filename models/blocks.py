@@ -106,5 +106,6 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (batch, n, width) -> (batch, n, width)."""
-        x = self.attention_norm(self.alpha * x + self.attention(x, cache))
+        stream = x.dtype  # autocast's layer norm returns float32, whatever the stream is kept in
+        x = self.attention_norm(self.alpha * x + self.attention(x, cache)).to(stream)
         return self.mlp_norm(self.alpha * x + self.mlp(x))
