@@ -59,7 +59,7 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     torch_folder = Path(torch.__file__).parent
     # nvcc only calls the host compiler, and knows where CUDA's headers are.
     compile_command = [nvcc, *"-x c++ -std=c++20 -O1 -include emulator.h".split()]
-    compile_command += ["-DUSE_CUDA", "-DFLASH_COSINE_SIM_HAS_SM90=1", "-DFLASH_COSINE_SIM_MANY_ROWS=256"]
+    compile_command += ["-DUSE_CUDA", "-DFLASH_COSINE_SIM_HAS_SM90=1"]
     # The kernels read the bits of one type as another's, as nvcc lets them; and with its checks glibc takes a longjmp
     # to another stack for an error.
     compile_command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-U_FORTIFY_SOURCE"]

@@ -49,6 +49,7 @@ struct Copy {  // of cp.async
   uint32_t destination;
   const void* source;
   bool valid;
+  int group;
 };
 
 using Deferred = std::function<void()>;
@@ -87,6 +88,7 @@ struct Fiber {
   bool started;
   void* argument;  // of what it does together with others
   std::vector<Copy> copies;
+  int num_copy_groups;
   std::vector<Deferred> stores;  // by TMA
   size_t num_committed_stores;
   uint32_t num_proxy_fences;
@@ -231,6 +233,7 @@ inline void run_block() {
     makecontext(&fiber.start, run_thread, 0);
     fiber.started = false;
     fiber.copies.clear();
+    fiber.num_copy_groups = 0;
     fiber.stores.clear();
     fiber.num_committed_stores = 0;
     fiber.acquired = false;

@@ -26,12 +26,17 @@ inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) throw std::logic_error("cp.async from an unaligned address");
   emulator::poison(shared_memory_at(destination, 16), 16);
   emulator::Fiber& fiber = emulator::fibers[emulator::current];
-  fiber.copies.push_back({destination, source, valid});
+  fiber.copies.push_back({destination, source, valid, fiber.num_copy_groups});
 }
 
-inline void cp_async_wait_all() {
-  std::vector<emulator::Copy>& copies = emulator::fibers[emulator::current].copies;
-  for (const emulator::Copy& copy : copies) {
+inline void cp_async_commit() { ++emulator::fibers[emulator::current].num_copy_groups; }
+
+// Until none is left but those of the last num_pending groups and those that are in none.
+inline void finish_copies(int num_pending) {
+  emulator::Fiber& fiber = emulator::fibers[emulator::current];
+  const auto is_done = [&](const emulator::Copy& copy) { return copy.group + num_pending < fiber.num_copy_groups; };
+  for (const emulator::Copy& copy : fiber.copies) {
+    if (!is_done(copy)) continue;
     char* destination = shared_memory_at(copy.destination, 16);
     if (copy.valid) {
       std::memcpy(destination, copy.source, 16);
@@ -39,7 +44,17 @@ inline void cp_async_wait_all() {
       std::memset(destination, 0, 16);
     }
   }
-  copies.clear();
+  std::erase_if(fiber.copies, is_done);
+}
+
+template <int kPending>
+void cp_async_wait() {
+  finish_copies(kPending);
+}
+
+inline void cp_async_wait_all() {
+  cp_async_commit();
+  finish_copies(0);
 }
 
 template <bool kTranspose>
@@ -104,6 +119,10 @@ void store_shared(uint32_t address, const Value& value) {
 }
 
 inline void load_shared_v4_s32(int (&values)[4], uint32_t address) {
+  std::memcpy(values, shared_memory_at(address, 16), 16);
+}
+
+inline void load_shared_v4_u32(uint32_t (&values)[4], uint32_t address) {
   std::memcpy(values, shared_memory_at(address, 16), 16);
 }
 
@@ -189,7 +208,6 @@ inline uint32_t load_acquire(const uint32_t* address) {
   return *address;
 }
 inline uint32_t load_relaxed(const uint32_t* address) { return *address; }
-inline void prefetch_l2(const void*) {}
 inline void store_release(int* address, int value) { *address = value; }
 inline void red_add_release(uint32_t* address, uint32_t value) { *address += value; }
 inline uint32_t atomic_increment(uint32_t* address) { return (*address)++; }

@@ -29,24 +29,30 @@ struct BackwardSchedule {
 // None waits for ever, even if the GPU does not run all blocks at a time. A producer waits for chunks. One that has
 // been taken was taken by a running warp, which waits at most until the first tile of the chunk's section has been
 // taken; a tile that needs the chunk is none before. One that has not will be, by warps beside the very producer.
+//
+// Few warps have little time and few registers. So rows come by asynchronous copies, kRowsAtOnce in turn, the next
+// while a warp works on those before: a lane on 16 columns, as rows.cuh cuts a row, of two rows. Products leave little
+// of shared memory's time, too, at head dim 64 above all: a row is copied whole by neighbouring lanes.
 template <Math kMath, int kHeadDim>
 struct RowPreparer {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using Counters = BackwardSm90Counters;
   using T = Element<kMath>;
-  static constexpr int kLanes = Traits::kLanesPerRow, kRowsAtOnce = 32 / kLanes, kChunkRows = Traits::kChunkRows;
-  static_assert(kChunkRows == 32, "a lane has a row's delta");
+  static constexpr int kLanes = Traits::kLanesPerRow, kRowsAtOnce = Traits::kRowsAtOnce;
+  static constexpr int kChunkRows = Traits::kChunkRows;
+  static constexpr int kNextRow = 32 / kLanes;  // the distance of a lane's two rows
+  static constexpr int kVectors = 2 * kLanes;   // of 16 bytes, of a row
+  static constexpr int kBuffers = Traits::kRowBuffers, kBufferBytes = Traits::kRowBufferBytes;
 
   const BackwardParams& params;
   const BackwardSchedule& schedule;
-  unsigned num_tiles_taken = 0;  // at least so many
+  const uint32_t buffers;  // in shared memory
 
   struct Chunk {
     bool is_key;
     int batch, head, first_row;
     unsigned counter;     // of the block of rows that it is in
     unsigned first_tile;  // of its section
-    int lane;             // opaque, for there are no registers for what depends on it from chunk to chunk
   };
 
   // Which counter counts the chunks of a block of keys or queries that are there. Heads are those of all batches.
@@ -90,7 +96,6 @@ struct RowPreparer {
                                       chunk.first_row / Traits::kBlockQ);
     }
     chunk.first_tile = first_head * schedule.num_blocks_k * schedule.num_splits;
-    chunk.lane = opaque(static_cast<int>(threadIdx.x & 31));
     return chunk;
   }
 
@@ -100,110 +105,111 @@ struct RowPreparer {
     return atomic_increment(params.counters + Counters::kChunksTaken);
   }
 
+  __device__ __forceinline__ unsigned count_tiles_taken() const {
+    return schedule.num_static_tiles + load_relaxed(params.counters + Counters::kTilesTaken);
+  }
+
   // Waits until the tiles are no more than a wave away from the chunk's section, else k_hat, q_hat and the zeros would
-  // leave the L2 cache and come back.
-  __device__ __forceinline__ void wait_for_turn(const Chunk& chunk) {
-    const auto is_early = [&] { return chunk.first_tile > num_tiles_taken + 2 * gridDim.x; };
-    while (is_early()) {
-      num_tiles_taken = schedule.num_static_tiles + load_relaxed(params.counters + Counters::kTilesTaken);
-      if (is_early()) __nanosleep(1000);
+  // leave the L2 cache and come back. At least num_tiles_taken are taken.
+  __device__ __forceinline__ void wait_for_turn(const Chunk& chunk, unsigned num_tiles_taken) const {
+    while (chunk.first_tile > num_tiles_taken + gridDim.x) {
+      __nanosleep(1000);
+      num_tiles_taken = count_tiles_taken();
     }
   }
 
-  // A lane's place in rows that a warp has in turn: 16 columns, as rows.cuh cuts a row, of every kRowsAtOnce-th row.
-  __device__ __forceinline__ int first_row(const Chunk& chunk) const {
-    return chunk.first_row + chunk.lane / kLanes;
-  }
-  __device__ __forceinline__ int column(const Chunk& chunk, int vector) const {
-    return 8 * (chunk.lane % kLanes + kLanes * vector);
+  static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+
+  // What a lane works on: the first of its rows, among those that the warp has in turn, and which of its vectors exist.
+  static __device__ __forceinline__ int row() { return lane() / kLanes; }
+  __device__ __forceinline__ bool has_vector(int vector) const {
+    return lane() % kLanes < params.head_dim / 8 - kLanes * vector;
   }
 
-  // Of the lane's row and first column.
   template <typename Value>
-  __device__ __forceinline__ Value* address(const Tensor& tensor, const Chunk& chunk) const {
-    return rows::row_of<Value>(tensor, {chunk.batch, chunk.head, first_row(chunk)}) + column(chunk, 0);
+  __device__ __forceinline__ Value* address(const Tensor& tensor, const Chunk& chunk, int row, int vector) const {
+    return rows::row_of<Value>(tensor, {chunk.batch, chunk.head, chunk.first_row + row}) + 8 * vector;
   }
 
-  // Asks for a tensor's rows of the chunk, all at once: there are not enough registers to have them all under way.
-  __device__ __forceinline__ void prefetch(const Tensor& tensor, const Chunk& chunk, int num_rows) const {
-    // A lane has neighbouring columns here, a sector of the L2 cache.
-    const T* source = address<const T>(tensor, chunk) + chunk.lane % kLanes * 8;
-    const bool exists = chunk.lane % kLanes * 16 < params.head_dim;
-    const int rows_left = exists ? num_rows - first_row(chunk) : 0;
-#pragma unroll 1
-    for (int row = 0; row < kChunkRows; row += kRowsAtOnce) {
-      if (row < rows_left) prefetch_l2(source);
-      source += kRowsAtOnce * tensor.stride_row;
+  // Where row and vector are in a buffer. Rows that lanes read together do not share banks: every other one, or with
+  // two lanes a row every other pair, has its halves swapped.
+  static __device__ __forceinline__ uint32_t place(int row, int vector) {
+    const int swap = kLanes == 8 ? 0 : row / (4 / kLanes) % 2 * kLanes;
+    return 16 * (row * kVectors + (vector ^ swap));
+  }
+
+  // What a lane copies, so that the warp reads whole rows: of every (32 / kVectors)-th row a vector.
+  static __device__ __forceinline__ int copied_row() { return lane() / kVectors; }
+  static __device__ __forceinline__ int copied_vector() { return lane() % kVectors; }
+
+  __device__ __forceinline__ const T* copied(const Tensor& tensor, const Chunk& chunk) const {
+    return address<const T>(tensor, chunk, copied_row(), copied_vector());
+  }
+
+  // Asks for rows of a tensor, of which there are no more than num_rows, and goes on to the next.
+  __device__ __forceinline__ void ask_for_rows(uint32_t buffer, const T*& source, int64_t stride_row,
+                                               int num_rows) const {
+    const int lane = opaque(this->lane());  // there are no registers for what depends on it from pass to pass
+    const uint32_t target = buffer + place(lane / kVectors, lane % kVectors);
+    const bool exists = lane % kVectors < params.head_dim / 8;
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; i += 32 / kVectors) {
+      cp_async_16(target + 16 * kVectors * i, source, exists && lane / kVectors + i < num_rows);
+      source += 32 / kVectors * stride_row;
     }
   }
 
-  __device__ __forceinline__ void load(rows::PackedSlice& slice, const T* row, const Chunk& chunk, bool exists) const {
+  // All of the warp's copies but those asked for the last kPending times.
+  template <int kPending>
+  static __device__ __forceinline__ void await_rows() {
+    cp_async_wait<kPending>();
+    __syncwarp();
+  }
+
+  // The lane's share of its i-th row.
+  static __device__ __forceinline__ void load(rows::PackedSlice& slice, uint32_t buffer, int i) {
 #pragma unroll
     for (int vector = 0; vector < 2; ++vector) {
-      uint4 x{};
-      if (exists && column(chunk, vector) < params.head_dim) x = reinterpret_cast<const uint4*>(row)[kLanes * vector];
-      reinterpret_cast<uint4&>(slice[4 * vector]) = x;
+      load_shared_v4_u32(reinterpret_cast<uint32_t(&)[4]>(slice[4 * vector]),
+                         buffer + place(row() + i * kNextRow, lane() % kLanes + kLanes * vector));
     }
   }
 
-  __device__ __forceinline__ void store(T* row, const rows::PackedSlice& slice, const Chunk& chunk, bool exists) const {
+  // Writes the rows in `buffer`, divided by their lengths and multiplied by a factor, and goes on to the next.
+  __device__ __forceinline__ void write_units(uint32_t buffer, T*& target, int64_t stride_row, int num_rows,
+                                              float factor) const {
 #pragma unroll
-    for (int vector = 0; vector < 2; ++vector) {
-      if (!exists || column(chunk, vector) >= params.head_dim) continue;
-      reinterpret_cast<uint4*>(row)[kLanes * vector] = reinterpret_cast<const uint4&>(slice[4 * vector]);
-    }
-  }
-
-  __device__ __forceinline__ void normalize(const Tensor& x, const Tensor& unit, const Chunk& chunk, int num_rows,
-                                            float factor) const {
-    constexpr int kRows = 2;  // under way
-    static_assert(kLanes % kRows == 0);
-    const T* source = address<const T>(x, chunk);
-    T* target = address<T>(unit, chunk);
-    const int rows_left = num_rows - first_row(chunk);
-#pragma unroll 1
-    for (int row = 0; row < kChunkRows; row += kRows * kRowsAtOnce) {
-      rows::PackedSlice slices[kRows];
+    for (int i = 0; i < 2; ++i) {
+      rows::PackedSlice x;
+      load(x, buffer, i);
+      rows::normalize_packed<T>(x, kLanes, factor);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        load(slices[i], source, chunk, row + i * kRowsAtOnce < rows_left);
-        source += kRowsAtOnce * x.stride_row;
+      for (int vector = 0; vector < 2; ++vector) {
+        if (row() + i * kNextRow >= num_rows || !has_vector(vector)) continue;
+        *reinterpret_cast<uint4*>(target + 8 * kLanes * vector) = reinterpret_cast<const uint4&>(x[4 * vector]);
       }
+      target += kNextRow * stride_row;
+    }
+    __syncwarp();  // nobody needs the buffer any more
+  }
+
+  __device__ __forceinline__ void prepare_keys(const Chunk& chunk) const {
+    const T* source = copied(params.k, chunk);
+    T* target = address<T>(params.k_hat, chunk, row(), lane() % kLanes);
+    const int num_rows = min(params.seq_len_k - chunk.first_row, kChunkRows);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        rows::normalize_packed<T>(slices[i], kLanes, factor);
-        store(target, slices[i], chunk, row + i * kRowsAtOnce < rows_left);
-        target += kRowsAtOnce * unit.stride_row;
-      }
+    for (int i = 0; i < kBuffers; ++i) {
+      ask_for_rows(buffers + i * kBufferBytes, source, params.k.stride_row, num_rows - i * kRowsAtOnce);
+      cp_async_commit();
     }
-  }
-
-  // rowsum(dO * O) of row kRowsAtOnce * (lane % kLanes) + lane / kLanes of the chunk.
-  __device__ __forceinline__ float row_products(const Chunk& chunk) const {
-    const T* o = address<const T>(params.o, chunk);
-    const T* dout = address<const T>(params.dout, chunk);
-    const int rows_left = params.seq_len_q - first_row(chunk);
-    float result = 0.f;
 #pragma unroll 1
-    for (int pass = 0; pass < kLanes; ++pass) {
-      rows::PackedSlice x, y;
-      load(x, dout, chunk, pass * kRowsAtOnce < rows_left);
-      load(y, o, chunk, pass * kRowsAtOnce < rows_left);
-      o += kRowsAtOnce * params.o.stride_row;
-      dout += kRowsAtOnce * params.dout.stride_row;
-      const float sum = rows::dot_over_lanes<T>(x, y, kLanes);
-      if (chunk.lane % kLanes == pass) result = sum;
+    for (int first = 0; first < kChunkRows; first += kRowsAtOnce) {
+      const uint32_t buffer = buffers + first / kRowsAtOnce % kBuffers * kBufferBytes;
+      await_rows<kBuffers - 1>();
+      write_units(buffer, target, params.k_hat.stride_row, num_rows - first, 1.f);
+      ask_for_rows(buffer, source, params.k.stride_row, num_rows - first - kBuffers * kRowsAtOnce);
+      cp_async_commit();
     }
-    return result;
-  }
-
-  __device__ __forceinline__ void write_delta(const Chunk& chunk) const {
-    float delta = row_products(chunk);
-    const int row_in_head = first_row(chunk) + chunk.lane % kLanes * kRowsAtOnce;
-    if (row_in_head >= params.seq_len_q) return;
-    const int64_t row = (int64_t(chunk.batch) * params.num_heads + chunk.head) * params.seq_len_q + row_in_head;
-    if (params.drow_sum_log2) delta = fmaf(-kLog2E, params.drow_sum_log2[row], delta);
-    params.delta[row] = delta;
   }
 
   __device__ __forceinline__ void clear_dq(const Chunk& chunk) const {
@@ -211,23 +217,73 @@ struct RowPreparer {
     const int64_t head = int64_t(chunk.batch) * params.num_heads + chunk.head;
     float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator +
                                               (head * params.plan.padded_rows + chunk.first_row) * kHeadDim) +
-                    chunk.lane;
+                    lane();
 #pragma unroll
     for (int i = 0; i < kChunkRows * kHeadDim / 4; i += 32) zeros[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
 
-  __device__ __forceinline__ void prepare(const Chunk& chunk) const {
-    const bool is_key = chunk.is_key;
-    const Tensor x = is_key ? params.k : params.q, unit = is_key ? params.k_hat : params.q_hat;
-    const int num_rows = is_key ? params.seq_len_k : params.seq_len_q;
-    prefetch(x, chunk, num_rows);
-    if (!is_key) {
-      prefetch(params.dout, chunk, num_rows);
-      prefetch(params.o, chunk, num_rows);
-      clear_dq(chunk);
+  // delta = rowsum(dO * O): the first two of a row's lanes write that of one of their two rows each.
+  __device__ __forceinline__ void write_delta(uint32_t o, uint32_t dout, int head, int first_row, int num_rows) const {
+    const int mine = lane() % kLanes;
+    float delta = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows::PackedSlice x, y;
+      load(x, dout, i);
+      load(y, o, i);
+      const float sum = rows::dot_over_lanes<T>(x, y, kLanes);
+      if (mine == i) delta = sum;
     }
-    normalize(x, unit, chunk, num_rows, is_key ? 1.f : scale_log2(params, chunk.head));
-    if (!is_key) write_delta(chunk);
+    __syncwarp();
+    const int row_in_turn = row() + mine * kNextRow;
+    if (mine >= 2 || row_in_turn >= num_rows) return;
+    const int64_t place = int64_t(head) * params.seq_len_q + first_row + row_in_turn;
+    if (params.drow_sum_log2) delta = fmaf(-kLog2E, params.drow_sum_log2[place], delta);
+    params.delta[place] = delta;
+  }
+
+  // q of the next rows comes while delta is made, their o and dO while q_hat is.
+  __device__ __forceinline__ void prepare_queries(const Chunk& chunk) const {
+    static_assert(kBuffers == 3);
+    const uint32_t q = buffers, o = q + kBufferBytes, dout = o + kBufferBytes;
+    const T *source_q = copied(params.q, chunk), *source_o = copied(params.o, chunk);
+    const T* source_dout = copied(params.dout, chunk);
+    T* target = address<T>(params.q_hat, chunk, row(), lane() % kLanes);
+    int num_rows = min(params.seq_len_q - chunk.first_row, kChunkRows);
+    const int head = chunk.batch * params.num_heads + chunk.head;
+    int first_row = chunk.first_row;
+    const auto ask_for_q = [&](int num_rows) {
+      ask_for_rows(q, source_q, params.q.stride_row, num_rows);
+      cp_async_commit();
+    };
+    const auto ask_for_products = [&](int num_rows) {
+      ask_for_rows(o, source_o, params.o.stride_row, num_rows);
+      ask_for_rows(dout, source_dout, params.dout.stride_row, num_rows);
+      cp_async_commit();
+    };
+    ask_for_q(num_rows);
+    ask_for_products(num_rows);
+    clear_dq(chunk);
+#pragma unroll 1
+    for (int pass = 0; pass < kChunkRows / kRowsAtOnce; ++pass) {
+      await_rows<1>();
+      write_units(q, target, params.q_hat.stride_row, num_rows, scale_log2(params, chunk.head));
+      ask_for_q(num_rows - kRowsAtOnce);
+      await_rows<1>();
+      write_delta(o, dout, head, first_row, num_rows);
+      first_row += kRowsAtOnce;
+      num_rows -= kRowsAtOnce;
+      ask_for_products(num_rows);
+    }
+  }
+
+  __device__ __forceinline__ void prepare(const Chunk& chunk) const {
+    if (chunk.is_key) {
+      prepare_keys(chunk);
+    } else {
+      prepare_queries(chunk);
+    }
+    cp_async_wait<0>();  // zeros for rows behind the chunk's, where the next chunk's go
   }
 
   // Who acquires the counter sees what the warp has written.
@@ -241,8 +297,9 @@ struct RowPreparer {
     while (true) {
       const unsigned index = __shfl_sync(0xffffffffu, next, 0);
       if (index >= static_cast<unsigned>(schedule.num_chunks)) return;
+      const unsigned num_tiles_taken = count_tiles_taken();  // in a microsecond, while the chunk is found
       const Chunk chunk = find_chunk(index);
-      wait_for_turn(chunk);
+      wait_for_turn(chunk, num_tiles_taken);
       next = ask_for_chunk();
       prepare(chunk);
       publish(chunk);

@@ -119,6 +119,9 @@ struct BackwardSm90 {
     }
     __device__ __forceinline__ uint32_t factors() const { return base + Traits::kOffsetFactors; }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
+    __device__ __forceinline__ uint32_t rows(int warp) const {
+      return base + Traits::kOffsetRows + warp * (Traits::kRowBuffers * Traits::kRowBufferBytes);
+    }
     __device__ __forceinline__ uint32_t barrier(int index) const { return base + Traits::kOffsetBarriers + 8 * index; }
     __device__ __forceinline__ uint32_t k_full() const { return barrier(0); }
     __device__ __forceinline__ uint32_t k_empty() const { return barrier(1); }
@@ -786,7 +789,8 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
   if (warp >= 4 * B::Traits::kConsumers) {
     setmaxnreg_dec<B::Traits::kProducerRegisters>();
     if (warp > 4 * B::Traits::kConsumers) {
-      if (params.plan.prepares_rows) typename B::Rows{params, schedule}.prepare_chunks();
+      const uint32_t buffers = shared.rows(warp - (4 * B::Traits::kConsumers + 1));
+      if (params.plan.prepares_rows) typename B::Rows{params, schedule, buffers}.prepare_chunks();
       return;
     }
     if (threadIdx.x % 32 == 0) {

@@ -30,6 +30,15 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
 // Waits for all of this thread's copies.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// This thread's copies since the last time are a group.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of this thread's groups but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones); lane i gives the address of row i % 8 of matrix
 // i / 8. A lane receives elements 2 * (lane % 4) and the next of row lane / 4 (or the one 32-bit element).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -73,6 +82,13 @@ __device__ __forceinline__ void load_shared_v4_s32(int (&values)[4], uint32_t ad
 __device__ __forceinline__ void store_shared_v4_s32(uint32_t address, const int (&values)[4]) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values[0]), "r"(values[1]),
                "r"(values[2]), "r"(values[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void load_shared_v4_u32(uint32_t (&values)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+               : "r"(address)
                : "memory");
 }
 
@@ -158,11 +174,6 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* address) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
-}
-
-// Asks for the sector of the L2 cache that the address is in.
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ void store_release(int* address, int value) {

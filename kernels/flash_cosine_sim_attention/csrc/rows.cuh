@@ -300,12 +300,11 @@ __device__ __forceinline__ float rsqrt_refined(float x) {
 // result is multiplied by a factor.
 template <typename T>
 __device__ __forceinline__ void normalize_packed(PackedSlice& x, int lanes, float result_factor = 1.f) {
+  constexpr float kEnlarge = __is_same(T, __nv_bfloat16) ? 0x1p100f : 0x1p10f, kReduce = 0x1p-70f;
   float square_sum = dot_over_lanes<T>(x, x, lanes);
-  const bool too_small = square_sum <= kSmallestSafe, too_large = square_sum >= kLargestSafe;
+  const float factor = square_sum <= kSmallestSafe ? kEnlarge : square_sum >= kLargestSafe ? kReduce : 1.f;
   // float16 comes here with zeros only. But for the branch, the compiler would unpack x once, into 16 registers more.
-  if (__any_sync(kWholeWarp, too_small || too_large)) {
-    constexpr bool kIsBf16 = __is_same(T, __nv_bfloat16);
-    const float factor = too_small ? (kIsBf16 ? 0x1p100f : 0x1p10f) : too_large ? 0x1p-70f : 1.f;
+  if (__any_sync(kWholeWarp, factor != 1.f)) {
     multiply_packed<T>(x, factor);
     square_sum = dot_over_lanes<T>(x, x, lanes);
   }

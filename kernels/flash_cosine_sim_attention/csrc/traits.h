@@ -247,9 +247,12 @@ struct BackwardSm90Traits {
   // Up to head dim 64 these take as long as the products: measured, 8 % of the kernel's time. At 128 it costs 3 %.
   static constexpr bool kStaggered = kHeadDim <= 64;
 
-  // backward_rows.cuh: a warp has as many rows at a time as its lanes have deltas. A lane has 16 columns of a row.
-  static constexpr int kChunkRows = 32;
+  // backward_rows.cuh: a warp takes chunks as large as the smallest block, for each costs some 3,000 cycles beside its
+  // rows. It has kRowsAtOnce of them in turn, a lane 16 columns of two. Those of q, of o and of dO have a buffer each.
+  static constexpr int kChunkRows = 64;
   static constexpr int kLanesPerRow = kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : 8;
+  static constexpr int kRowsAtOnce = 2 * (32 / kLanesPerRow);
+  static constexpr int kRowWarps = 3, kRowBuffers = 3, kRowBufferBytes = 2 * 32 * 32;
   static_assert(kBlockK % kChunkRows == 0 && kBlockQ % kChunkRows == 0);
 
   // Of dQ, kBlockQ x kHeadDim, a warpgroup has 64 rows, or all of them and half of the columns.
@@ -283,7 +286,8 @@ struct BackwardSm90Traits {
   static constexpr int kOffsetWork = kOffsetFactors + kBlockK * kRowStatisticsBytes;
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
   static constexpr int kNumBarriers = 4 + 6 * kStages;
-  static constexpr int kSharedBytes = kOffsetBarriers + 8 * kNumBarriers;
+  static constexpr int kOffsetRows = (kOffsetBarriers + 8 * kNumBarriers + 127) / 128 * 128;
+  static constexpr int kSharedBytes = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
   static_assert(kTileBytesK % 1024 == 0 && kTileBytesQ % 1024 == 0, "a swizzle's pattern begins at a multiple of it");
 };
