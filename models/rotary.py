@@ -72,7 +72,8 @@ class RotateByTriton(torch.autograd.Function):
 
 
 if triton is not None:
-    ELEMENTS = 1024  # of a tile: 16 bytes of 16-bit channels a thread, the widest access there is
+    ELEMENTS = 1024  # of a head in a tile: 16 bytes of 16-bit channels a thread, the widest access there is
+    HEADS = 8  # of a tile, which a thread loads before it stores any: one at a time does not keep the memory busy
 
     @triton.jit
     def _rotate_kernel(
@@ -82,39 +83,45 @@ if triton is not None:
         k_batch, k_token, k_head,
         v_batch, v_token, v_head,
         Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-        INVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+        INVERSE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        """Packs q and k, rotated, and v into out (tokens, heads, HEAD_DIM); TOKENS tokens a program, head by head.
+        """Packs q and k, rotated, and v into out (tokens, heads, HEAD_DIM); TOKENS tokens a program, HEADS at a time.
 
         All heads of a token share their angles, which are read once.
         """
-        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
         batch, position = (token // seq_len).to(tl.int64), token % seq_len  # offsets may pass 2^31
-        pair = tl.arange(0, CHANNELS // 2)
-        angle = (position * (HEAD_DIM // 2))[:, None] + pair
-        known = (token < tokens)[:, None] & (pair < HEAD_DIM // 2)
+        pair = tl.arange(0, CHANNELS // 2)[None, None, :]
+        angle = position * (HEAD_DIM // 2) + pair
+        known = (token < tokens) & (pair < HEAD_DIM // 2)
         cos = tl.load(cos + angle, mask=known, other=0.0).to(tl.float32)
         sin = tl.load(sin + angle, mask=known, other=0.0).to(tl.float32)
         if INVERSE:
             sin = -sin
-        channel = tl.arange(0, CHANNELS)
-        inside = (token < tokens)[:, None] & (channel < HEAD_DIM)
-        q += (batch * q_batch + position * q_token)[:, None] + channel
-        k += (batch * k_batch + position * k_token)[:, None] + channel
-        v += (batch * v_batch + position * v_token)[:, None] + channel
-        out += (token.to(tl.int64) * ((Q_HEADS + K_HEADS + V_HEADS) * HEAD_DIM))[:, None] + channel
-        for head in range(Q_HEADS):
-            _rotate_tile(q + head * q_head, out + head * HEAD_DIM, cos, sin, inside)
-        for head in range(K_HEADS):
-            _rotate_tile(k + head * k_head, out + (Q_HEADS + head) * HEAD_DIM, cos, sin, inside)
-        for head in range(V_HEADS):
-            tile = tl.load(v + head * v_head, mask=inside)
-            tl.store(out + (Q_HEADS + K_HEADS + head) * HEAD_DIM, tile, mask=inside)
+        channel = tl.arange(0, CHANNELS)[None, None, :]
+        inside = (token < tokens) & (channel < HEAD_DIM)
+        q += batch * q_batch + position * q_token + channel
+        k += batch * k_batch + position * k_token + channel
+        v += batch * v_batch + position * v_token + channel
+        out += token.to(tl.int64) * ((Q_HEADS + K_HEADS + V_HEADS) * HEAD_DIM) + channel
+        heads = tl.arange(0, HEADS)[None, :, None]
+        for first in range(0, Q_HEADS, HEADS):
+            head = first + heads
+            _rotate_tile(q + head * q_head, out + head * HEAD_DIM, cos, sin, inside & (head < Q_HEADS))
+        out += Q_HEADS * HEAD_DIM
+        for first in range(0, K_HEADS, HEADS):
+            head = first + heads
+            _rotate_tile(k + head * k_head, out + head * HEAD_DIM, cos, sin, inside & (head < K_HEADS))
+        out += K_HEADS * HEAD_DIM
+        for first in range(0, V_HEADS, HEADS):
+            head = first + heads
+            tile = tl.load(v + head * v_head, mask=inside & (head < V_HEADS))
+            tl.store(out + head * HEAD_DIM, tile, mask=inside & (head < V_HEADS))
 
     @triton.jit
     def _rotate_tile(source, target, cos, sin, inside):
-        tile = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # (TOKENS, CHANNELS)
-        even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 2, 2))
+        tile = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # (TOKENS, HEADS, CHANNELS)
+        even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2))
         turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(tile.shape)
         tl.store(target, turned.to(target.dtype.element_ty), mask=inside)
 
@@ -131,7 +138,7 @@ if triton is not None:
             batch * n, n,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             Q_HEADS=q_heads, K_HEADS=k_heads, V_HEADS=v_heads, HEAD_DIM=head_dim,
-            INVERSE=inverse, TOKENS=tokens_each, CHANNELS=channels,
+            INVERSE=inverse, TOKENS=tokens_each, HEADS=HEADS, CHANNELS=channels,
         )  # fmt: skip
         return out
 
