@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import KVCache, SelfAttention
+from models.norm import AddNorm
 
 
 class GELU(nn.Module):
@@ -51,9 +52,9 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.attention_norm = AddNorm(width)
         self.attention = attention
-        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.mlp_norm = AddNorm(width)
         self.mlp = mlp
         self._start(num_layers)
 
@@ -68,10 +69,13 @@ class PreNormBlock(nn.Module):
         for linear in (self.attention.out, self.mlp.down):
             nn.init.normal_(linear.weight, std=(2 * num_layers * linear.in_features) ** -0.5)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (batch, n, width) -> (batch, n, width)."""
-        x = x + self.attention(self.attention_norm(x), cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream x + branch, both (batch, n, width), None for zero -> the same: the next norm is to add them."""
+        x, y = self.attention_norm(x, branch)
+        x, y = self.mlp_norm(x, self.attention(y, cache))
+        return x, self.mlp(y)
 
 
 class PostNormBlock(nn.Module):
@@ -104,8 +108,11 @@ class PostNormBlock(nn.Module):
         for linear in (self.attention.out, self.mlp.up, self.mlp.down):
             nn.init.xavier_normal_(linear.weight, gain=beta)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (batch, n, width) -> (batch, n, width)."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``PreNormBlock.forward``, but nothing is left to be added: branch is None, in and out."""
+        del branch
         stream = x.dtype  # autocast's layer norm returns float32, whatever the stream is kept in
         x = self.attention_norm(self.alpha * x + self.attention(x, cache)).to(stream)
-        return self.mlp_norm(self.alpha * x + self.mlp(x))
+        return self.mlp_norm(self.alpha * x + self.mlp(x)).to(stream), None

@@ -104,9 +104,11 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight[start : start + tokens.shape[1]]
         stream = self._activation_dtype() if self.residual == "autocast" else x.dtype
-        x = self.dropout(x).to(stream)
+        x, branch = self.dropout(x).to(stream), None  # their sum is the stream
         for index, block in enumerate(self.blocks):
-            x = block(x, cache[index] if cache else None).to(stream)
+            x, branch = block(x, branch, cache[index] if cache else None)
+        if branch is not None:
+            x = (x + branch).to(stream)
         logits = self.head(self.norm(x)).float()  # (batch, n, 256)
         if targets is None:
             return logits

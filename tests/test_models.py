@@ -225,7 +225,9 @@ def test_deepnorm_scales_the_residual_and_starts_as_the_paper_says():
     x = torch.randn(2, 5, 256)
     inside = F.layer_norm(block.alpha * x + block.attention(x), (256,))
     expected = F.layer_norm(block.alpha * inside + block.mlp(inside), (256,))
-    torch.testing.assert_close(block(x), expected)
+    x, branch = block(x)
+    assert branch is None
+    torch.testing.assert_close(x, expected)
 
 
 def test_flops_of_a_token_count_every_matrix_product():
