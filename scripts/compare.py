@@ -5,11 +5,12 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.markup import escape
 
 from models.report import PLOT_FILE, Results, console, markdown, plot, read_results, table
@@ -40,8 +41,11 @@ def compare(arguments: argparse.Namespace) -> None:
     folders = find_runs(arguments.runs)
     output = arguments.output or Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     runs = read_runs(folders)
-    for difference in differences(runs):
+    for difference in differences(runs, _settings):
         warn(f"not comparable: {difference}")
+    if arguments.within is not None:
+        for difference in differences(runs, _training_windows):
+            warn(f"--within compares losses of other training windows: {difference}")
     out = console()
     out.print(table(runs, title=f"{len(runs)} runs" if len(runs) > 1 else "1 run"))
     for run in runs:
@@ -94,14 +98,14 @@ def read_runs(folders: Sequence[Path]) -> list[Results]:
     return [replace(run, label=os.path.relpath(run.folder, shared)) for run in runs]
 
 
-def differences(runs: Sequence[Results]) -> list[str]:
-    """For each setting without which bits per byte or curves mean different things: who has which value.
+def differences(runs: Sequence[Results], settings: Callable[[Results], dict[str, Any]]) -> list[str]:
+    """For each setting in which runs differ: who has which value.
 
     A run that ended before it recorded a setting takes no part.
     """
     who: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        for setting, value in _settings(run).items():
+        for setting, value in settings(run).items():
             if value is not None:
                 who[setting][value].append(run.name)
     return [
@@ -112,11 +116,9 @@ def differences(runs: Sequence[Results]) -> list[str]:
 
 
 def _settings(run: Results) -> dict[str, Any]:
+    """Without these, bits per byte or curves mean different things."""
     corpus = run.record.get("corpus") or {}
-    try:
-        seq_len = load_config(run.folder).get("seq_len")
-    except ValueError:  # no config.yaml: metrics and record still show
-        seq_len = None
+    seq_len = _configured(run, "seq_len")
     sha256 = corpus.get("sha256")
     return {
         "the corpus (SHA-256)": sha256 and f"{corpus.get('name')} {sha256[:16]}",
@@ -124,6 +126,22 @@ def _settings(run: Results) -> dict[str, Any]:
         "tokens_per_step": run.record.get("tokens_per_step"),
         "the number of validated bytes (trainer.val_bytes)": corpus.get("val_scored"),
     }
+
+
+def _training_windows(run: Results) -> dict[str, Any]:
+    """What chooses a step's windows, beside the above: ``ByteDataModule.train_batch``."""
+    return {
+        "seed": _configured(run, "seed"),
+        "micro_batch_size": run.record.get("micro_batch_size"),
+        "trainer.devices": _configured(run, "trainer.devices"),
+    }
+
+
+def _configured(run: Results, key: str) -> Any:
+    try:
+        return OmegaConf.select(load_config(run.folder), key)
+    except ValueError:  # no config.yaml: metrics and record still show
+        return None
 
 
 def same_losses(runs: Sequence[Results], share: float) -> bool:

@@ -167,6 +167,20 @@ def test_compare_judges_loss_curves(run, capsys):
     assert "give another" in refusal(capsys, compare, run, "--within", "0.005")
 
 
+@pytest.mark.parametrize(
+    "change", [{"config": {"seed": 7}}, {"micro_batch_size": 1}, {"config": {"trainer": {"devices": 2}}}]
+)
+def test_compare_within_warns_of_other_training_windows(run, capsys, change):
+    folders = [str(run), str(variant(run, "second", **change))]
+    assert compare.main(folders) == 0
+    assert not capsys.readouterr().err
+    assert compare.main([*folders, "--within", "1"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert (
+        warning.startswith("warning: --within compares losses of other training windows: ") and "in second" in warning
+    )
+
+
 def test_compare_leaves_out_what_is_no_run(run, capsys):
     (run.parent / "notes.txt").write_text("not a run")
     (run.parent / "empty").mkdir()
