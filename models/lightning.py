@@ -44,6 +44,7 @@ class GPTModule(lightning.LightningModule):
         self._loss_sum: Tensor | None = None  # over micro-batches since the last take_loss, on the device
         self._loss_count = 0
         if compile:
+            _never_stop_compiling()
             # In place and on the inner module: a wrapper would write _orig_mod into every checkpoint key.
             self.gpt.compile(dynamic=False)
 
@@ -151,6 +152,19 @@ class GPTModule(lightning.LightningModule):
         for key, value in metrics.items():
             # A CPU tensor: Lightning reads it after every micro-batch, and one on the GPU would make the host wait.
             self.log(key, torch.tensor(float(value)), logger=False, prog_bar=key in progress_bar)
+
+
+def _never_stop_compiling() -> None:
+    """Lets a process compile as many variants of the model as a sweep has, and raises where that ends, too.
+
+    Jobs of a sweep share a process and what it compiled: another seed compiles nothing. But after eight variants
+    (of attention, norm and length, for training and for validation) torch.compile by default goes on uncompiled, with
+    a line of warning, and the jobs that come late in a sweep would look slow.
+    """
+    from torch._dynamo import config  # here: it takes a second, and compile=false needs none of it
+
+    config.recompile_limit = config.accumulated_recompile_limit = 1024
+    config.fail_on_recompile_limit_hit = True
 
 
 def _mix(*numbers: int) -> int:

@@ -3,9 +3,11 @@
     python -m scripts.benchmark --causal --dtype float16 float32
     python -m scripts.benchmark --preset hidden2048 --head-dim 128 --json h200.json --plot h200.png
 
-Contenders: ours by each --backend; naive einsum; l2norm + SDPA, and SDPA without norm, by PyTorch's flash, cuDNN and
-memory-efficient kernels; FlashAttention-4 and -3, without norm, where they are installed; and the predecessor, whose
-package has the same name as ours and is therefore loaded out of a folder of its own: see --predecessor.
+Contenders: ours by each --backend; naive einsum; l2norm + SDPA, with the norms as they are and compiled into one kernel
+each way, and SDPA without norm, by PyTorch's flash, cuDNN and memory-efficient kernels; with --seq-len-q also ours and
+SDPA over keys that were normalised once, when they were cached; FlashAttention-4 and -3, without norm, where they are
+installed; and the predecessor, whose package has the same name as ours and is therefore loaded out of a folder of its
+own: see --predecessor. --contenders picks some of them.
 
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, and a batch of two); one that is wrong, or that cannot serve the case, is
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,8 +77,8 @@ class Timer:
 
     WARM_UP_S = 0.05  # at least, and at least three calls
     # At its power limit a GPU lowers its clock, by up to a fifth: without a pause, a contender would be timed with the
-    # clock that the one before has left.
-    PAUSE_S = 0.5
+    # clock that the one before has left. Calls of less than a millisecond get less.
+    PAUSE_S, PAUSE_CALLS = 0.5, 500
     LONGEST_S = 1.5  # a measurement stops at so much, but not before
     FEWEST = 5  # calls
     HOST_ROUNDS, HOST_CALLS = 5, 200
@@ -94,7 +96,7 @@ class Timer:
         count = min(self.num_times, max(self.FEWEST, int(self.LONGEST_S / seconds)))
         if not self.on_gpu:
             return 1e3 * statistics.median(self._clock(call) for _ in range(count))
-        time.sleep(self.PAUSE_S)
+        time.sleep(min(self.PAUSE_S, self.PAUSE_CALLS * seconds))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self.flush.zero_()
@@ -189,7 +191,7 @@ def check(candidates: list[Contender], case: Case, device: torch.device) -> tupl
 
 def _errors(contender: Contender, case: Case, inputs: Inputs, expected: list[Tensor]) -> dict[str, float]:
     with contender.setting():
-        o = contender.attend(inputs, case)
+        o = contender.attend(contender.prepared(inputs), case)
         results = [o.detach(), *torch.autograd.grad(o, inputs.leaves(), inputs.do)]
     names = ("o", "dq", "dk", "dv", "dbias")[: len(results)]
     differences = [result.double() - right for result, right in zip(results, expected, strict=True)]
@@ -243,13 +245,13 @@ def _send_errors(sender: Connection, stderr: str, folder: Path, name: str, case:
 
 
 def measure(
-    contender: Contender, case: Case, timer: Timer, only: str | None, host: bool, sustained: bool = False
+    contender: Contender, case: Case, timer: Timer, directions: set[str], host: bool, sustained: bool = False
 ) -> dict[str, Any]:
     """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
     result = {}
     try:
         with contender.setting():
-            _measure(result, contender, case, timer, only, host, sustained)
+            _measure(result, contender, case, timer, directions, host, sustained)
     except torch.OutOfMemoryError:
         result["error"] = "out of memory"
     except Exception as error:  # other people's code: whatever it raises
@@ -260,9 +262,9 @@ def measure(
 
 
 def _measure(
-    result: dict, contender: Contender, case: Case, timer: Timer, only: str | None, host: bool, sustained: bool
+    result: dict, contender: Contender, case: Case, timer: Timer, directions: set[str], host: bool, sustained: bool
 ) -> None:
-    inputs = make_inputs(case, timer.device)
+    inputs = contender.prepared(make_inputs(case, timer.device)).leaf()
     detached, leaves = inputs.detached(), inputs.leaves()
 
     def attend() -> Tensor:
@@ -278,20 +280,21 @@ def _measure(
         with torch.no_grad():
             result["host_us_no_grad"] = timer.host_us(attend_detached)
         result["host_us_grad"] = timer.host_us(attend)
-    if only != "backwards":
+    if "forward_ms" in directions:
         with torch.no_grad():
             result["forward_ms"] = timer.median_ms(attend_detached)
-    if only == "backwards":
+    if "backward_ms" in directions:
         o = attend()
         result["backward_ms"] = timer.median_ms(lambda: torch.autograd.grad(o, leaves, inputs.do, retain_graph=True))
-    if only is None:
+        del o
+    if "both_ms" in directions:
         result["both_ms"] = timer.median_ms(both)
         if timer.on_gpu:
             result["peak_mib"] = peak_mib(both)
-    if sustained and only != "backwards":
+    if sustained and "forward_ms" in directions:
         with torch.no_grad():
             result["sustained_forward_ms"], result["forward_ghz"] = timer.sustained_ms(attend_detached)
-    if sustained and only is None:
+    if sustained and "both_ms" in directions:
         result["sustained_both_ms"], result["both_ghz"] = timer.sustained_ms(both)
 
 
@@ -355,7 +358,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks, times, prints, writes."""
     device = choose_device(arguments.device)
     problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
-    candidates, absent = contenders(arguments.backend, device, arguments.predecessor)
+    candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q))
+    candidates = picked(candidates, arguments.contenders)
     for path in filter(None, (arguments.json, arguments.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
@@ -380,6 +384,26 @@ def run(arguments: argparse.Namespace) -> None:
         plot(report["rows"], arguments.plot, f"{name}, {', '.join(parts)}: {_shapes(problems[0])}")
 
 
+def picked(candidates: list[Contender], parts: Sequence[str] | None) -> list[Contender]:
+    """Those whose name has one of the parts, or all. Raises ValueError for a part that is in none."""
+    if parts is None:
+        return candidates
+    for part in parts:
+        if not any(part.lower() in contender.name.lower() for contender in candidates):
+            names = ", ".join(repr(contender.name) for contender in candidates)
+            raise ValueError(f"--contenders must be parts of names, got {part!r}; accepted here: {names}")
+    return [contender for contender in candidates if any(part.lower() in contender.name.lower() for part in parts)]
+
+
+def directions_of(arguments: argparse.Namespace) -> set[str]:
+    """Which of DIRECTIONS are timed."""
+    if arguments.only_forwards:
+        return {"forward_ms"}
+    if arguments.only_backwards:
+        return {"backward_ms"}
+    return set(DIRECTIONS) if arguments.each_direction else {"forward_ms", "both_ms"}
+
+
 def _compare(
     listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
@@ -390,12 +414,12 @@ def _compare(
     console.print(_accuracy_table(checked, errors))
     peak = gemm_tflops(timer, smallest.dtype)
     copy = copy_tb_s(timer) if smallest.seq_len_q else None
-    only = "forwards" if arguments.only_forwards else "backwards" if arguments.only_backwards else None
+    directions = directions_of(arguments)
     rows = []
     for case in listed:
         host = arguments.host and case is smallest
         measured = {
-            contender: measure(contender, case, timer, only, host, arguments.sustained)
+            contender: measure(contender, case, timer, directions, host, arguments.sustained)
             for contender in candidates
             if contender.name not in refused
         }
@@ -575,7 +599,7 @@ def _draw(axes: Any, points: list[dict], key: str, colour: tuple) -> list:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -599,6 +623,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bias", action="store_true", help="a bias a head, with gradient")
     parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "cuda", "sdpa", "reference"))
     parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="PART",
+        help="only those whose name has one of these parts, such as ours, 'compiled l2norm', cudnn",
+    )
+    parser.add_argument(
         "--predecessor",
         type=Path,
         metavar="PATH",
@@ -607,6 +637,7 @@ def main(argv: list[str] | None = None) -> int:
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--only-forwards", action="store_true")
     direction.add_argument("--only-backwards", action="store_true")
+    direction.add_argument("--each-direction", action="store_true", help="also time the backward pass alone")
     parser.add_argument(
         "--num-times",
         type=integer(1),

@@ -5,8 +5,8 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
 from importlib.util import module_from_spec
@@ -76,6 +76,12 @@ class Inputs:
         bias = None if self.bias is None else self.bias.detach()
         return Inputs(self.q.detach(), self.k.detach(), self.v.detach(), self.mask, bias, self.do)
 
+    def leaf(self) -> "Inputs":
+        """The same tensors as leaves, of which gradients can be taken."""
+        bias = None if self.bias is None else self.bias.detach().requires_grad_()
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v))
+        return Inputs(q, k, v, self.mask, bias, self.do)
+
     def double(self) -> "Inputs":
         """The same numbers in float64, for what is exact."""
         q, k, v, do = (tensor.detach().double() for tensor in (self.q, self.k, self.v, self.do))
@@ -131,11 +137,30 @@ def naive(inputs: Inputs, case: Case) -> Tensor:
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
 
 
-def sdpa(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
+def l2norm(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor's rows of length 1."""
+    return [F.normalize(tensor, dim=-1) for tensor in tensors]
+
+
+@cache
+def compiled_l2norm() -> Callable[..., list[Tensor]]:
+    """l2norm() as torch.compile makes it: one kernel for all tensors each way, whatever the number of rows."""
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def rows(*flat: Tensor) -> list[Tensor]:
+        return l2norm(*flat)
+
+    def normalise(*tensors: Tensor) -> list[Tensor]:
+        # as rows: one compilation serves every batch, number of heads and length
+        flat = rows(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors))
+        return [part.view(tensor.shape) for part, tensor in zip(flat, tensors, strict=True)]
+
+    return normalise
+
+
+def sdpa(inputs: Inputs, case: Case, normalise: bool, norm: Callable[..., list[Tensor]] = l2norm) -> Tensor:
     """PyTorch's scaled_dot_product_attention, with or without l2norm before it."""
-    q, k = inputs.q, inputs.k
-    if normalise:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    q, k = norm(inputs.q, inputs.k) if normalise else (inputs.q, inputs.k)
     attn_mask, is_causal = inputs.bias, case.causal
     if inputs.mask is not None or inputs.bias is not None:
         hidden, is_causal = _hidden(inputs, case), False
@@ -147,6 +172,34 @@ def sdpa(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, inputs.v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=case.kv_heads != case.heads
     )
+
+
+def compiled_norm_sdpa(inputs: Inputs, case: Case) -> Tensor:
+    """The same with the norms compiled: what to write today for cosine-sim attention without a kernel for it."""
+    return sdpa(inputs, case, normalise=True, norm=compiled_l2norm())
+
+
+def cache_normalised_keys(inputs: Inputs) -> Inputs:
+    """The keys normalised, as a key/value cache may keep them: once for all the queries to come."""
+    return replace(inputs, k=F.normalize(inputs.k, dim=-1))
+
+
+def ours_cached(inputs: Inputs, case: Case, backend: str) -> Tensor:
+    """flash_cosine_sim_attention over a cache of normalised keys."""
+    (q,) = _norm_of_query(inputs.q)
+    return flash_cosine_sim_attention(
+        q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, l2norm_qk=False, backend=backend
+    )
+
+
+def sdpa_cached(inputs: Inputs, case: Case) -> Tensor:
+    """PyTorch's scaled_dot_product_attention over a cache of normalised keys."""
+    return sdpa(inputs, case, normalise=True, norm=lambda q, k: [*_norm_of_query(q), k])
+
+
+def _norm_of_query(q: Tensor) -> list[Tensor]:
+    # one kernel on a GPU; a CPU starts none, and may have no compiler
+    return compiled_l2norm()(q) if q.is_cuda else l2norm(q)
 
 
 def flash_attention(inputs: Inputs, case: Case, attend: Callable) -> Tensor:
@@ -183,7 +236,8 @@ class Contender:
     """A function of (inputs, case).
 
     ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to; ``folder``: the predecessor's, whose
-    calls can crash the process, so that another one tries them first.
+    calls can crash the process, so that another one tries them first; ``prepare``: what is made of the inputs once,
+    before its calls and outside their time.
     """
 
     name: str
@@ -191,17 +245,32 @@ class Contender:
     cosine: bool
     kernel: SDPBackend | None = None
     folder: Path | None = None
+    prepare: Callable[[Inputs], Inputs] | None = None
+
+    def prepared(self, inputs: Inputs) -> Inputs:
+        """What its calls are given."""
+        return inputs if self.prepare is None else self.prepare(inputs)
 
     def setting(self) -> AbstractContextManager:
         """What its calls are made in, entered once around many of them, for entering takes time."""
         return nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
 
 
+CACHED = ", keys normalised when cached"
+
+
 def contenders(
-    backends: list[str], device: torch.device, predecessor_folder: Path | None = None
+    backends: list[str], device: torch.device, predecessor_folder: Path | None = None, decoding: bool = False
 ) -> tuple[list[Contender], list[str]]:
-    """Ours first, by each back end asked for, then all that is installed; and the names of what is not installed."""
+    """Ours first, by each back end asked for, then all that is installed; and the names of what is not installed.
+
+    ``decoding`` adds those that find their keys normalised: a query comes after the keys of many others.
+    """
     found = [Contender(f"ours ({backend})", partial(ours, backend=backend), True) for backend in backends]
+    if decoding:
+        for backend in backends:
+            attend = partial(ours_cached, backend=backend)
+            found.append(Contender(f"ours ({backend}){CACHED}", attend, True, prepare=cache_normalised_keys))
     found.append(Contender("naive einsum", naive, True))
     absent = []
     if predecessor_folder is None:
@@ -213,6 +282,10 @@ def contenders(
         kernels += [("cudnn", SDPBackend.CUDNN_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION)]
     for name, kernel in kernels:
         found.append(Contender(f"l2norm + SDPA {name}", partial(sdpa, normalise=True), True, kernel))
+        if device.type == "cuda" and name != "efficient":
+            found.append(Contender(f"compiled l2norm + SDPA {name}", compiled_norm_sdpa, True, kernel))
+        if decoding:
+            found.append(Contender(f"SDPA {name}{CACHED}", sdpa_cached, True, kernel, prepare=cache_normalised_keys))
     for name, kernel in kernels:
         found.append(Contender(f"SDPA {name}, no norm", partial(sdpa, normalise=False), False, kernel))
     for name, (module, _) in FLASH_ATTENTION.items():

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 import flash_cosine_sim_attention
 from scripts import benchmark
 from scripts.benchmark import Timer, check, main
-from scripts.contenders import Case, Contender, contenders, is_absent
+from scripts.contenders import Case, Contender, cache_normalised_keys, contenders, is_absent
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "1", "--heads", "2", "--head-dim", "16", "--num-times", "2", "--device", "cpu"]
@@ -145,6 +145,53 @@ def test_one_direction_alone(tmp_path, flag, key):
         assert {name for name in row if name.endswith("_ms")} == {key}
 
 
+def test_each_direction(tmp_path):
+    for row in report(tmp_path, "--seq-len", "16", "--each-direction")["rows"]:
+        assert {name for name in row if name.endswith("_ms")} == {"forward_ms", "backward_ms", "both_ms"}
+
+
+def test_some_contenders_alone(tmp_path, capsys):
+    rows = report(tmp_path, "--seq-len", "16", "--contenders", "NAIVE", "sdpa flash,")["rows"]
+    assert {row["contender"] for row in rows} == {"naive einsum", "SDPA flash, no norm"}
+    assert main([*SMALL, "--seq-len", "16", "--contenders", "flash", "FlashAttention-9"]) == 2
+    assert "--contenders must be parts of names, got 'FlashAttention-9'; accepted here" in capsys.readouterr().err
+
+
+def test_keys_that_were_normalised_when_cached_are_so_once_and_outside_the_time():
+    made = []
+
+    def prepare(inputs):
+        made.append(inputs)
+        return cache_normalised_keys(inputs)
+
+    decoding = {c.name: c for c in contenders(["sdpa"], CPU, decoding=True)[0]}
+    assert decoding.keys() - {c.name for c in contenders(["sdpa"], CPU)[0]} == {
+        "ours (sdpa), keys normalised when cached", "SDPA flash, keys normalised when cached"
+    }  # fmt: skip
+    one_query = case(seq_len_q=1, kv_heads=2)
+    for name in decoding:
+        if "when cached" in name:
+            errors, refused = check([decoding[name]], one_query, CPU)  # gradients too, through the cached keys' norm
+            assert not refused and 0 < max(errors[name].values()) < 1e-5
+            contender = replace(decoding[name], prepare=prepare)
+            benchmark.measure(contender, one_query, Timer(CPU, 4), {"forward_ms"}, host=False)
+    assert len(made) == 2 and not torch.equal(made[0].k, cache_normalised_keys(made[0]).k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_a_gpu_compiled_norms_are_right_and_in_one_compilation(dtype):
+    torch.compiler.reset()
+    found = [c for c in contenders(["cuda"], torch.device("cuda"), decoding=True)[0] if c.name != "naive einsum"]
+    assert {"compiled l2norm + SDPA cudnn", "SDPA cudnn, keys normalised when cached"} <= {c.name for c in found}
+    for options in ({}, {"seq_len": 96, "batch": 1}, {"seq_len_q": 1}):
+        errors, refused = check(found, case(head_dim=64, dtype=dtype, **options), torch.device("cuda"))
+        serves = {c.name for c in found} - set(refused)
+        expected = "SDPA efficient" if dtype == "float32" else "compiled l2norm + SDPA cudnn"
+        assert any(expected in name for name in serves), refused
+        assert not [reason for reason in refused.values() if reason.startswith("wrong")]
+
+
 def test_a_contender_that_fails_at_a_length_stops_no_other(tmp_path, monkeypatch, capsys):
     first = contenders(["sdpa"], CPU)[0][:2]
 
@@ -170,7 +217,7 @@ def test_calls_are_made_with_one_kernel_and_with_gradient_only_where_it_is_timed
         return inputs.q + inputs.k + inputs.v
 
     contender = Contender("flash", attend, False, SDPBackend.FLASH_ATTENTION)
-    result = benchmark.measure(contender, case(), Timer(CPU, 2), None, host=True)
+    result = benchmark.measure(contender, case(), Timer(CPU, 2), {"forward_ms", "both_ms"}, host=True)
     assert list(result) == ["host_us_no_grad", "host_us_grad", "forward_ms", "both_ms"]
     host, calls = 3 + Timer.HOST_ROUNDS * Timer.HOST_CALLS, 3 + 2
     assert seen == [(grad, grad, False) for grad, n in ((False, host), (True, host), (False, calls), (True, calls))
@@ -355,7 +402,15 @@ def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
     timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
     assert timer.median_ms(lambda: happened.append("call")) == 7.0
     timed = ["flush", "event", "call", "event"] * 2
-    assert happened == ["call", "synchronize"] * 3 + [Timer.PAUSE_S] + timed + ["synchronize"]
+    pause = happened.pop(6)
+    assert happened == ["call", "synchronize"] * 3 + timed + ["synchronize"]
+    assert 0 < pause < 0.1  # that call took no time; one of a millisecond or more gets PAUSE_S
+    for seconds, expected in ((1e-4, 0.05), (1e-3, Timer.PAUSE_S), (1.0, Timer.PAUSE_S)):
+        happened.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(Timer, "_warm_up", lambda _timer, _call, seconds=seconds: seconds)
+            timer.median_ms(lambda: None)
+        assert happened[0] == pytest.approx(expected)
     happened.clear()
     timer.host_us(lambda: happened.append("call"))
     rounds = (["synchronize"] + ["call"] * Timer.HOST_CALLS) * Timer.HOST_ROUNDS

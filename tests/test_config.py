@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from conf.schema import GROUPS, ConfigError, hints, validate
 from models.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
@@ -24,7 +25,11 @@ SWEEPS = [path.stem for path in sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
 def configure(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # what ${hydra:...} refers to
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def needed(group, option):
@@ -64,8 +69,22 @@ def test_experiments_and_sweeps_say_their_command_and_only_override(name):
     text = (ROOT / "conf" / f"{name}.yaml").read_text()
     group, option = name.split("/")
     assert f"{group}={option}" in text.splitlines()[1]
-    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS}
+    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, "sweep"}  # sweep: what the file refers to itself
     assert set(OmegaConf.create(text)) <= known
+
+
+@pytest.mark.parametrize("attention", ["cosine", "regular"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_every_arm_of_the_first_comparison_sees_the_same_bytes_at_a_rate_of_its_own(attention, norm):
+    arm = [f"attention={attention}", f"norm={norm}", "data=file", "data.path=x"]
+    parts = (("first_comparison_lr", []), ("first_comparison", []), ("first_comparison", ["seq_len=8192"]))
+    rates, final, long = (validate(configure(f"sweep={name}", *arm, *more)) for name, more in parts)
+    sweep = OmegaConf.load(ROOT / "conf/sweep/first_comparison.yaml")
+    assert final.lr == long.lr == final.optimizer.lr == OmegaConf.to_container(sweep.sweep)["lr"][attention][norm]
+    assert rates.model.num_layers == final.model.num_layers == 8 and long.model.seq_len == 8192
+    for config in (rates, final, long):
+        assert config.micro_batch_tokens == config.tokens_per_step == 65536 and config.max_steps == 800
+        assert config.trainer.val_bytes is None
 
 
 def test_command_line_of_the_readme_composes():

@@ -17,6 +17,7 @@ from test_config import configure
 
 from conf.schema import validate
 from models.callbacks import decode, peak_flops
+from models.gpt import GPT
 from models.lightning import DivergedError, GPTModule
 from models.loggers import CSVLogger
 from models.report import read_results
@@ -403,6 +404,22 @@ def test_compiled_training_keeps_clean_keys_and_the_same_losses(text, tmp_path):
     assert weights(plain)["state_dict"].keys() == weights(compiled)["state_dict"].keys()
     losses = [read_results(folder).series("train/loss")[1] for folder in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_sweep_compiles_however_many_variants_it_has(monkeypatch):
+    # torch.compile's own limit is eight; beyond it, it would go on uncompiled
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(GPT, "compile", lambda gpt, **options: torch.nn.Module.compile(gpt, backend="eager", **options))
+    config = validate(configure("model=tiny", "model.num_layers=1", "model.width=32", "seq_len=32", "compile=true"))
+    lengths = range(8, 20)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        gpt = build_module(config).gpt
+        for length in lengths:
+            gpt(torch.zeros(1, length, dtype=torch.long), torch.zeros(1, length, dtype=torch.long))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(lengths)  # another seed compiles nothing
+    torch.compiler.reset()
 
 
 # What scripts.benchmark_training takes of nanoGPT's model.py.
