@@ -306,8 +306,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _changes(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose value is another than when the run was last started: before and now."""
-    before = _flat(OmegaConf.to_container(load_config(folder)))
-    now = _flat(OmegaConf.to_container(config, resolve=True))
+    before = flat(OmegaConf.to_container(load_config(folder)))
+    now = flat(OmegaConf.to_container(config, resolve=True))
     keys = [key for key in sorted(before.keys() | now.keys()) if not key.startswith(INCIDENTAL)]
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
@@ -324,13 +324,14 @@ def _refuse_another_model(folder: Path, config: DictConfig) -> None:
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys and values."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        values.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return values
 
 
 def _is_first_process() -> bool:

@@ -1,4 +1,7 @@
-"""Compares runs in a table and a plot: ``python -m scripts.compare runs`` or ``... runs/a runs/b``."""
+"""Compares runs in tables and plots: ``python -m scripts.compare runs`` or ``... runs/a runs/b``.
+
+Runs that differ in nothing but their seed are one arm: a second table and the plot have its mean and spread.
+"""
 
 import argparse
 import os
@@ -13,19 +16,21 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.markup import escape
 
-from models.report import PLOT_FILE, Results, console, markdown, plot, read_results, table
+from models.report import PLOT_FILE, Results, console, markdown, read_results, table
 from models.runs import RECORD_FILE, load_config
-from scripts import Parser, non_negative, run_script
+from scripts import Parser, arms, non_negative, run_script
+
+RATES_FILE = "learning_rates.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, draws the plot; returns the exit code."""
-    parser = Parser(prog="python -m scripts.compare", description="Compare runs in a table and a plot.")
+    parser = Parser(prog="python -m scripts.compare", description="Compare runs in tables and plots.")
     parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="runs' folders, or a folder of such")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help=f"of {PLOT_FILE} (default: the folder that all runs share)"
+        "--output", metavar="DIR", type=Path, help="of the plots (default: the folder that all runs share)"
     )
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown, too")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown, too")
     parser.add_argument(
         "--within",
         metavar="SHARE",
@@ -51,11 +56,22 @@ def compare(arguments: argparse.Namespace) -> None:
     for run in runs:
         if run.record.get("error"):
             out.print(escape(f"{run.name} {run.status}: {run.record['error']}"), highlight=False)
+    groups = arms.arms_of(runs)
+    seeds = any(len(arm.finished) > 1 for arm in groups)  # otherwise the second table would repeat the first
+    if seeds:
+        out.print(arms.table(groups))
     output.mkdir(parents=True, exist_ok=True)
-    plot(runs, output / PLOT_FILE)
-    out.print(str(output / PLOT_FILE), highlight=False, markup=False, soft_wrap=True)
+    plots = [output / PLOT_FILE]
+    arms.plot(groups, plots[0])
+    if arms.plot_learning_rates(groups, output / RATES_FILE):
+        plots.append(output / RATES_FILE)
+    for path in plots:
+        out.print(str(path), highlight=False, markup=False, soft_wrap=True)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(runs), encoding="utf-8")
+        text = markdown(runs)
+        if seeds:
+            text += "\n" + arms.markdown(arms.headings(groups), arms.rows(groups))
+        arguments.markdown.write_text(text, encoding="utf-8")
     if arguments.within is not None and not same_losses(runs, arguments.within):
         raise SystemExit(1)
 

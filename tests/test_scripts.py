@@ -19,8 +19,9 @@ import train
 from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
 from models.load import load_model
-from models.report import HEADINGS, PLOT_FILE, read_results
-from scripts import compare, evaluate, generate
+from models.report import HEADINGS, PLOT_FILE, Results, read_results
+from scripts import arms, compare, evaluate, generate
+from scripts.compare import RATES_FILE
 from scripts.evaluate import SlidingBatches, score_batches
 
 SEQ_LEN = 16
@@ -119,6 +120,47 @@ def test_compare_draws_a_plot_and_writes_markdown(run, tmp_path, capsys):
     header, rule, first, second = readme.read_text().splitlines()
     assert header == f"| {' | '.join(HEADINGS)} |" and first.startswith("| first | finished | 6 |")
     assert {line.count("|") for line in (header, rule, first, second)} == {len(HEADINGS) + 1}
+
+
+def test_compare_takes_runs_that_differ_in_their_seed_alone_together(run, tmp_path, capsys):
+    losses = {"first": read_results(run).last("val/bpc")}
+    variant(run, "again")  # the same seed once more is no second sample
+    for index, (name, change) in enumerate({"other": {"seed": 7}, "far": {"lr": 0.5}, "away": {"seed": 8}}.items()):
+        folder = variant(run, name, config=change, status="diverged" if name == "away" else "finished")
+        text = (folder / "metrics.csv").read_text()
+        losses[name] = losses["first"] + 0.5 * (index + 1)
+        (folder / "metrics.csv").write_text(text.replace(str(losses["first"]), str(losses[name])))
+    readme = tmp_path / "table.md"
+    assert compare.main([str(run.parent), "--output", str(tmp_path), "--markdown", str(readme)]) == 0
+    out = capsys.readouterr().out
+    assert "mean ± standard deviation over seeds" in out and str(tmp_path / RATES_FILE) in out.replace("\n", "")
+    header, rule, first, far = readme.read_text().split("\n\n")[1].splitlines()
+    assert header == "| lr | n | val bpc | tokens/s | peak GiB |"
+    mean, deviation = losses["first"] + 0.25, 0.5 / 2**0.5
+    lr = OmegaConf.load(run / "config.yaml").lr
+    assert first.startswith(f"| {lr} | 2, 1 diverged | {mean:.4f} ± {deviation:.4f} |")
+    assert far.startswith(f"| 0.5 | 1 | {losses['far']:.4f} |")  # a single run has no deviation
+    assert (tmp_path / RATES_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(tmp_path):
+    def results(name, attention, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        OmegaConf.save({"seed": 0, "lr": 1e-3, "name": name, "attention": {**attention, "_target_": name}, **config},
+                       folder / "config.yaml")  # fmt: skip
+        choice = "cosine" if "scale" in attention else "regular"
+        return Results(folder, {"status": "finished", "choices": {"attention": choice, "norm": "pre"}}, [])
+
+    cosine, regular = results("a", {"scale": 12.0}), results("b", {})
+    groups = arms.arms_of([cosine, regular, results("c", {"scale": 12.0}, seed=3)])
+    assert [len(arm.runs) for arm in groups] == [2, 1]
+    assert arms.differing(groups) == ["attention"]
+    assert [arms.label(arm, ["attention"]) for arm in groups] == ["cosine", "regular"]
+    hotter = arms.arms_of([cosine, regular, results("d", {"scale": 16.0})])
+    assert arms.differing(hotter) == ["attention", "attention.scale"]
+    assert arms.label(hotter[2], arms.differing(hotter)) == "cosine scale=16"
+    assert not arms.plot_learning_rates(hotter, tmp_path / "r.png")
 
 
 def test_compare_writes_to_what_the_runs_share(run, tmp_path):
