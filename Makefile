@@ -47,7 +47,7 @@ clean:  ## delete builds and caches (keeps .venv, data and runs)
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch comes first, so that setup.py can see it. Kernels are left to the targets above, where their progress shows.
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+$(INSTALLED): setup.py pyproject.toml constraints.txt kernels/flash_cosine_sim_attention/identity.py
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(VENV)

@@ -33,6 +33,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "flash_cosine_sim_attention"
 PACKAGE_DIR = ROOT / "kernels" / PACKAGE
+IDENTITY = PACKAGE_DIR / "identity.py"
 CSRC = PACKAGE_DIR / "csrc"
 
 OLDEST_TORCH = (2, 11)  # the first release whose stable ABI has all that binding.cpp calls
@@ -84,13 +85,16 @@ class Toolchain:
 
 
 def main() -> None:
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "test":
+        print("setup.py has no test command: `make test` runs lint and every test that needs no GPU", file=sys.stderr)
+        raise SystemExit(2)
     toolchain = None
     if not BUILD_COMMANDS.isdisjoint(sys.argv[1:]):
         toolchain = choose_toolchain()
     readme = ROOT / "README.md"
     setup(
-        name="flash-cosine-sim-attention",
-        version=read_version(),
+        name=read_identity("DISTRIBUTION"),
+        version=read_identity("__version__"),
         description="Flash attention with l2-normalised queries and keys: CUDA kernels for PyTorch",
         long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
         long_description_content_type="text/markdown",
@@ -110,12 +114,11 @@ def main() -> None:
     )
 
 
-def read_version() -> str:
-    """__version__ of the package, read without importing it: that would need torch."""
-    init = PACKAGE_DIR / "__init__.py"
-    match = re.search(r"^__version__ = (.+)$", init.read_text(encoding="utf-8"), re.MULTILINE)
+def read_identity(name: str) -> str:
+    """A constant of the package's identity.py, read without importing the package: that would need torch."""
+    match = re.search(rf"^{name} = (.+)$", IDENTITY.read_text(encoding="utf-8"), re.MULTILINE)
     if match is None:
-        raise ValueError(f'{init} must contain a line of the form __version__ = "1.2.3"')
+        raise ValueError(f'{IDENTITY} must contain a line of the form {name} = "..."')
     return ast.literal_eval(match[1])
 
 

@@ -5,6 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from conf.legacy import answer_flags
+
+if __name__ == "__main__":
+    answer_flags(sys.argv[1:])  # before the imports that take seconds
+
 import hydra
 import lightning
 from hydra.core.hydra_config import HydraConfig

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from flash_cosine_sim_attention.identity import DISTRIBUTION, __version__
+
 
 def environment() -> dict[str, Any]:
     """What a result depends on beyond the configuration."""
-    packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy", "flash-cosine-sim-attention")
+    packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy")
     return {
         "command": " ".join(sys.argv),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -22,8 +24,9 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        # torch's own word says which CUDA it was built for, its metadata may not
-        "versions": {package: _version(package) for package in packages} | {"torch": torch.__version__},
+        # torch's own word says which CUDA it was built for, its metadata may not; ours is what was imported
+        "versions": {package: _version(package) for package in packages}
+        | {"torch": torch.__version__, DISTRIBUTION: __version__},
     }
 
 

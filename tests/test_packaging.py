@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "flash_cosine_sim_attention"
@@ -160,12 +161,16 @@ def metadata(bare_wheel):
         return Parser().parsestr(archive.read(name).decode())
 
 
-def package_version() -> str:
-    tree = ast.parse((ROOT / "kernels" / PACKAGE / "__init__.py").read_text())
+def package_constant(name: str) -> str:
+    tree = ast.parse((ROOT / "kernels" / PACKAGE / "identity.py").read_text())
     for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__version__":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)
-    raise AssertionError("__init__.py sets no __version__")
+    raise AssertionError(f"identity.py sets no {name}")
+
+
+def package_version() -> str:
+    return package_constant("__version__")
 
 
 # Without torch, nvcc and ninja
@@ -213,12 +218,40 @@ def test_editable_install_exposes_kernels_folder_alone(tmp_path):
         assert archive.read(pth).decode().split() == [str(tree / "kernels")]
 
 
+def test_setup_py_test_names_the_command_that_runs_the_tests(tmp_path):
+    """The predecessor's README says `python setup.py test`, a command that setuptools no longer has."""
+    tree, environment = copy_sources(tmp_path / "tree"), bare_environment(tmp_path)
+    for arguments in (["test"], ["-q", "test", "--addopts=-x"]):
+        result = run_python("setup.py", *arguments, cwd=tree, env=environment)
+        assert result.returncode == 2
+        assert "`make test`" in result.stderr and len(result.stderr.splitlines()) == 1
+    result = run_python("setup.py", "--version", cwd=tree, env=environment)
+    assert result.stdout.strip() == package_version()
+
+
 # Metadata
 
 
 def test_version_has_one_source(metadata):
     assert metadata["Version"] == package_version()
     assert package_version() not in (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+
+
+def test_name_has_one_source(metadata):
+    name = package_constant("DISTRIBUTION")
+    assert metadata["Name"] == name
+    for file in ["setup.py", "pyproject.toml", "models/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
+        assert name not in (ROOT / file).read_text(), file
+
+
+def test_version_is_beyond_the_predecessors(metadata):
+    """`pip install --upgrade` takes the highest version of a name, and 0.2.2 is the predecessor's last."""
+    assert Version(metadata["Version"]) > Version("0.2.2")
+
+
+def test_pulling_another_version_installs_again():
+    rules = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("$(INSTALLED):")]
+    assert [rule for rule in rules if f"kernels/{PACKAGE}/identity.py" in rule.split()]
 
 
 def test_library_requires_torch_alone_and_does_not_pin_it(metadata):

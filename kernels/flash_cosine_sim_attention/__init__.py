@@ -4,9 +4,10 @@ Queries and keys are l2-normalised, so every logit is bounded by `scale * groups
 no running maximum (Henry et al. 2020, "Query-Key Normalization for Transformers", arXiv:2010.04245).
 """
 
+from .identity import __version__, warn_of_others
 from .interface import flash_cosine_sim_attention, plain_cosine_sim_attention
 from .reference import l2norm_tensors
 
-__version__ = "0.1.0"
-
 __all__ = ["__version__", "flash_cosine_sim_attention", "l2norm_tensors", "plain_cosine_sim_attention"]
+
+warn_of_others()
