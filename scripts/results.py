@@ -1,0 +1,293 @@
+"""The tables of README.md and docs/results/, made from the raw files beside them.
+
+    python -m scripts.results            # checks that every table in the documents is what the raw files say
+    python -m scripts.results --write    # writes them anew
+
+A table stands between two comments: ``<!-- table NAME ARGUMENT ... -->`` and ``<!-- end -->``. NAME is a function of
+this file; the arguments are paths from docs/results/ or numbers.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from models.report import read_results
+from scripts import Parser, run_script
+from scripts.arms import Arm, arms_of, markdown
+from scripts.benchmark import DIRECTIONS
+from scripts.compare import find_runs
+from scripts.contenders import DTYPES, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- table (?P<call>[^>]+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+OURS, FA4 = "ours (auto)", "FlashAttention-4, no norm"
+CUDNN, NORM_CUDNN, COMPILED_CUDNN = "SDPA cudnn, no norm", "l2norm + SDPA cudnn", "compiled l2norm + SDPA cudnn"
+SHORT = {FA4: "FlashAttention-4, no norm", CUDNN: "cuDNN, no norm", NORM_CUDNN: "l2norm + cuDNN"}
+SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
+
+
+# The comparison of attention and norm.
+
+
+def _arms(folder: str) -> list[Arm]:
+    return arms_of([read_results(run) for run in sorted(find_runs([RESULTS / folder]))])
+
+
+def _best(arms: Sequence[Arm]) -> list[Arm]:
+    """Of each attention, norm and length the arm of the learning rate that was run with the most seeds."""
+    best: dict[tuple, Arm] = {}
+    for arm in arms:
+        key = tuple(arm.settings[name] for name in ("seq_len", "norm", "attention"))
+        before = best.get(key)
+        if before is None or _rank(arm) > _rank(before):
+            best[key] = arm
+    return [best[key] for key in sorted(best, key=lambda key: (key[0], key[1] != "pre", key[2]))]
+
+
+def _rank(arm: Arm) -> tuple[int, float]:
+    losses = arm.values("val bpc")
+    return len(losses), -statistics.mean(losses) if losses else float("-inf")
+
+
+def comparison(folder: str, seq_len: str | None = None) -> str:
+    """Each attention and norm at its learning rate: mean and standard deviation over seeds."""
+    arms = [arm for arm in _best(_arms(folder)) if seq_len is None or arm.settings["seq_len"] == int(seq_len)]
+    lowest = {}
+    for arm in arms:
+        losses = arm.values("val bpc")
+        length = arm.settings["seq_len"]
+        if losses:
+            lowest[length] = min(lowest.get(length, float("inf")), statistics.mean(losses))
+    rows = []
+    for arm in arms:
+        losses, settings = arm.values("val bpc"), arm.settings
+        best = bool(losses) and statistics.mean(losses) == lowest[settings["seq_len"]]
+        cells = [arm.cell(number) for number in ("val bpc", "tokens/s", "peak GiB")]
+        cells[0] = f"**{cells[0]}**" if best else cells[0]
+        first = (settings["seq_len"], settings["attention"], settings["norm"], f"{settings['lr']:g}", arm.ends())
+        rows.append([*map(str, first), *cells])
+    return markdown(("seq_len", "attention", "norm", "peak lr", "n", "val bpc", "tokens/s", "peak GiB"), rows)
+
+
+def learning_rates(folder: str) -> str:
+    """Validation loss of seed 0 at every learning rate tried, at the shortest length."""
+    arms = _arms(folder)
+    shortest = min(arm.settings["seq_len"] for arm in arms)
+    arms = [arm for arm in arms if arm.settings["seq_len"] == shortest]
+    rates = sorted({arm.settings["lr"] for arm in arms})
+    rows: dict[tuple[str, str], list[str]] = {}
+    for arm in arms:
+        cells = rows.setdefault((arm.settings["attention"], arm.settings["norm"]), [""] * len(rates))
+        seeds = dict(zip(arm.seeds, arm.runs, strict=True))
+        run = seeds.get(0)
+        if run is not None:
+            loss = run.last("val/bpc")
+            cells[rates.index(arm.settings["lr"])] = f"{loss:.4f}" if run.status == "finished" else run.status
+    order = sorted(rows, key=lambda key: (key[1] != "pre", key[0]))
+    lines = [[*key, *_bold_lowest(rows[key])] for key in order]
+    return markdown(("attention", "norm", *(f"{rate:g}" for rate in rates)), lines)
+
+
+def _bold_lowest(cells: Sequence[str]) -> list[str]:
+    numbers = [float(cell) for cell in cells if cell[:1].isdigit()]
+    return [f"**{cell}**" if numbers and cell == f"{min(numbers):.4f}" else cell for cell in cells]
+
+
+# Speed of attention.
+
+
+def _report(path: str) -> dict[str, Any]:
+    return json.loads((RESULTS / path).read_text())
+
+
+def _measured(path: str) -> dict[tuple, dict[str, dict[str, Any]]]:
+    """What a benchmark's JSON has, by (dtype, seq_len) and contender."""
+    found: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in _report(path)["rows"]:
+        found.setdefault((row["dtype"], row["seq_len"]), {})[row["contender"]] = row
+    return found
+
+
+def _tflops(row: dict[str, Any], key: str) -> float:
+    case = Case(**{field.name: row[field.name] for field in fields(Case)})
+    return DIRECTIONS[key][1] * case.flops() / row[key] / 1e9
+
+
+def _ratio(row: dict[str, Any] | None, ours: dict[str, Any], key: str) -> str:
+    return "-" if row is None or key not in row else f"{row[key] / ours[key]:.2f}x"
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return "causal" if row["causal"] else f"{row['mask_prob']:.0%} masked" if row["mask_prob"] else "dense"
+
+
+def speed(*arguments: str) -> str:
+    """Ours in ms, forward and forward + backward, and the others' times over ours: PATH:LENGTH for each row."""
+    rows, others = [], [FA4, CUDNN, COMPILED_CUDNN]  # no eager norms: inside a compiled model nobody has them
+    picked = []
+    for argument in arguments:
+        path, _, length = argument.partition(":")
+        measured = _measured(path)
+        picked += [results for (_, seq_len), results in measured.items() if not length or seq_len == int(length)]
+    others = [name for name in others if any(name in results for results in picked)]
+    for results in picked:
+        ours = results[OURS]
+        cells = [str(ours["head_dim"]), f"{ours['seq_len']} {_kind(ours)}"]
+        for key in ("forward_ms", "both_ms"):
+            cells += [f"{ours[key]:.3f}", *(_ratio(results.get(name), ours, key) for name in others)]
+        rows.append(cells)
+    names = [SHORT[name] for name in others]
+    heads = ["head dim", "seq_len", "forward, ms", *names, "forward + backward, ms", *names]
+    return markdown(heads, rows)
+
+
+def attention(*paths: str) -> str:
+    """Times with TFLOP/s of every row of some benchmarks, and the others' times over ours; also under steady load."""
+    others = [FA4, CUDNN, NORM_CUDNN, COMPILED_CUDNN]
+    measured = [(results, results[OURS]) for path in paths for results in _measured(path).values()]
+    others = [name for name in others if any(name in results for results, _ in measured)]
+    rows = []
+    for results, ours in measured:
+        cells = [str(ours["head_dim"]), str(ours["seq_len"]), _kind(ours)]
+        for key in ("forward_ms", "both_ms"):
+            cells.append(f"**{ours[key]:.3f}** ({_tflops(ours, key):.0f})")
+            cells += [_ratio(results.get(name), ours, key) for name in others]
+        if "sustained_both_ms" in ours:
+            fa4 = results[FA4]
+            keys = ("sustained_forward_ms", "sustained_both_ms")
+            cells.append(", ".join(_ratio(fa4, ours, key) for key in keys))
+            cells.append(f"{ours['both_ghz']:.2f}, {fa4['both_ghz']:.2f}")
+        rows.append(cells)
+    names = [SHORT[name].replace(", no norm", "") for name in others]
+    heads = ["head dim", "seq_len", "", "forward", *names, "forward + backward", *names]
+    if any("sustained_both_ms" in ours for _, ours in measured):
+        heads += ["sustained: FlashAttention-4", "GHz ours, FlashAttention-4"]
+    return markdown(heads, rows)
+
+
+def short(*paths: str) -> str:
+    """Ours in ms and the others' time over ours, by length and mask, of benchmarks of the predecessor's shapes."""
+    wanted = [NORM_CUDNN, COMPILED_CUDNN, CUDNN]
+    measured = [results for path in paths for results in _measured(path).values()]
+    wanted = [name for name in wanted if any(name in results for results in measured)]
+    rows = []
+    for results in sorted(measured, key=lambda results: (results[OURS]["seq_len"], results[OURS]["causal"])):
+        ours = results[OURS]
+        cells = [str(ours["seq_len"]), _kind(ours)]
+        for key in ("forward_ms", "both_ms"):
+            cells += [f"{ours[key]:.3f}", *(_ratio(results.get(name), ours, key) for name in wanted)]
+        rows.append(cells)
+    names = [SHORT[name] for name in wanted]
+    return markdown(("seq_len", "", "forward, ms", *names, "forward + backward, ms", *names), rows)
+
+
+def predecessor(*paths: str) -> str:
+    """The predecessor's own tables: ours in ms, and the naive einsum's time over ours, each direction."""
+    rows, keys = [], tuple(DIRECTIONS)
+    measured = [results for path in paths for results in _measured(path).values()]
+    order = {kind: index for index, kind in enumerate(("dense", "causal", "25% masked"))}
+
+    def place(results: dict[str, dict[str, Any]]) -> tuple:
+        ours = results[OURS]
+        return list(DTYPES).index(ours["dtype"]), order[_kind(ours)], ours["seq_len"]
+
+    for results in sorted(measured, key=place):
+        ours = results[OURS]
+        cells = [ours["dtype"], _kind(ours), str(ours["seq_len"])]
+        for key in keys:
+            cells.append(f"{ours[key]:.3f}" if key in ours else "-")
+            cells.append(_ratio(results.get("naive einsum"), ours, key) if key in ours else "-")
+        rows.append(cells)
+    heads = [cell for key in keys for cell in (f"{DIRECTIONS[key][0]}, ms", "naive")]
+    return markdown(("dtype", "", "seq_len", *heads), rows)
+
+
+def decoding(*paths: str) -> str:
+    """One query beside many keys: us, and TB/s of keys and values, of every contender."""
+    measured = [next(iter(_measured(path).values())) for path in paths]
+    names = list(dict.fromkeys(name for results in measured for name in results if name != "naive einsum"))
+    rows = []
+    for name in names:
+        cells = [name]
+        for results in measured:
+            row = results.get(name)
+            if row is None or "forward_ms" not in row:
+                cells.append("-")
+                continue
+            size = 2 * row["batch"] * row["kv_heads"] * row["seq_len"] * row["head_dim"] * DTYPES[row["dtype"]].itemsize
+            cells.append(f"{1e3 * row['forward_ms']:.1f} ({size / row['forward_ms'] / 1e9:.2f})")
+        rows.append(cells)
+    dims = [next(iter(results.values()))["head_dim"] for results in measured]
+    return markdown(("contender", *(f"head dim {dim}" for dim in dims)), rows)
+
+
+def training(*paths: str) -> str:
+    """A training step of the trainer, of a bare loop around the same model, and of nanoGPT's model."""
+    names = {"lightning": "`train.py`", "bare": "our model, bare loop", "nanogpt": "nanoGPT, bare loop"}
+    rows = []
+    for path in paths:
+        results = {row["contender"]: row for row in _report(path)["rows"]}
+        for key, name in names.items():
+            if key in results:
+                row = results[key]
+                speed = row["tokens_per_s"] / results["nanogpt"]["tokens_per_s"]
+                numbers = (f"{row['tokens_per_s']:,.0f}", f"{row['ms_per_step']:.1f}", f"{row['peak_gib']:.1f}")
+                rows.append([row["model"], str(row["seq_len"]), name, *numbers, f"{speed:.2f}x"])
+    return markdown(("model", "seq_len", "", "tokens/s", "ms a step", "peak GiB", "speed of nanoGPT's"), rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    function.__name__: function
+    for function in (comparison, learning_rates, speed, attention, short, predecessor, decoding, training)
+}
+
+
+def documents() -> list[Path]:
+    """Every document that may have a table."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def renewed(text: str, place: str) -> str:
+    """The text with every table made anew. Raises ValueError for one that cannot be made."""
+
+    def make(block: re.Match[str]) -> str:
+        name, *arguments = block["call"].split()
+        if name not in TABLES:
+            raise ValueError(f"{place}: table must be one of {', '.join(TABLES)}, got {name!r}")
+        return f"{block[1]}\n{TABLES[name](*arguments)}\n{block[4]}"
+
+    return BLOCK.sub(make, text)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Compares or writes; ValueError names the documents that differ."""
+    stale = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        new = renewed(text, str(path.relative_to(ROOT)))
+        if new == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if arguments.write:
+            path.write_text(new, encoding="utf-8")
+    if stale and not arguments.write:
+        raise ValueError(f"tables of {', '.join(stale)} are not what docs/results/ says; --write makes them anew")
+    print(f"written: {', '.join(stale) or 'nothing'}" if arguments.write else "every table is what docs/results/ says")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = Parser(prog="python -m scripts.results", description="Check the tables of the documents, or write them.")
+    parser.add_argument("--write", action="store_true", help="write the tables into the documents")
+    return run_script(parser, check, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

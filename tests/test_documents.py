@@ -1,0 +1,71 @@
+"""The documents: tables are what the raw files say, links lead somewhere, the Python in them runs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from scripts import results
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = results.documents()
+PYTHON = [
+    pytest.param(code, id=f"{path.relative_to(ROOT)}-{index}")
+    for path in DOCUMENTS
+    if path.name != "migration.md"  # which shows what the predecessor does
+    for index, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def test_every_table_is_what_the_raw_files_say(capsys):
+    assert results.main([]) == 0, capsys.readouterr().err
+    tables = [match["call"] for path in DOCUMENTS for match in results.BLOCK.finditer(path.read_text())]
+    assert any(call.startswith("comparison ") for call in tables) and any(call.startswith("speed ") for call in tables)
+    for path in DOCUMENTS:  # none that is opened and not closed, or the other way round
+        text = path.read_text()
+        assert text.count("<!-- table ") == text.count("<!-- end -->") == len(results.BLOCK.findall(text)), path
+
+
+def test_a_number_that_was_changed_by_hand_is_found_and_put_right(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "docs" / "results" / "training", tmp_path / "docs" / "results" / "training")
+    page = tmp_path / "docs" / "results" / "training" / "README.md"
+    right = page.read_text()
+    page.write_text(right.replace("2,016,827", "2,916,827"))
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "docs" / "results")
+    assert results.main([]) == 2
+    assert "tables of docs/results/training/README.md are not what docs/results/ says" in capsys.readouterr().err
+    assert results.main(["--write"]) == 0 and page.read_text() == right
+    page.write_text(right.replace("<!-- table training ", "<!-- table trainings "))
+    assert results.main([]) == 2
+    assert "table must be one of comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    dead = [link for link in LINK.findall(path.read_text()) if not (path.parent / unquote(link)).exists()]
+    assert not dead
+
+
+def test_raw_files_say_where_they_come_from():
+    reports = sorted((ROOT / "docs" / "results").glob("*/*.json"))
+    records = sorted((ROOT / "docs" / "results").glob("*/runs/*/run.json"))
+    assert reports and records
+    for path in (*reports, *records):
+        report = json.loads(path.read_text())
+        assert re.fullmatch("[0-9a-f]{40}", report["git_commit"]), path
+        assert report["device"] and report["versions"]["torch"] and report["command"], path
+        assert not re.search(r"(^|[ =\"'])/", report["command"]), f"{path}: a path of the machine in its command"
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_the_python_in_the_documents_runs(code):
+    names = "import torch\nq, k, v = torch.randn(3, 1, 2, 16, 64).unbind(0)\n"  # what a lone call refers to
+    run = subprocess.run([sys.executable, "-c", names + code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
