@@ -146,11 +146,7 @@ def _settings(run: Results) -> dict[str, Any]:
 
 def _training_windows(run: Results) -> dict[str, Any]:
     """What chooses a step's windows, beside the above: ``ByteDataModule.train_batch``."""
-    return {
-        "seed": _configured(run, "seed"),
-        "micro_batch_size": run.record.get("micro_batch_size"),
-        "trainer.devices": _configured(run, "trainer.devices"),
-    }
+    return {"seed": _configured(run, "seed")}
 
 
 def _configured(run: Results, key: str) -> Any:

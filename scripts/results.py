@@ -13,11 +13,11 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from models.report import read_results
+from models.report import Results, read_results
 from scripts import Parser, run_script
 from scripts.arms import Arm, arms_of, markdown
 from scripts.benchmark import DIRECTIONS
@@ -37,11 +37,20 @@ SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
 
 
 def _arms(folder: str) -> list[Arm]:
-    return arms_of([read_results(run) for run in sorted(find_runs([RESULTS / folder]))])
+    """The arms of a folder of runs; of runs that shared their GPU with others, neither times nor memory count."""
+    listed = RESULTS / folder / ".." / "shared_gpu.json"
+    shared = json.loads(listed.read_text())["runs"] if listed.exists() else []
+    runs = [read_results(run) for run in sorted(find_runs([RESULTS / folder]))]
+    return arms_of([_without_times(run) if run.folder.name in shared else run for run in runs])
+
+
+def _without_times(run: Results) -> Results:
+    rows = [{key: row[key] for key in row if not key.startswith(("throughput/", "memory/"))} for row in run.rows]
+    return replace(run, rows=rows)
 
 
 def _best(arms: Sequence[Arm]) -> list[Arm]:
-    """Of each attention, norm and length the arm of the learning rate that was run with the most seeds."""
+    """Of each attention, norm and length the arm of the learning rate that learned best."""
     best: dict[tuple, Arm] = {}
     for arm in arms:
         key = tuple(arm.settings[name] for name in ("seq_len", "norm", "attention"))
@@ -51,9 +60,9 @@ def _best(arms: Sequence[Arm]) -> list[Arm]:
     return [best[key] for key in sorted(best, key=lambda key: (key[0], key[1] != "pre", key[2]))]
 
 
-def _rank(arm: Arm) -> tuple[int, float]:
+def _rank(arm: Arm) -> float:
     losses = arm.values("val bpc")
-    return len(losses), -statistics.mean(losses) if losses else float("-inf")
+    return -statistics.mean(losses) if losses else float("-inf")
 
 
 def comparison(folder: str, seq_len: str | None = None) -> str:
