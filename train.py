@@ -109,6 +109,8 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
         corpus,
         seq_len=config.seq_len,
         micro_batch_size=size,
+        accumulate=accumulate,
+        windows_per_step=size * accumulate * config.trainer.devices,
         num_micro_batches=config.max_steps * accumulate,
         seed=config.seed,
         eval_batch_size=size,
@@ -132,7 +134,7 @@ def describe(config: DictConfig, run: Run, module: GPTModule, data: ByteDataModu
         "parameters": module.gpt.num_parameters(),
         "micro_batch_size": data.micro_batch_size,
         "accumulate": accumulate,
-        "tokens_per_step": data.micro_batch_size * config.seq_len * accumulate * config.trainer.devices,
+        "tokens_per_step": data.windows_per_step * config.seq_len,
     }
 
 

@@ -62,6 +62,8 @@ class ByteDataModule(LightningDataModule):
     corpus: the bytes; each split must be longer than seq_len.
     seq_len: bytes a model is fed at once.
     micro_batch_size: windows in one train_batch.
+    accumulate: train_batches that each rank takes of one optimizer step.
+    windows_per_step: windows of one optimizer step over all ranks, a multiple of micro_batch_size * accumulate.
     num_micro_batches: length of the dummy train loader, and so of one Lightning epoch.
     seed: selects the sequence of training windows, 0 <= seed < 2**32.
     eval_batch_size: windows in one validation or test batch, on each rank.
@@ -75,6 +77,8 @@ class ByteDataModule(LightningDataModule):
         *,
         seq_len: int,
         micro_batch_size: int,
+        accumulate: int,
+        windows_per_step: int,
         num_micro_batches: int,
         seed: int,
         eval_batch_size: int,
@@ -85,6 +89,13 @@ class ByteDataModule(LightningDataModule):
         _check_int("seq_len", seq_len, 1)
         _check_splits(corpus, seq_len)
         _check_int("micro_batch_size", micro_batch_size, 1)
+        _check_int("accumulate", accumulate, 1)
+        _check_int("windows_per_step", windows_per_step, 1)
+        if windows_per_step % (micro_batch_size * accumulate):
+            raise ValueError(
+                f"windows_per_step must be a multiple of micro_batch_size * accumulate = {micro_batch_size} * "
+                f"{accumulate}, got {windows_per_step}"
+            )
         _check_int("num_micro_batches", num_micro_batches, 1)
         # One 32-bit word: a longer seed would take up two and shift the others, and could meet another's key.
         _check_int("seed", seed, 0, 2**32 - 1)
@@ -96,6 +107,8 @@ class ByteDataModule(LightningDataModule):
         self.corpus = corpus
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
+        self.accumulate = accumulate
+        self.windows_per_step = windows_per_step
         self.num_micro_batches = num_micro_batches
         self.seed = seed
         self.eval_batch_size = eval_batch_size
@@ -117,12 +130,13 @@ class ByteDataModule(LightningDataModule):
         return len(self.corpus.test) - 1
 
     def train_batch(self, step: int, micro_step: int, rank: int, device: torch.device) -> Tensor:
-        """Return random training windows (micro_batch_size, seq_len + 1) int64 on `device`.
+        """Return a share of the step's random windows, (micro_batch_size, seq_len + 1) int64 on `device`.
 
-        A pure function of (seed, step, micro_step, rank) under one version of NumPy, which does not promise its
-        draws across versions: a resumed run draws the same batches with no state to restore. Every window of the
-        split is equally likely. With on_device the first call for a device waits for the copy of the split; no
-        later call makes the host wait.
+        The step's windows are a pure function of (seed, step), under one version of NumPy, which does not promise
+        its draws across versions: a resumed run draws the same with no state to restore. Ranks and, within a rank,
+        micro-steps take equal slices of them, so that a step is the same however many devices and micro-batches it
+        is cut into. Every window of the split is equally likely. With on_device the first call for a device waits
+        for the copy of the split; no later call makes the host wait.
         """
         starts = self._window_starts(step, micro_step, rank)  # (micro_batch_size,)
         if not self.on_device:
@@ -147,8 +161,16 @@ class ByteDataModule(LightningDataModule):
         return self._eval_loader(self.corpus.test)
 
     def _window_starts(self, step: int, micro_step: int, rank: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, step, micro_step, rank])
-        return rng.integers(0, len(self.corpus.train) - self.seq_len, size=self.micro_batch_size)
+        first = (rank * self.accumulate + micro_step) * self.micro_batch_size
+        if not (0 <= micro_step < self.accumulate and 0 <= first < self.windows_per_step):
+            raise IndexError(
+                f"micro_step {micro_step} of {self.accumulate} on rank {rank} is not within a step of "
+                f"{self.windows_per_step} windows in micro-batches of {self.micro_batch_size}"
+            )
+        # The zeros: what the first micro-batch of the first rank was drawn from when each drew its own.
+        rng = np.random.default_rng([self.seed, step, 0, 0])
+        starts = rng.integers(0, len(self.corpus.train) - self.seq_len, size=self.windows_per_step)
+        return starts[first : first + self.micro_batch_size]
 
     def _train_split(self, device: torch.device) -> Tensor:
         if device not in self._train_on:

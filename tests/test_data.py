@@ -43,6 +43,8 @@ def make_corpus():
 
 def make_module(corpus=None, **changes):
     arguments = dict(seq_len=7, micro_batch_size=4, num_micro_batches=5, seed=3, eval_batch_size=2) | changes
+    arguments.setdefault("accumulate", 1)
+    arguments.setdefault("windows_per_step", arguments["accumulate"] * arguments["micro_batch_size"])
     return ByteDataModule(corpus or make_corpus(), **arguments)
 
 
@@ -79,14 +81,29 @@ def test_corpus_wants_flat_uint8(wrong):
 
 
 def test_train_batch_is_a_pure_function_of_its_key():
-    module = make_module(micro_batch_size=8)
+    cut = {"micro_batch_size": 8, "accumulate": 2, "windows_per_step": 32}
+    module = make_module(**cut)
     keys = [(step, micro_step, rank) for step in range(3) for micro_step in range(2) for rank in range(2)]
     batches = {key: module.train_batch(*key, CPU) for key in keys}
-    again = make_module(micro_batch_size=8, on_device=False)
+    again = make_module(**cut, on_device=False)
     for key in reversed(keys):  # neither the order of calls nor the place of the gather matters
         assert torch.equal(again.train_batch(*key, CPU), batches[key])
-    other_seed = make_module(micro_batch_size=8, seed=4).train_batch(0, 0, 0, CPU)
+    other_seed = make_module(**cut, seed=4).train_batch(0, 0, 0, CPU)
     assert len({batch.numpy().tobytes() for batch in [*batches.values(), other_seed]}) == len(keys) + 1
+
+
+@pytest.mark.parametrize("ranks, accumulate", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3), (12, 1)])
+def test_a_step_has_the_same_windows_however_it_is_cut(ranks, accumulate):
+    whole = make_module(micro_batch_size=12, windows_per_step=12)
+    module = make_module(micro_batch_size=12 // (ranks * accumulate), accumulate=accumulate, windows_per_step=12)
+    for step in range(3):
+        parts = [module.train_batch(step, micro, rank, CPU) for rank in range(ranks) for micro in range(accumulate)]
+        assert torch.equal(torch.cat(parts), whole.train_batch(step, 0, 0, CPU))
+    for micro, rank in ((accumulate, 0), (0, ranks), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError, match="is not within a step of 12 windows"):
+            module.train_batch(0, micro, rank, CPU)
+    with pytest.raises(ValueError, match="windows_per_step must be a multiple of micro_batch_size"):
+        make_module(micro_batch_size=5, windows_per_step=12)
 
 
 @pytest.mark.parametrize("on_device", [True, False])
