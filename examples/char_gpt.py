@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text_file", nargs="?", type=Path, help="default: Python's standard library")
     for name, default in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"= {default}")
     args = parser.parse_args()
     for name in DEFAULTS:
         if not getattr(args, name) > 0:
