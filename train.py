@@ -1,5 +1,6 @@
 """Train a byte-level GPT: ``python train.py attention=cosine seq_len=8192``; ``--help`` shows every key."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 from conf.schema import check_mode, hints, validate
 from data.bytes import ByteCorpus, ByteDataModule
 from models.callbacks import TextSample, TrainingMetrics
+from models.checkpoints import BEST_CHECKPOINT, FOLDER
 from models.lightning import DivergedError, GPTModule
-from models.load import build_gpt
+from models.load import build_gpt, load_weights
 from models.loggers import finish
-from models.report import conclude
+from models.processes import find_processes, join
+from models.report import conclude, read_results
 from models.runs import Run, open_run
+from models.stopping import Stopping, stopping
 from models.trainer import (
     build_trainer,
     check_trainer,
@@ -35,6 +39,8 @@ from models.trainer import (
     micro_batches,
     uses_cuda,
 )
+
+log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -57,31 +63,84 @@ def train(
     config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), *, keep_failed: bool = False
 ) -> float:
     """One run: builds model, data and trainer, fits, tests on request, and sums up. Returns the last val/bpc."""
-    with open_run(config, choices, overrides, keep_failed=keep_failed) as run:
-        lightning.seed_everything(config.seed, verbose=False)
-        module = build_module(config)  # before the data: a model that cannot be built needs no download
-        corpus = instantiate(config.data)
-        data, accumulate = build_data(config, corpus)
-        check_trainer(config.trainer)
-        run.start(config, choices, **describe(config, run, module, data, accumulate))
-        with loggers_of(config, run) as loggers:
-            trainer = build_trainer(
-                run_dir=run.folder,
-                loggers=loggers,
-                callbacks=build_callbacks(config, run, data),
-                max_steps=config.max_steps,
-                accumulate=accumulate,
-                options=config.trainer,
-            )
-            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
-            if "val/bpc" not in trainer.callback_metrics:  # resumed at its last step: nothing was left to train
-                trainer.validate(module, datamodule=data, verbose=False)
-            bits_per_byte = trainer.callback_metrics["val/bpc"].item()
-            if config.test:
-                trainer.test(module, datamodule=data, ckpt_path="best", verbose=False)
-    if trainer.is_global_zero:
+    processes = find_processes(devices=config.trainer.devices, num_nodes=config.trainer.num_nodes)
+    with (
+        stopping() as stop,
+        open_run(config, choices, overrides, processes=processes, keep_failed=keep_failed) as run,
+    ):
+        try:
+            bits_per_byte, corpus = fit(config, choices, run, stop)
+        finally:
+            processes.leave()
+    if processes.is_first:
         conclude(run, config, corpus)
     return bits_per_byte
+
+
+def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, ByteCorpus]:
+    """Trains an open run to its last step. Returns the last val/bpc, and the bytes."""
+    lightning.seed_everything(config.seed, verbose=False)
+    check_trainer(config.trainer)
+    module = build_module(config)  # before the data: a model that cannot be built needs no download
+    corpus = instantiate(config.data)
+    data, accumulate = build_data(config, corpus)
+    join(run.processes, cuda=uses_cuda(config.trainer.accelerator))
+    run.find(corpus.provenance["sha256"])
+    if config.init_from is not None and run.checkpoint is None:
+        start_from(module, config.init_from)
+    if run.resume_step == config.max_steps:
+        return repeat(config, run, module, data, accumulate, stop), corpus
+    run.start(choices, **describe(module, data))
+    with loggers_of(config, run) as loggers:
+        trainer = trainer_of(config, run, data, accumulate, stop, loggers)
+        trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        bits_per_byte = trainer.callback_metrics["val/bpc"].item()
+        if config.test:
+            best = run.folder / FOLDER / BEST_CHECKPOINT
+            trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+    return bits_per_byte, corpus
+
+
+def repeat(
+    config: DictConfig, run: Run, module: GPTModule, data: ByteDataModule, accumulate: int, stop: Stopping
+) -> float:
+    """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc."""
+    bits_per_byte = read_results(run.folder).last("val/bpc")
+    if bits_per_byte is None:
+        raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {config.max_steps} steps")
+    log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, config.max_steps)
+    run.started = True  # its end is recorded, as before
+    if config.test:
+        with loggers_of(config, run) as loggers:
+            trainer = trainer_of(config, run, data, accumulate, stop, loggers)
+            checkpoint = run.folder / FOLDER / BEST_CHECKPOINT
+            trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
+                run.resume_step  # what the test is logged at
+            )
+            trainer.test(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    return bits_per_byte
+
+
+def start_from(module: GPTModule, source: str) -> None:
+    """Warm start, and a word about what could not be taken over."""
+    left = load_weights(module.gpt, source)
+    log.info("weights taken from %s%s", source, f"; as they start: {', '.join(left)}" if left else "")
+
+
+def trainer_of(
+    config: DictConfig, run: Run, data: ByteDataModule, accumulate: int, stop: Stopping, loggers: list[Logger]
+) -> lightning.Trainer:
+    """The run's trainer."""
+    return build_trainer(
+        run_dir=run.folder,
+        loggers=loggers,
+        callbacks=build_callbacks(config, run, data),
+        max_steps=config.max_steps,
+        accumulate=accumulate,
+        options=config.trainer,
+        processes=run.processes,
+        stopping=stop,
+    )
 
 
 def build_module(config: DictConfig) -> GPTModule:
@@ -101,7 +160,8 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
     largest = config.micro_batch_tokens
     if largest is None:
         largest = default_micro_batch_tokens(cuda=uses_cuda(config.trainer.accelerator))
-    size, accumulate = micro_batches(config.tokens_per_step, largest, config.seq_len, config.trainer.devices)
+    devices, num_nodes = config.trainer.devices, config.trainer.num_nodes
+    size, accumulate = micro_batches(config.tokens_per_step, largest, config.seq_len, devices, num_nodes)
     val_bytes = config.trainer.val_bytes
     if val_bytes is not None and val_bytes <= config.seq_len:
         raise ValueError(f"trainer.val_bytes must be null or more than seq_len = {config.seq_len}, got {val_bytes}")
@@ -110,7 +170,7 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
         seq_len=config.seq_len,
         micro_batch_size=size,
         accumulate=accumulate,
-        windows_per_step=size * accumulate * config.trainer.devices,
+        windows_per_step=size * accumulate * devices * num_nodes,
         num_micro_batches=config.max_steps * accumulate,
         seed=config.seed,
         eval_batch_size=size,
@@ -120,21 +180,14 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
     return data, accumulate
 
 
-def describe(config: DictConfig, run: Run, module: GPTModule, data: ByteDataModule, accumulate: int) -> dict:
-    """What run.json says of a run beyond its configuration. Raises ValueError if a resumed run's corpus changed."""
-    corpus = data.corpus
-    before = run.record.get("corpus", {}).get("sha256")
-    if before not in (None, corpus.provenance["sha256"]):
-        raise ValueError(
-            f"the corpus changed: the run was trained on bytes of SHA-256 {before}, {corpus.name} now has "
-            f"{corpus.provenance['sha256']}"
-        )
+def describe(module: GPTModule, data: ByteDataModule) -> dict:
+    """What run.json says of a run beyond its configuration."""
     return {
-        "corpus": {"name": corpus.name, **corpus.provenance, "val_scored": data.val_scored},
+        "corpus": {"name": data.corpus.name, **data.corpus.provenance, "val_scored": data.val_scored},
         "parameters": module.gpt.num_parameters(),
         "micro_batch_size": data.micro_batch_size,
-        "accumulate": accumulate,
-        "tokens_per_step": data.windows_per_step * config.seq_len,
+        "accumulate": data.accumulate,
+        "tokens_per_step": data.windows_per_step * data.seq_len,
     }
 
 
@@ -144,7 +197,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
     metrics = TrainingMetrics(
         log_every=options.log_every,
         max_steps=config.max_steps,
-        tokens_per_step=run.record["tokens_per_step"],
+        tokens_per_step=data.windows_per_step * config.seq_len,
         seq_len=config.seq_len,
     )
     sample = TextSample(

@@ -36,6 +36,7 @@ class TopLevel:
     test: bool
     compressors: bool
     resume: str | None
+    init_from: str | None
     name: str | None
     run_root: str
 
@@ -46,9 +47,13 @@ class TrainerOptions:
 
     accelerator: str
     devices: int
+    num_nodes: int
     precision: str | None
     clip_norm: float | None
     val_every: int
+    checkpoint_every: int | None
+    checkpoint_minutes: float | None
+    keep_checkpoints: int
     val_bytes: int | None
     log_every: int
     sample_bytes: int
@@ -152,9 +157,12 @@ def check_mode(config: DictConfig, choices: dict[str, str], *, multirun: bool) -
     """
     if choices.get("sweep") and not multirun:
         raise ConfigError(f"sweep={choices['sweep']} needs -m: python train.py -m sweep={choices['sweep']}")
-    if multirun and config.trainer.devices > 1:
+    if multirun and config.trainer.devices * config.trainer.num_nodes > 1:
         # Lightning starts the other processes with this one's arguments: each would run the whole sweep again
-        raise ConfigError(f"-m runs jobs with trainer.devices=1, got {config.trainer.devices}")
+        raise ConfigError(
+            f"-m runs jobs with trainer.devices=1 and trainer.num_nodes=1, got trainer.devices="
+            f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}"
+        )
 
 
 def hints(arguments: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Any file or folder as a corpus, and the reading of raw, .gz and .zip files that the other corpora share."""
 
 import gzip
-import io
 import lzma
 import os
 import zipfile
@@ -9,8 +8,10 @@ import zlib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import psutil
 
 from data.bytes import ByteCorpus
 
@@ -27,7 +28,7 @@ def file(path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pat
     A folder's files are those at any depth whose name matches `pattern` (shell wildcards, case-sensitive),
     without links and hidden files and folders; each is read as a single file would be, and they are joined
     in the byte order of their relative POSIX paths. The whole is cut into train, val and test, in that
-    order and wherever the fractions fall. A raw single file is mapped, not loaded.
+    order and wherever the fractions fall. All of it is read into memory, so that a file may change meanwhile.
     Raises FileNotFoundError or ValueError with the path and the reason.
     """
     if not isinstance(pattern, str) or not pattern:
@@ -67,24 +68,51 @@ def existing_path(path: str) -> Path:
 def read_file(path: Path) -> np.ndarray:
     """Return the bytes of a raw, .gz or one-member .zip file, decompressed, as a 1-D uint8 array.
 
-    A raw file is mapped. Raises ValueError for an empty or corrupted file, naming it.
+    They are read, not mapped: a mapped file that is overwritten while a run trains on it would change its data
+    without a word, and one that is cut short would end the process. Raises ValueError for an empty or corrupted file
+    and for one that does not fit half of the free memory, naming it.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    suffix = path.suffix.lower()
+    suffix, limit = path.suffix.lower(), psutil.virtual_memory().available // 2
     if suffix not in (".gz", ".zip"):
-        # Mode "c" writes to memory only, never to the file; "r" would make torch warn of read-only memory.
-        return np.memmap(path, dtype=np.uint8, mode="c")
-    packed = path.read_bytes()
+        if path.stat().st_size > limit:
+            raise ValueError(_too_large(path, f"has {path.stat().st_size:,}", limit))
+        return np.fromfile(path, dtype=np.uint8)
     try:
-        content = gzip.decompress(packed) if suffix == ".gz" else _unzip(packed)
+        content = _unzip(path, limit) if suffix == ".zip" else _gunzip(path, limit)
+    except _TooLargeError as error:
+        raise ValueError(_too_large(path, "inflates to more than", limit)) from error
     except DECOMPRESSION_ERRORS as error:
         raise ValueError(f"{path} is not a sound {suffix} file (cut short or corrupted?): {error}") from error
     if not content:
         raise ValueError(f"{path} holds no bytes once decompressed")
     return np.frombuffer(content, dtype=np.uint8)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _too_large(path: Path, has: str, limit: int) -> str:
+    return f"{path} {has} bytes, and {limit:,}, half of the memory that is free, is the limit"
+
+
+def _inflate(stream: BinaryIO, limit: int) -> bytearray:
+    """Reads to the end, but never more than the limit: a few kilobytes can inflate without end."""
+    content = bytearray()
+    while chunk := stream.read(2**20):
+        content += chunk
+        if len(content) > limit:
+            raise _TooLargeError
+    return content
+
+
+def _gunzip(path: Path, limit: int) -> bytearray:
+    with gzip.open(path) as stream:
+        return _inflate(stream, limit)
 
 
 def list_files(root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]) -> list[str]:
@@ -113,13 +141,14 @@ def _read_folder(root: Path, pattern: str) -> tuple[np.ndarray, int]:
     return np.concatenate([read_file(path) for path in filled]), len(filled)
 
 
-def _unzip(packed: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+def _unzip(path: Path, limit: int) -> bytearray:
+    with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if len(members) != 1:
             names = [member.filename for member in members[:5]]
             raise ValueError(f"it must hold exactly one file, got {len(members)}: {names}")
-        return archive.read(members[0])
+        with archive.open(members[0]) as stream:
+            return _inflate(stream, limit)
 
 
 def _is_regular(path: Path) -> bool:

@@ -115,7 +115,7 @@ class TrainingMetrics(lightning.Callback):
             "train/bpc": loss / math.log(2),
             "train/lr": self._lr,
             "train/grad_norm": module.grad_norm.item(),
-            "train/tokens": trainer.global_step * self.tokens_per_step,
+            "train/tokens": module.tokens,
             **self._throughput(trainer, module),
             **_memory(module.device),
         }

@@ -20,9 +20,8 @@ class DivergedError(RuntimeError):
 class GPTModule(lightning.LightningModule):
     """Trains a GPT on windows of bytes.
 
-    Every random choice of a step, which windows and which dropout masks, is a pure function of
-    (seed, step, micro-step, rank). A resumed run therefore repeats the uninterrupted one without any loader state;
-    the Lightning data loader merely counts.
+    A step's windows are a pure function of (seed, step), its dropout masks of (seed, step, micro-step, rank). A resumed
+    run therefore repeats the uninterrupted one without any loader state; the Lightning data loader merely counts.
 
     Args:
         gpt: the model.
@@ -41,6 +40,7 @@ class GPTModule(lightning.LightningModule):
         self.seed = seed
         self.clip_norm = clip_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
+        self.tokens = 0  # trained on so far, by all ranks
         self._loss_sum: Tensor | None = None  # over micro-batches since the last take_loss, on the device
         self._loss_count = 0
         if compile:
@@ -54,6 +54,7 @@ class GPTModule(lightning.LightningModule):
         torch.manual_seed(_mix(self.seed, step, micro_step, rank))  # dropout
         tokens = self.trainer.datamodule.train_batch(step, micro_step, rank, self.device)
         loss = self.gpt(tokens[:, :-1], tokens[:, 1:])  # tokens (micro_batch_size, seq_len + 1)
+        self.tokens += (tokens.numel() - len(tokens)) * self.trainer.world_size
         self._add_loss(loss.detach())
         return loss
 
@@ -103,12 +104,21 @@ class GPTModule(lightning.LightningModule):
         if self._loss_sum is not None:
             loss_sum = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean").item()
         checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count}
+        checkpoint["tokens"] = self.tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["loss_since_last_log"]
         self._loss_count = saved["count"]
         if saved["sum"] is not None:
             self._loss_sum = torch.tensor(saved["sum"], dtype=torch.float64, device=self.device)
+        self.tokens = checkpoint.get("tokens", 0)
+        # Lightning counts micro-batches and goes on from its count: a step that is cut into other pieces now would
+        # begin in its middle, and validations move. The count is also one short in a checkpoint between validations.
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, batches))
+        progress["is_last_batch"] = False
 
     def on_validation_epoch_start(self) -> None:
         self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -138,7 +148,7 @@ class GPTModule(lightning.LightningModule):
         nats = self.trainer.strategy.reduce(self._nats, reduce_op="sum")
         scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum")
         bits_per_byte = (nats / (scored * math.log(2))).item()
-        self.report({f"{split}/bpc": bits_per_byte})
+        self.report({f"{split}/bpc": bits_per_byte} | ({"train/tokens": self.tokens} if split == "val" else {}))
         if not math.isfinite(bits_per_byte):  # before a sample is drawn from these weights, or a checkpoint written
             raise DivergedError(f"{split}/bpc is {bits_per_byte} at step {self.global_step}")
 

@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from models.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.gpt import GPT
-from models.runs import CONFIG_FILE, file_of_run, load_config, read_checkpoint
-from models.trainer import BEST_CHECKPOINT, LAST_CHECKPOINT
+from models.runs import CONFIG_FILE, file_of_run, load_config
 
 
 def build_gpt(config: DictConfig) -> GPT:
@@ -51,9 +51,9 @@ def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:
     """The path of a run's checkpoint "best" or "last", or of any other given by its path."""
     file_of_run(folder, CONFIG_FILE)
     names = {"best": BEST_CHECKPOINT, "last": LAST_CHECKPOINT}
-    path = Path(folder) / "checkpoints" / names[checkpoint] if checkpoint in names else Path(checkpoint)
+    path = Path(folder) / FOLDER / names[checkpoint] if checkpoint in names else Path(checkpoint)
     if not path.is_file():
-        existing = [name for name, file in names.items() if (Path(folder) / "checkpoints" / file).is_file()]
+        existing = [name for name, file in names.items() if (Path(folder) / FOLDER / file).is_file()]
         raise ValueError(
             f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint!r}: "
             f"{str(path)!r} is no file; the run has {' and '.join(existing) or 'no checkpoint yet'}"
@@ -65,3 +65,34 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint holds under ``gpt.``; the optimizer's state is never read."""
     state = read_checkpoint(path)["state_dict"]
     return {key.removeprefix("gpt."): weight for key, weight in state.items() if key.startswith("gpt.")}
+
+
+def load_weights(gpt: GPT, source: str | Path) -> list[str]:
+    """Warm start: takes over a trained model's weights, and returns the names of those that stay as they started.
+
+    Args:
+        gpt: the new model. It may have another length or attention; what both have must have the same shapes.
+        source: a run's folder, whose best checkpoint is taken, or a checkpoint.
+
+    Raises:
+        ValueError: source is neither, or its weights are of another width, depth or number of heads.
+    """
+    path = Path(source)
+    path = find_checkpoint(path, "best") if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"init_from must be null, a run's folder or a checkpoint, got {str(source)!r}")
+    weights, own = _read_weights(path), gpt.state_dict()
+    # What an attention has of its own, and a table of absolute positions, belong to the old attention and length.
+    special = tuple(name for name in {*weights, *own} if ".inner." in name or name.startswith("positions."))
+    wrong = [
+        f"{name} {tuple(weights[name].shape) if name in weights else 'missing'}, here "
+        f"{tuple(own[name].shape) if name in own else 'missing'}"
+        for name in sorted({*weights, *own} - set(special))
+        if name not in weights or name not in own or weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        differ = f"{wrong[0]}, and {len(wrong) - 1} more" if len(wrong) > 1 else wrong[0]
+        raise ValueError(f"init_from={str(source)!r} has the weights of another model: {differ}")
+    taken = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    gpt.load_state_dict(taken, strict=False)
+    return sorted(set(own) - set(taken))

@@ -16,7 +16,7 @@ from rich.table import Table
 from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
 from models.loggers import METRICS_FILE, read_csv
-from models.runs import Run, read_record
+from models.runs import Run, is_owned, read_record
 
 PLOT_FILE = "loss_and_memory.png"
 MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU
@@ -49,18 +49,30 @@ class Results:
 
     @property
     def status(self) -> str:
-        """running, finished, failed, diverged or interrupted."""
-        return self.record.get("status", "unknown")
+        """running, finished, failed, diverged, interrupted, or killed: running by its record, and owned by nobody."""
+        status = self.record.get("status", "unknown")
+        return "killed" if status == "running" and not is_owned(self.folder) else status
 
     def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
         """The filled values of a column and, first, where they stand."""
         rows = [row for row in self.rows if column in row and against in row]
         return [row[against] for row in rows], [row[column] for row in rows]
 
+    def over_tokens(self, column: str) -> tuple[list[float], list[float]]:
+        """The filled values of a column and, first, the tokens trained on until then."""
+        per_step = self.record.get("tokens_per_step", 1)
+        rows = [row for row in self.rows if column in row]
+        return [row.get("train/tokens", row["step"] * per_step) for row in rows], [row[column] for row in rows]
+
     def last(self, column: str) -> float | None:
         """The last value of a column, or None."""
         values = self.series(column)[1]
         return values[-1] if values else None
+
+    def test_bpc(self) -> float | None:
+        """The last test's bits per byte, or None where training went on after it."""
+        steps, values = self.series("test/bpc")
+        return values[-1] if values and steps[-1] >= (self.last("step") or 0) else None
 
     def best(self, column: str) -> float | None:
         """The smallest finite value of a column, or None."""
@@ -129,7 +141,7 @@ def _cells(run: Results) -> list[str]:
         _cell(run.last("step"), "{:.0f}"),
         _cell(run.last("val/bpc"), "{:.4f}"),
         _cell(run.best("val/bpc"), "{:.4f}"),
-        _cell(run.last("test/bpc"), "{:.4f}"),
+        _cell(run.test_bpc(), "{:.4f}"),
         _cell(run.median("throughput/tokens_per_s"), "{:,.0f}"),
         _cell(run.median("throughput/mfu"), "{:.1%}"),
         _cell(run.peak_memory_gib(), "{:.2f}"),
@@ -150,15 +162,10 @@ def plot(runs: list[Results], path: Path) -> None:
     figure, (loss, memory) = pyplot.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
     for index, run in enumerate(runs):
         color = f"C{index % 10}"
-        tokens_per_step = run.record.get("tokens_per_step", 1)
-        steps, train = run.series("train/bpc")
-        loss.plot([step * tokens_per_step for step in steps], train, color=color, alpha=0.35, linewidth=1)
-        steps, val = run.series("val/bpc")
-        tokens = [step * tokens_per_step for step in steps]
-        loss.plot(tokens, val, color=color, marker="o", markersize=3, label=_legend(run))
+        loss.plot(*run.over_tokens("train/bpc"), color=color, alpha=0.35, linewidth=1)
+        loss.plot(*run.over_tokens("val/bpc"), color=color, marker="o", markersize=3, label=_legend(run))
         for column, style in (("memory/peak_reserved_gib", ":"), *((name, "-") for name in MEMORY_COLUMNS)):
-            steps, values = run.series(column)
-            memory.plot([step * tokens_per_step for step in steps], values, style, color=color)
+            memory.plot(*run.over_tokens(column), style, color=color)
     loss.set(xlabel="tokens (bytes)", ylabel="bits per byte", title="validation (dots) and training loss")
     memory.set(xlabel="tokens (bytes)", ylabel="GiB", title="peak allocated (dotted: reserved), or resident on a CPU")
     memory.set_ylim(0, 1.1 * memory.get_ylim()[1])

@@ -1,31 +1,33 @@
 """A run is a folder: its configuration, its record, its checkpoints, its metrics. Made, found again, closed here."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
-import signal
+import socket
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from models.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
 from models.environment import environment
 from models.lightning import DivergedError
-from models.trainer import LAST_CHECKPOINT
+from models.processes import RUN_VARIABLE, Processes
+from models.stopping import Interrupted, exit_code
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
+LOCK_FILE = ".lock"
 # Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
 INCIDENTAL = (
     "resume",
@@ -43,16 +45,28 @@ INCIDENTAL = (
     "trainer.val_every",
     "trainer.val_bytes",
     "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
+    "trainer.keep_checkpoints",
     "trainer.data_on_device",
-    "data.path",  # what the bytes are is checked by their hash
+    "data.path",  # what the bytes are is told by their hash
     "data.cache_dir",
     "data.download",
 )
+# Further keys that a run may be continued with other values of, and be the same run: how long it goes on, and how a
+# step is cut into pieces, which changes sums by rounding alone.
+CONTINUABLE = (
+    "max_steps",
+    "optimizer.max_steps",
+    "micro_batch_tokens",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "compile",
+    "attention.backend",
+)
 # What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
-MODEL_KEYS = ("seq_len", "model.", "attention.", "norm.")
+MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
-# Set by the first process of a multi-GPU run, so that the others, which start the same program, join its folder.
-RUN_VARIABLE = "FLASH_COSINE_SIM_RUN"
 LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 log = logging.getLogger(__name__)
@@ -60,200 +74,372 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """An open run.
+    """A run, from before its folder is known to its end.
 
     Attributes:
-        folder: where everything of the run is written.
+        processes: those that make it up, and this one's place among them.
+        folder: where everything of the run is written; None until ``find``.
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
         record: what is stored in run.json.
         started: whether ``start`` was called; before it, a resumed run's files are as they were.
     """
 
-    folder: Path
-    checkpoint: Path | None
-    resume_step: int | None
-    record: dict[str, Any]
+    config: DictConfig
+    name: str
+    processes: Processes
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    resume_step: int | None = None
+    record: dict[str, Any] = field(default_factory=dict)
     started: bool = False
+    _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
+    _lock: IO[str] | None = None
+    _handler: logging.Handler | None = None
 
-    def start(self, config: DictConfig, choices: dict[str, str], **entries: Any) -> None:
+    def find(self, corpus_sha256: str | None) -> None:
+        """Finds or makes the folder, and the checkpoint to continue from; from here on this process owns it.
+
+        Raises:
+            ValueError: resume names no run, one of another model or corpus, or one that another process owns.
+        """
+        identity = identity_of(self.config, corpus_sha256)
+        if RUN_VARIABLE in os.environ:
+            folder, checkpoint, error = json.loads(os.environ[RUN_VARIABLE])
+        else:
+            folder = checkpoint = error = None
+            if self.processes.is_first:
+                try:
+                    self._find(identity)
+                    folder, checkpoint = str(self.folder), self.checkpoint and str(self.checkpoint)
+                except (ValueError, OSError) as refused:
+                    error = refused
+                    if not self.processes.joined:
+                        raise
+            folder, checkpoint, message = self.processes.share((folder, checkpoint, error and str(error)))
+            if message is not None:
+                raise ValueError(message)  # on every rank: none waits for the others
+            if self.processes.world_size > 1 and not self.processes.joined:
+                os.environ[RUN_VARIABLE] = json.dumps([folder, checkpoint, None])
+        self.folder, self.checkpoint = Path(folder), Path(checkpoint) if checkpoint else None
+        if self.checkpoint is not None:
+            self.record = read_record(self.folder)
+            self.resume_step = read_checkpoint(self.checkpoint)["global_step"]
+            if self.resume_step > self.config.max_steps:
+                raise ValueError(
+                    f"max_steps must be at least {self.resume_step}, the steps that {str(self.checkpoint)!r} has, "
+                    f"got {self.config.max_steps}"
+                )
+        self.record["identity"] = identity
+        # wandb takes ids of up to 64 characters
+        plain = re.sub("[^A-Za-z0-9_-]", "_", self.folder.name)
+        self.record.setdefault("wandb_id", f"{plain[:50]}-{uuid.uuid4().hex[:8]}")
+        self._log_into_folder()
+
+    def _find(self, identity: dict[str, Any]) -> None:
+        root, resume = Path(self.config.run_root), self.config.resume
+        if resume == "auto":
+            self._find_own(root, identity)
+        elif resume is not None:
+            folder, self.checkpoint = _checkpoint_at(Path(resume))
+            self._own(folder)
+            _refuse_another(self.folder, self.config, identity)
+        if self.folder is None:
+            self._make(root)
+
+    def _find_own(self, root: Path, identity: dict[str, Any]) -> None:
+        """The newest run of this identity, of the configured name if there is one."""
+        given = self.config.name
+        pattern = re.compile(rf"{re.escape(given)}(-[1-9]\d{{0,5}})?") if given else re.compile(".*")
+        found = [path.parent for path in root.glob(f"*/{RECORD_FILE}") if pattern.fullmatch(path.parent.name)]
+        for folder in sorted(found, key=lambda folder: -(folder / RECORD_FILE).stat().st_mtime_ns):
+            if recorded_identity(folder) != identity:
+                continue
+            self._own(folder)
+            self.checkpoint, wrong = newest_good(folder / FOLDER)
+            for sentence in wrong:
+                log.warning("resume=auto: %s", sentence)
+            if self.checkpoint is None and wrong:
+                raise ValueError(f"resume=auto: the run in {str(folder)!r} has no sound checkpoint left: {wrong[0]}")
+            if self.checkpoint is None:
+                log.info("resume=auto: the run in %s ended before its first checkpoint and starts anew there", folder)
+            return
+        log.info("resume=auto: no run of this configuration and corpus under %s, a new one starts", root)
+
+    def _make(self, root: Path) -> None:
+        """A new folder: the name, or the name and a number; no earlier run is overwritten, nor another's at work."""
+        number = 1
+        while True:
+            folder = root / (self.name if number == 1 else f"{self.name}-{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                if not _left_nothing(folder):
+                    continue
+            try:
+                self._own(folder)
+            except ValueError:  # another process was faster
+                continue
+            self._made = True
+            return
+
+    def _own(self, folder: Path) -> None:
+        """Takes the folder's lock, and the folder with it. Raises ValueError if another process has it."""
+        lock = open(folder / LOCK_FILE, "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(
+                f"the run in {str(folder)!r} is being written by {owner}: wait for its end, or give another name"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self.folder, self._lock = folder, lock
+        for half_written in folder.rglob(".*.tmp"):  # by an owner that was killed
+            half_written.unlink()
+
+    def _log_into_folder(self) -> None:
+        if self.processes.is_first:
+            self._handler = logging.FileHandler(self.folder / "train.log")
+            self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logging.getLogger().addHandler(self._handler)
+
+    def start(self, choices: dict[str, str], **entries: Any) -> None:
         """Stores the configuration and what else is known, once everything is built and training can begin."""
         log.info("run folder %s%s", self.folder, f", continues at step {self.resume_step}" if self.checkpoint else "")
-        if self.checkpoint and _is_first_process():
-            for key, (before, now) in _changes(self.folder, config).items():
-                log.warning("resumed with a change: %s was %s, is %s", key, before, now)
-        if _is_first_process():
-            _write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
+        if self.processes.is_first:
+            if not self.checkpoint and not self._made:
+                _empty(self.folder)
+            if self.checkpoint:
+                self._say_changes()
+                self.checkpoint = _make_last(self.checkpoint)
+            write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+        elif self.checkpoint:
+            self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
         self.started = True
         self.update(choices=choices, **environment(), **entries, status="running", error=None)
+
+    def _say_changes(self) -> None:
+        for key, (before, now) in _changes(self.folder, self.config).items():
+            log.warning("resumed with a change: %s was %s, is %s", key, before, now)
+        before = flat(OmegaConf.to_container(load_config(self.folder)))
+        if before.get("max_steps") != self.config.max_steps:
+            log.warning(
+                "max_steps was %s, is %s: from here on the learning rate follows the schedule of %s steps",
+                *(before.get("max_steps"), self.config.max_steps, self.config.max_steps),
+            )
+        if before.get("trainer.val_bytes") != self.config.trainer.val_bytes:
+            log.warning(
+                "trainer.val_bytes was %s, is %s: val/bpc before and after step %s are of other bytes",
+                *(before.get("trainer.val_bytes"), self.config.trainer.val_bytes, self.resume_step),
+            )
 
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json; only the first process writes."""
         self.record.update(entries)
-        if _is_first_process():
-            _write_text(self.folder / RECORD_FILE, json.dumps(self.record, indent=2, default=str) + "\n")
+        if self.processes.is_first:
+            write_text(self.folder / RECORD_FILE, json.dumps(self.record, indent=2, default=str) + "\n")
 
     def end(self, status: str, error: BaseException | None = None, *, keep: bool = True) -> None:
         """Marks how the run ended; a new one that never started is removed unless it is to be kept."""
-        if self.started or (self.checkpoint is None and keep):
-            message = "".join(traceback.format_exception_only(error)).strip() if error else None
-            self.update(status=status, error=message)
-        elif self.checkpoint is None and _is_first_process():
+        message = "".join(traceback.format_exception_only(error)).strip() if error else None
+        if self.folder is None and keep and self.processes.is_first:
+            with suppress(OSError):  # as the mark of a sweep's failed job
+                self._make(Path(self.config.run_root))
+        if self.folder is None:
+            return
+        if self.started or (self._made and keep):
+            try:
+                self.update(status=status, error=message)
+            except OSError as full:
+                log.error("%s could not be written (%s); the run's end: %s, %s", RECORD_FILE, full, status, message)
+        elif self._made:
             shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if not self.processes.is_started_by_first:
+            os.environ.pop(RUN_VARIABLE, None)
+
+    def keep_traceback(self, error: BaseException) -> None:
+        """Writes it into the run's log; the console shows what the caller makes of it."""
+        if self._handler is not None:
+            info = (type(error), error, error.__traceback__)
+            with suppress(OSError):
+                self._handler.emit(logging.makeLogRecord({"msg": "failed", "levelname": "ERROR", "exc_info": info}))
 
 
 @contextmanager
 def open_run(
-    config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), *, keep_failed: bool
+    config: DictConfig,
+    choices: dict[str, str],
+    overrides: Sequence[str] = (),
+    *,
+    processes: Processes,
+    keep_failed: bool,
 ) -> Iterator[Run]:
-    """Finds or makes the run's folder, and marks the run finished, failed, diverged or interrupted when it ends.
+    """A run whose folder is yet to be found; marked finished, failed, diverged or interrupted when it ends.
 
     Args:
         config: the validated configuration; resume is null, "auto" or a path.
         choices: the option chosen of every configuration group.
         overrides: the command line's KEY=VALUE, of which the run's name tells those that change what it computes.
+        processes: those that make up the run.
         keep_failed: keep the folder of a run that failed before it started, as the mark of a sweep's failed job.
 
     Raises:
-        ValueError: resume names no run, or one of another model.
+        ValueError: name is no plain folder name.
     """
-    run = _start(config, config.name or default_name(config, choices, overrides))
-    handler = logging.FileHandler(run.folder / "train.log") if _is_first_process() else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    name = config.name or default_name(config, choices, overrides)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"name must be a plain folder name (letters, digits, '.', '_' and '-'), got {name!r}")
+    run = Run(config, name, processes)
     try:
         yield run
         run.end("finished")
     except DivergedError as error:
         run.end("diverged", error)
         raise
+    except Interrupted as stopped:
+        run.end("interrupted", keep=keep_failed)
+        if processes.is_first:
+            log.warning(
+                "interrupted by %s; the checkpoint of step %d is kept. To go on: python train.py resume=%s, with the "
+                "same keys",
+                *(stopped, stopped.step, run.folder),
+            )
+        # Those that the first process started report through it: it would take any other code for a crash
+        raise SystemExit(0 if processes.is_started_by_first else exit_code(stopped)) from None
     except (KeyboardInterrupt, SystemExit) as stopped:
         run.end("interrupted", keep=keep_failed)
-        raise SystemExit(_exit_code(stopped)) from None
+        raise SystemExit(exit_code(stopped)) from None
     except BaseException as error:
         run.end("failed", error, keep=keep_failed)
-        if isinstance(handler, logging.FileHandler):  # the console shows what the caller makes of it
-            handler.emit(logging.makeLogRecord({"msg": "failed", "levelname": "ERROR", "exc_info": _info(error)}))
+        run.keep_traceback(error)
         raise
     finally:
-        os.environ.pop(RUN_VARIABLE, None)
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-def _info(error: BaseException) -> tuple:
-    return type(error), error, error.__traceback__
-
-
-def _exit_code(stopped: BaseException) -> int:
-    # Lightning turns Ctrl-C into SystemExit(1) and SIGTERM into a SystemExit without a code, which means success
-    if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    return stopped.code or 128 + signal.SIGTERM
-
-
-def _start(config: DictConfig, name: str) -> Run:
-    """The folder, found or made by the first process and told to the others."""
-    if _is_first_process():
-        folder, checkpoint = find_folder(Path(config.run_root), name, config.resume)
-        if checkpoint is None:
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            _refuse_another_model(folder, config)
-            checkpoint = _make_last(checkpoint)
-        os.environ[RUN_VARIABLE] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
-    elif RUN_VARIABLE not in os.environ:
-        raise ValueError("train.py starts its own processes: use trainer.devices=N, not torchrun")
-    else:
-        folder, checkpoint = (path and Path(path) for path in json.loads(os.environ[RUN_VARIABLE]))
-    record = read_record(folder) if checkpoint else {}
-    # wandb takes ids of up to 64 characters
-    record.setdefault("wandb_id", f"{re.sub('[^A-Za-z0-9_-]', '_', folder.name)[:50]}-{uuid.uuid4().hex[:8]}")
-    return Run(folder, checkpoint, read_checkpoint(checkpoint)["global_step"] if checkpoint else None, record)
+        run.close()
 
 
 def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
-    """A name that says what the run is, so that the same command finds it again and a sweep's jobs differ."""
+    """A name that says what the run is, of letters, digits, '.', '_' and '-' alone."""
     groups = ("attention", "norm", "model", "data")
     parts = [choices["experiment"]] if choices.get("experiment") else []
     parts += [choices.get(group) or "none" for group in groups]
     parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
     told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key not in told and not key.startswith(INCIDENTAL):
-            parts.append(override)
-    name = re.sub(r"[^\w.,=-]", "_", "-".join(parts))
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
+            parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
 
-def find_folder(root: Path, name: str, resume: str | None) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint it continues from.
-
-    resume=None takes a folder of its own: ``root/name``, or ``root/name-2`` and so on where that exists, so that no
-    earlier run is overwritten. "auto" takes the newest of these that has a checkpoint, and else a new one. A path
-    is a run's folder or a checkpoint in it.
-    """
-    if resume not in (None, "auto"):
-        checkpoint = _checkpoint_at(Path(resume))
-        return checkpoint.parent.parent, checkpoint
-    if not re.fullmatch(r"[\w.,=+@-]+", name) or name in (".", ".."):
-        raise ValueError(f"name must be a plain folder name (letters, digits and .,=+@_-), got {name!r}")
-    numbered = {1: root / name} if (root / name).exists() else {}
-    for folder in root.glob(f"{name}-*"):
-        if re.fullmatch(r"[1-9]\d{0,5}", number := folder.name[len(name) + 1 :]):
-            numbered[int(number)] = folder
-    if resume == "auto":
-        for _, folder in sorted(numbered.items(), reverse=True):
-            checkpoint = folder / "checkpoints" / LAST_CHECKPOINT
-            if checkpoint.exists():
-                return folder, checkpoint
-        log.info("resume=auto: no checkpoint under %s*, a new run starts", root / name)
-    for _, folder in sorted(numbered.items()):
-        if not _holds_a_run(folder):
-            return folder, None
-    number = max(numbered, default=0) + 1
-    return (root / name if number == 1 else root / f"{name}-{number}"), None
+def is_one_of(key: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the keys, or below one."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
-def _holds_a_run(folder: Path) -> bool:
-    """Whether anything there is worth keeping; a run that failed before its first step left nothing."""
-    record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
-    recorded = (folder / "metrics.csv").exists() or (folder / "checkpoints").exists()
-    return recorded or record.get("status") not in ("failed", "interrupted")
+def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]:
+    """What a run computes: two runs of one identity are one run, begun or continued."""
+    values = flat(OmegaConf.to_container(config, resolve=True))
+    kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
+    return {**dict(sorted(kept.items())), "corpus": corpus_sha256}
+
+
+def recorded_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of a run, or None where its files do not say."""
+    try:
+        record = read_record(folder)
+        return record.get("identity") or identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
+    except (ValueError, OSError):
+        return None
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process is writing the run."""
+    try:
+        with open(folder / LOCK_FILE) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _left_nothing(folder: Path) -> bool:
+    """Whether there is nothing worth keeping, and nobody at work: a run that failed before its first step."""
+    try:
+        record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
+    except ValueError:
+        return False
+    recorded = (folder / "metrics.csv").exists() or (folder / FOLDER).exists()
+    return not recorded and record.get("status") in ("failed", "interrupted") and not is_owned(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a run wrote before its first checkpoint, which it writes again."""
+    for path in folder.iterdir():
+        if path.name in (LOCK_FILE, "train.log"):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _make_last(checkpoint: Path) -> Path:
     """Makes the chosen checkpoint the one that the run goes on from, also if it is killed before the next one.
 
-    What was last.ckpt before is kept under another name.
+    Later ones are kept under other names.
     """
-    last = checkpoint.parent / LAST_CHECKPOINT
-    if checkpoint.resolve() == last.resolve():
-        return checkpoint
-    read_checkpoint(checkpoint)
-    if last.exists():
-        os.replace(last, last.with_name(f"last-before-resuming-{checkpoint.name}"))
-    copy = last.with_name(LAST_CHECKPOINT + ".tmp")
-    shutil.copyfile(checkpoint, copy)
-    os.replace(copy, last)
+    step = read_checkpoint(checkpoint)["global_step"]
+    last = checkpoint.with_name(LAST_CHECKPOINT)
+    later = [path for path in checkpoint.parent.glob("step-*.ckpt") if int(re.sub(r"\D", "", path.stem) or 0) > step]
+    for path in later:
+        os.replace(path, path.with_name(f"before-resuming-at-{step}-{path.name}"))
+    if checkpoint != last:
+        also_named(checkpoint, LAST_CHECKPOINT)
     return last
 
 
-def _checkpoint_at(path: Path) -> Path:
-    checkpoint = path / "checkpoints" / LAST_CHECKPOINT if path.is_dir() else path
-    if not checkpoint.is_file():
+def _checkpoint_at(path: Path) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint that a path, to a run or to a checkpoint in it, stands for."""
+    if path.is_dir() and (path / RECORD_FILE).is_file():
+        checkpoint, wrong = newest_good(path / FOLDER)
+        for sentence in wrong:
+            log.warning("resume: %s", sentence)
+        if checkpoint is not None:
+            return path, checkpoint
+        if wrong:
+            raise ValueError(f"the run in {str(path)!r} has no sound checkpoint: {wrong[0]}")
+    if not path.is_file():
         raise ValueError(
-            f"resume must be null, auto, a run's folder with checkpoints/{LAST_CHECKPOINT} or a checkpoint in it, "
-            f"got {str(path)!r}, which has none"
+            f"resume must be null, auto, a run's folder with a checkpoint, or a checkpoint in it, got {str(path)!r}, "
+            "which has none"
         )
-    if not (checkpoint.parent.parent / RECORD_FILE).is_file():
-        raise ValueError(
-            f"resume={str(path)!r} is no checkpoint in a run's folder: {checkpoint.parent.parent} has no {RECORD_FILE}"
-        )
-    return checkpoint
+    folder = path.parent.parent
+    if not (folder / RECORD_FILE).is_file():
+        raise ValueError(f"resume={str(path)!r} is no checkpoint in a run's folder: {folder} has no {RECORD_FILE}")
+    try:
+        read_checkpoint(path)
+    except ValueError as error:
+        other, _ = newest_good(path.parent)
+        hint = f"; the newest sound one is {other}: resume={other}" if other else ""
+        raise ValueError(f"{error}{hint}") from error
+    return folder, path
 
 
 def load_config(folder: Path) -> DictConfig:
@@ -288,39 +474,37 @@ def file_of_run(folder: str | Path, name: str) -> Path:
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint as train.py writes it; mapped, so that only what is used is read.
-
-    Raises:
-        ValueError: the file is cut short, damaged or something else.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {key: checkpoint[key] for key in ("global_step", "state_dict")}
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(
-            f"{str(path)!r} is no sound checkpoint of a run, as train.py writes them (cut short?): {reason}"
-        ) from error
-
-
 def _changes(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose value is another than when the run was last started: before and now."""
     before = flat(OmegaConf.to_container(load_config(folder)))
     now = flat(OmegaConf.to_container(config, resolve=True))
-    keys = [key for key in sorted(before.keys() | now.keys()) if not key.startswith(INCIDENTAL)]
+    quiet = (*INCIDENTAL, "max_steps", "optimizer.max_steps")
+    keys = [key for key in sorted(before.keys() | now.keys()) if not is_one_of(key, quiet)]
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
-def _refuse_another_model(folder: Path, config: DictConfig) -> None:
-    changed = [
-        f"{key} was {before!r}, is {now!r}"
-        for key, (before, now) in _changes(folder, config).items()
-        if key.startswith(MODEL_KEYS) and key not in MODEL_KEYS_THAT_MAY_CHANGE
-    ]
-    if changed:
+def _refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
+    """Raises ValueError for a run of another model, or whose bytes or splits were others."""
+    changed = {key: change for key, change in _changes(folder, config).items()}
+
+    def say(keys: Sequence[str], but: Sequence[str] = ()) -> str:
+        found = {key: change for key, change in changed.items() if is_one_of(key, keys) and key not in but}
+        return "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in found.items())
+
+    if model := say(MODEL_KEYS, MODEL_KEYS_THAT_MAY_CHANGE):
         raise ValueError(
-            f"the run in {str(folder)!r} has another model: {'; '.join(changed)}; give the same keys again"
+            f"the run in {str(folder)!r} has another model: {model}; give the same keys again, or take its weights "
+            f"alone into a new run: init_from={folder}"
+        )
+    sha256 = (read_record(folder).get("corpus") or {}).get("sha256")
+    if sha256 not in (None, identity["corpus"]):
+        raise ValueError(
+            f"the corpus changed: the run was trained on bytes of SHA-256 {sha256}, now they have {identity['corpus']}"
+        )
+    if data := say(("data",)):
+        raise ValueError(
+            f"the splits of the run in {str(folder)!r} were others: {data}; bytes that were trained on would be "
+            "validated on"
         )
 
 
@@ -332,13 +516,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         values.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
     return values
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from conf.schema import GROUPS
 from models.report import Results
-from models.runs import INCIDENTAL, flat, load_config
+from models.runs import INCIDENTAL, flat, is_one_of, load_config
 
 # Resolved copies of a key above them, which would be shown twice.
 COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")
@@ -82,7 +82,7 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if key != "seed" and key not in COPIES and not key.startswith(INCIDENTAL) and not key.endswith("_")
+        if key != "seed" and key not in COPIES and not is_one_of(key, INCIDENTAL) and not key.endswith("_")
     }
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
@@ -188,17 +188,15 @@ def plot(arms: Sequence[Arm], path: Path) -> None:
 
 
 def _draw_losses(axes: Any, run: Results, color: tuple[float, ...]) -> list:
-    tokens, losses = run.series("train/bpc", against="train/tokens")
+    tokens, losses = run.over_tokens("train/bpc")
     drawn = axes.plot(tokens, losses, color=color, alpha=0.6, linewidth=1, marker="." if len(tokens) == 1 else "")
-    per_step = run.record.get("tokens_per_step", 1)
-    steps, values = run.series("val/bpc")
-    axes.plot([step * per_step for step in steps], values, color=color, marker="o", markersize=4, linestyle="")
+    axes.plot(*run.over_tokens("val/bpc"), color=color, marker="o", markersize=4, linestyle="")
     return drawn
 
 
 def _limit(whole: Any, end: Any, runs: Sequence[Results]) -> None:
     """Limits from what is finite and, in the first panel, below what a uniform guess costs, 8 bits a byte."""
-    series = [zip(*run.series("train/bpc", against="train/tokens"), strict=True) for run in runs]
+    series = [zip(*run.over_tokens("train/bpc"), strict=True) for run in runs]
     points = [(token, loss) for run in series for token, loss in run if math.isfinite(token) and math.isfinite(loss)]
     last = max((token for token, _ in points), default=0.0)
     finite = [loss for _, loss in points if loss < 8]

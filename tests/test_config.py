@@ -13,6 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
 from conf.schema import GROUPS, ConfigError, hints, validate
+from models.processes import find_processes
+from models.stopping import Stopping
 from models.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
 from train import build_module
 
@@ -43,8 +45,9 @@ def test_every_option_composes_validates_and_names_what_exists(group, option):
         build_module(config)
     if group == "trainer":
         build_trainer(
-            run_dir=Path("unused"), loggers=[], callbacks=[], max_steps=3, accumulate=2, options=config.trainer
-        )
+            run_dir=Path("unused"), loggers=[], callbacks=[], max_steps=3, accumulate=2, options=config.trainer,
+            processes=find_processes(devices=1, num_nodes=1), stopping=Stopping(),
+        )  # fmt: skip
     if group in ("data", "logger"):
         assert callable(instantiate({**config[group], "_partial_": True}))
 

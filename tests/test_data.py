@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import files
 from data import pystdlib as pystdlib_module
 from data.bytes import IGNORE_INDEX, ByteCorpus, ByteDataModule
 from data.compressors import compressor_bits_per_byte
@@ -117,6 +118,22 @@ def test_every_window_is_reachable(on_device):
     assert longest.tolist() == [list(range(10))] * 4
 
 
+@pytest.mark.parametrize("name", ["bomb.gz", "bomb.zip", "large"])
+def test_what_does_not_fit_memory_is_refused_before_it_fills_it(tmp_path, monkeypatch, name):
+    path = write_packed(tmp_path, name, bytes(2**24))
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**23))
+    has = "has 16,777,216 bytes" if name == "large" else "inflates to more than bytes"
+    with pytest.raises(ValueError, match=f"{name} {has}, and 4,194,304, half of the memory that is free, is the limit"):
+        files.read_file(path)
+
+
+def test_a_file_that_changes_afterwards_changes_nothing(tmp_path):
+    path = write_packed(tmp_path, "text")
+    corpus = files.file(str(path))
+    path.write_bytes(b"x" * 10)
+    assert joined(corpus) == CONTENT
+
+
 def test_read_only_arrays_raise_no_warning(recwarn):
     data = np.frombuffer(CONTENT, dtype=np.uint8)
     module = make_module(ByteCorpus("c", data, data, data, {}))
@@ -199,7 +216,6 @@ def test_packed_and_raw_files_are_the_same_corpus(tmp_path, name):
     assert corpus.name == name and joined(corpus) == CONTENT
     assert (len(corpus.train), len(corpus.val), len(corpus.test)) == (700, 100, 200)
     assert corpus.provenance["sha256"] == CONTENT_SHA256
-    assert isinstance(corpus.train, np.memmap) == (name == "text")
 
 
 def test_folder_is_read_in_byte_order_without_hidden_files_and_links(tmp_path):

@@ -1,0 +1,124 @@
+"""Which processes make up a run, and which of them this one is.
+
+A run of several devices starts its own processes, or is started by torchrun or srun, one process a device. What a
+scheduler's variables say otherwise is not believed: several runs may be packed into one job, each a run of its own.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.utilities import rank_zero_only
+
+# Set by the first process of a run for those that it starts, which join its folder.
+RUN_VARIABLE = "FLASH_COSINE_SIM_RUN"
+# What Lightning, at import or later, takes a process's place in a run from.
+PLACE_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"),
+)
+
+
+@dataclass
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        environment: how Lightning finds its place among them.
+        rank: this process's, 0 for the one that writes.
+        world_size: how many there are.
+        joined: whether this module opened the process group.
+    """
+
+    environment: ClusterEnvironment
+    rank: int
+    world_size: int
+    joined: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def is_started_by_first(self) -> bool:
+        """Whether the first process of the run started this one, and reports for it."""
+        return RUN_VARIABLE in os.environ and not self.is_first
+
+    def share(self, value: Any) -> Any:
+        """What the first process says, on all of those that torchrun or srun started."""
+        if not self.joined:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def leave(self) -> None:
+        """Closes the process group if it was opened here."""
+        if self.joined and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        self.joined = False
+
+
+def find_processes(*, devices: int, num_nodes: int) -> Processes:
+    """This process's place in a run on num_nodes machines with so many devices each.
+
+    Raises:
+        ValueError: torchrun started another number of processes, or nothing starts those on other machines.
+    """
+    expected = devices * num_nodes
+    if RUN_VARIABLE in os.environ:  # started by the first process, which has set the rest
+        environment = LightningEnvironment()
+        return _place(environment, int(os.environ["LOCAL_RANK"]), expected)
+    if TorchElasticEnvironment.detect() and (expected > 1 or int(os.environ["WORLD_SIZE"]) > 1):
+        environment = TorchElasticEnvironment()
+        if environment.world_size() != expected:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            raise ValueError(
+                f"trainer.devices * trainer.num_nodes must be the {environment.world_size()} processes that torchrun "
+                f"started, got {devices} * {num_nodes}; give trainer.devices={local} "
+                f"trainer.num_nodes={environment.world_size() // local}"
+            )
+        return _place(environment, environment.global_rank(), expected)
+    if expected > 1 and SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS") == str(expected):
+        try:
+            environment = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # Lightning wants --ntasks-per-node
+            raise ValueError(f"srun started {expected} processes, but {error}") from error
+        return _place(environment, environment.global_rank(), expected)
+    if num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={num_nodes} needs torchrun or srun to start {devices} processes on each of the machines"
+        )
+    for name in PLACE_VARIABLES:  # a run of its own, whatever a scheduler put there for something else
+        os.environ.pop(name, None)
+    return _place(LightningEnvironment(), 0, expected)
+
+
+def _place(environment: ClusterEnvironment, rank: int, world_size: int) -> Processes:
+    rank_zero_only.rank = rank  # Lightning took it from the variables above when it was imported
+    return Processes(environment, rank, world_size)
+
+
+def join(processes: Processes, *, cuda: bool) -> None:
+    """Opens the process group of a run that torchrun or srun started, before Lightning does, which then takes it.
+
+    The first process decides about the run's folder, and the others have to know before they can build a trainer.
+    """
+    if processes.world_size == 1 or isinstance(processes.environment, LightningEnvironment):
+        return
+    environment = processes.environment
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    if cuda:
+        torch.cuda.set_device(environment.local_rank())
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=processes.rank, world_size=processes.world_size
+    )
+    processes.joined = True

@@ -1,0 +1,89 @@
+"""Which processes make up a run: its own, torchrun's, srun's, and what a scheduler left in the environment."""
+
+import os
+import socket
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from test_train import Popen, fit, losses, metrics, read_results, same, text, weights  # noqa: F401 (text is a fixture)
+
+from models.processes import PLACE_VARIABLES, RUN_VARIABLE, find_processes
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+         "SLURM_JOB_ID": "7", "SLURM_NODELIST": "a1"}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; none of those that tell a process's place is left from elsewhere."""
+    for name in (*PLACE_VARIABLES, *TORCHRUN, *SLURM, RUN_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize("stray", [{"RANK": "1"}, {"SLURM_PROCID": "1"}, {**SLURM, "RANK": "3", "WORLD_SIZE": "4"}])
+def test_a_stray_rank_makes_no_second_process_of_a_run_of_its_own(environment, stray):
+    environment(**stray)
+    rank_zero_only.rank = 1  # as Lightning took it from there when it was imported
+    processes = find_processes(devices=1, num_nodes=1)
+    assert processes.is_first and isinstance(processes.environment, LightningEnvironment)
+    assert rank_zero_only.rank == 0 and not {*PLACE_VARIABLES} & {*os.environ}
+    assert not processes.environment.creates_processes_externally and processes.share("x") == "x"
+
+
+def test_torchrun_and_srun_are_recognised(environment):
+    environment(**TORCHRUN, WORLD_SIZE="4", RANK="3")
+    processes = find_processes(devices=2, num_nodes=2)
+    assert isinstance(processes.environment, TorchElasticEnvironment)
+    assert (processes.rank, processes.world_size, processes.is_first, rank_zero_only.rank) == (3, 4, False, 3)
+    with pytest.raises(ValueError, match="the 4 processes that torchrun started, got 1 .* give trainer.devices=2 "):
+        find_processes(devices=1, num_nodes=1)
+
+
+def test_srun_is_one_run_where_its_tasks_are_the_devices_and_several_runs_where_they_are_not(environment):
+    environment(**SLURM)
+    processes = find_processes(devices=2, num_nodes=1)
+    assert isinstance(processes.environment, SLURMEnvironment) and processes.rank == 1
+    assert find_processes(devices=1, num_nodes=1).is_first
+
+
+@pytest.mark.usefixtures("environment")
+def test_several_machines_need_a_launcher():
+    with pytest.raises(ValueError, match="trainer.num_nodes=2 needs torchrun or srun"):
+        find_processes(devices=2, num_nodes=2)
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launched(kind, rank):
+    place = {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    if kind == "torchrun":
+        return {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", **place}
+    return {**SLURM, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+            "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "srun"])
+def test_two_launched_processes_are_one_run(text, tmp_path, kind):  # noqa: F811
+    """As the launcher starts them; the losses are those of one process."""
+    keys = ["name=run", "model.dropout=0", "max_steps=4", "trainer.log_every=1"]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+    keys.append("trainer.devices=2")
+    started = [Popen(text, tmp_path, *keys, variables={**where, **launched(kind, rank)}) for rank in (0, 1)]
+    assert [process.wait(600) for process in started] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir() if (path / "run.json").exists()] == ["run"]
+    assert read_results(tmp_path / "run").status == "finished" and weights(tmp_path / "run")["global_step"] == 4
+    same(losses(tmp_path / "run"), losses(fit(text, tmp_path / "alone", *keys[1:-1])))
+
+
+def test_a_run_of_its_own_logs_whatever_a_scheduler_says(text, tmp_path):  # noqa: F811
+    alone = Popen(text, tmp_path, "name=run", "max_steps=2", variables={**SLURM, "RANK": "1"})
+    assert alone.wait(600) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["2"] and (tmp_path / "run/samples.txt").exists()
