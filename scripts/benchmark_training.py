@@ -38,13 +38,12 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from conf.schema import CONF, validate
+from conf.schema import CONF, builder, validate
 from data.bytes import ByteCorpus
 from models.callbacks import GIB
 from models.environment import environment
@@ -227,7 +226,7 @@ def run(arguments: argparse.Namespace) -> None:
     cuda = uses_cuda(some.trainer.accelerator)
     if arguments.profile and not cuda:
         raise ValueError("--profile needs a CUDA device: it lists a GPU's kernels")
-    corpus = instantiate(some.data)
+    corpus = builder(some, "data")()
     report = {**environment(), **machine(torch.device("cuda" if cuda else "cpu"))}
     report |= {"overrides": arguments.overrides, "steps": arguments.steps, "rows": []}
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -147,7 +147,7 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(tm
     def results(name, attention, **config):
         folder = tmp_path / name
         folder.mkdir()
-        OmegaConf.save({"seed": 0, "lr": 1e-3, "name": name, "attention": {**attention, "_target_": name}, **config},
+        OmegaConf.save({"seed": 0, "lr": 1e-3, "name": name, "attention": attention, **config},
                        folder / "config.yaml")  # fmt: skip
         choice = "cosine" if "scale" in attention else "regular"
         return Results(folder, {"status": "finished", "choices": {"attention": choice, "norm": "pre"}}, [])
