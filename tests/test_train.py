@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_config import configure
 
+from conf.registry import BUILDERS
 from conf.schema import validate
 from models.callbacks import decode, peak_flops
 from models.gpt import GPT
@@ -197,6 +199,40 @@ def test_a_resumed_run_says_and_does_what_changed(text, tmp_path, caplog):
     assert rates["10"] == pytest.approx(optimizer.lr_at(9)) and rates["12"] == pytest.approx(optimizer.lr_at(11))
     group = weights(folder)["optimizer_states"][0]["param_groups"][0]
     assert (group["weight_decay"], tuple(group["betas"])) == (0.2, (0.8, 0.9))
+
+
+class Momentum:
+    """SGD, whose settings are others than AdamW's."""
+
+    def __init__(self, lr: float, momentum: float):
+        self.lr, self.momentum = lr, momentum
+
+    def build(self, model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+    def lr_at(self, _step):
+        return self.lr
+
+
+def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "test_train.Momentum")
+
+    def fit_by_sgd(**changes):
+        settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
+        optimizer = {"kind": "sgd", "lr": settings.pop("lr"), "momentum": settings.pop("momentum")}
+        config = configure(*overrides(text, tmp_path, "name=run"))
+        config = validate(OmegaConf.create({**OmegaConf.to_container(config), **settings, "optimizer": optimizer}))
+        train(config, choices={"attention": "cosine"})
+
+    fit_by_sgd()
+    state = weights(tmp_path / "run")["optimizer_states"][0]
+    assert state["param_groups"][0]["momentum"] == 0.5 and "betas" not in state["param_groups"][0]
+    fit_by_sgd(resume="auto", max_steps=12, lr=0.05, momentum=0.25)
+    resumed = weights(tmp_path / "run")
+    group = resumed["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["momentum"], resumed["global_step"]) == (0.05, 0.25, 12)
+    assert read_results(tmp_path / "run").last("val/bpc") < 8
 
 
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
