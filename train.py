@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from conf.legacy import answer_flags
 
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command_line import of_job
 from conf.schema import builder, check_mode, validate
+from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteCorpus, ByteDataModule
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.callbacks import TextSample, TrainingMetrics
@@ -50,6 +52,7 @@ def main(config: DictConfig) -> float:
     overrides = hydra_config.overrides.task
     try:
         if multirun:
+            redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
             config, overrides = of_job(config, choices, overrides)
         config = validate(config)
         check_mode(config, choices, multirun=multirun)
@@ -185,9 +188,10 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
 @contextmanager
 def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
-    loggers = _start_loggers(config, run)
+    with redacted_command_line():
+        loggers = _start_loggers(config, run)
     for logger in loggers:
-        logger.log_hyperparams({**OmegaConf.to_container(config), "run": run.record})
+        logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
     failed = True
     try:
         yield loggers

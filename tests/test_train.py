@@ -613,8 +613,12 @@ def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(text, 
 
 
 def test_every_job_of_a_sweep_has_its_own_wandb_run(text, tmp_path):
-    swept = command(text, tmp_path, "logger=wandb", "seed=0,1", "max_steps=4", flags=["-m"])
+    secret = "hunter2" * 6
+    changes = ["logger=wandb", "seed=0,1", "max_steps=4", f"+hydra.job.env_set.WANDB_API_KEY={secret}"]
+    swept = command(text, tmp_path, *changes, flags=["-m"])
     assert swept.returncode == 0, swept.stderr
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert not kept
     assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
 
 
