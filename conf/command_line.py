@@ -95,7 +95,7 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def _parse(word: str) -> Override | None:
     """What Hydra reads in a word; None for its own keys."""
-    if "_target_" in word:
+    if re.search(r"(?<!\w)_target_ *[=:]", word):  # Hydra would import what it names for its own plugins
         raise ConfigError(f"{shown(word)}: _target_ is not a key; what is built is chosen as GROUP=OPTION")
     if re.match(r"[+~]*hydra[./]", word):
         return None

@@ -26,7 +26,7 @@ GIVEN_BY_CODE = {
     "optimizer": (),
     "logger": ("run_dir", "resume_step", "wandb_id"),
 }
-# Runs of version 1.0.0 named, instead of the kind, what was imported; this is what these names were.
+# Earlier runs stored, instead of the kind, the name of what was imported: these, and no others.
 FORMER_TARGETS = {
     "models.attention.CosineAttention": ("attention", "cosine"),
     "models.attention.RegularAttention": ("attention", "regular"),

@@ -52,7 +52,7 @@ def _refuse_references(tree: Any, prefix: str) -> None:
 
 
 def _translate(group: str, options: dict[str, Any]) -> dict[str, Any]:
-    """An option as version 1.0.0 stored it, under the kind that its target was."""
+    """An option of an earlier run, which named what was imported, under the kind that this was."""
     target = options["_target_"]
     known, kind = FORMER_TARGETS.get(target, (None, None)) if isinstance(target, str) else (None, None)
     if known != group:

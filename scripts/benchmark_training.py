@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from conf.command_line import check
 from conf.schema import CONF, builder, validate
 from data.bytes import ByteCorpus
 from models.callbacks import GIB
@@ -259,6 +260,7 @@ def configure(arguments: argparse.Namespace, model: str, seq_len: int) -> DictCo
     """The configuration of one case. Raises ValueError for a key or value that train.py does not take."""
     fixed = [f"model={model}", f"seq_len={seq_len}", f"max_steps={arguments.steps}"]
     fixed += [f"trainer.val_every={arguments.steps}", "trainer.progress_bar=false"]
+    check([*arguments.overrides, *fixed])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             config = validate(compose("config", overrides=[*arguments.overrides, *fixed]))

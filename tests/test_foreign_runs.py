@@ -206,7 +206,7 @@ def test_what_is_no_stored_configuration_is_refused_in_one_line(sound, tmp_path,
     assert not (tmp_path / "canary").exists()
 
 
-def test_runs_of_version_1_0_0_are_read(sound, tmp_path, capsys):
+def test_earlier_runs_which_named_classes_are_read(sound, tmp_path, capsys):
     config = OmegaConf.to_container(OmegaConf.load(sound / "config.yaml"))
     names = {value: key for key, value in FORMER_TARGETS.items()}
     former = dict(config)

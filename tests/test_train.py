@@ -505,7 +505,8 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),
         (["--contenders", "nanogpt"], "needs --nanogpt"),
         (["--profile"], "--profile needs a CUDA device"),
-        (["--model", "huge"], "huge"),
+        (["--model", "huge"], "model must be one of base, small, tiny, got 'huge'"),
+        (["logger.project=x"], "logger.project is a key of logger=wandb"),
     ],
 )
 def test_benchmark_training_refuses(text, tmp_path, capsys, arguments, named):
