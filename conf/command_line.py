@@ -125,11 +125,11 @@ def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[st
     found: dict[str, set[str]] = {group: set() for group in GROUPS}
     for names in itertools.product(*(given.get(chooser, [None]) for chooser in CHOOSERS)):
         options = {group: {option} for group, option in _defaults("config.yaml")}
-        for chooser, name in zip(CHOOSERS, names, strict=True):
-            options.update({group: {option} for group, option in _defaults(f"{chooser}/{name}.yaml") if name})
-            swept = OmegaConf.load(CONF / chooser / f"{name}.yaml") if name and multirun else {}
-            for group, values in (OmegaConf.select(swept, "hydra.sweeper.params") or {} if swept else {}).items():
-                options[group] = set(str(values).split(","))
+        for file in (f"{chooser}/{name}.yaml" for chooser, name in zip(CHOOSERS, names, strict=True) if name):
+            options.update({group: {option} for group, option in _defaults(file)})
+            if multirun:
+                swept = OmegaConf.select(OmegaConf.load(CONF / file), "hydra.sweeper.params") or {}
+                options.update({group: set(str(values).split(",")) for group, values in swept.items()})
         options.update({group: set(values) for group, values in given.items()})
         for group in GROUPS:
             found[group] |= options[group]
@@ -138,8 +138,7 @@ def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[st
 
 def _defaults(file: str) -> Iterator[tuple[str, str]]:
     """The options in the defaults list of one of conf/'s files."""
-    path = CONF / file
-    for entry in OmegaConf.load(path).get("defaults", ()) if path.is_file() else ():
+    for entry in OmegaConf.load(CONF / file).get("defaults", ()):
         if not isinstance(entry, str):
             for group, option in entry.items():
                 yield group.removeprefix("override ").removeprefix("/"), option
