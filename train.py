@@ -5,23 +5,30 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from conf.legacy import answer_flags
 
-if __name__ == "__main__":
-    answer_flags(sys.argv[1:])  # before the imports that take seconds
+if __name__ == "__main__":  # before the imports that take seconds
+    answer_flags(sys.argv[1:])
+
+    from conf.command_line import answer
+
+    sys.argv[1:] = answer(sys.argv[1:])
 
 import hydra
 import lightning
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import check_mode, hints, validate
+from conf.command_line import of_job
+from conf.schema import builder, check_mode, validate
+from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteCorpus, ByteDataModule
+from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.callbacks import TextSample, TrainingMetrics
 from models.checkpoints import BEST_CHECKPOINT, FOLDER
 from models.lightning import DivergedError, GPTModule
@@ -48,15 +55,36 @@ def main(config: DictConfig) -> float:
     """Trains as configured and returns the validation loss in bits per byte, which a sweeper minimises."""
     hydra_config = HydraConfig.get()
     choices, multirun = dict(hydra_config.runtime.choices), hydra_config.mode == RunMode.MULTIRUN
+    overrides = hydra_config.overrides.task
     try:
+        if multirun:
+            redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
+            config, overrides = of_job(config, choices, overrides)
         config = validate(config)
         check_mode(config, choices, multirun=multirun)
-        return train(config, choices, hydra_config.overrides.task, keep_failed=multirun)
-    except (ValueError, OSError, DivergedError, InstantiationException) as error:
+        check_backend(config)
+        return train(config, choices, overrides, keep_failed=multirun)
+    except (ValueError, OSError, DivergedError) as error:
         if multirun or "HYDRA_FULL_ERROR" in os.environ:
             raise  # Hydra reports it when the other jobs are done
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {error}")
+
+
+def check_backend(config: DictConfig) -> None:
+    """Refuses a back end that the command line names and that cannot serve here, before a folder is made for the run.
+
+    Raises:
+        ValueError: in the library's words.
+    """
+    backend = config.attention.get("backend")
+    if backend != "cuda":
+        return
+    device = "cuda" if uses_cuda(config.trainer.accelerator) else "cpu"
+    q = torch.zeros(1, 1, 1, 8, device=device)
+    try:
+        flash_cosine_sim_attention(q, q, q, backend=backend)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ValueError(f"attention.{error}") from error
 
 
 def train(
@@ -82,7 +110,7 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     lightning.seed_everything(config.seed, verbose=False)
     check_trainer(config.trainer)
     module = build_module(config)  # before the data: a model that cannot be built needs no download
-    corpus = instantiate(config.data)
+    corpus = builder(config, "data")()
     data, accumulate = build_data(config, corpus)
     join(run.processes, cuda=uses_cuda(config.trainer.accelerator))
     run.find(corpus.provenance["sha256"])
@@ -148,7 +176,7 @@ def build_module(config: DictConfig) -> GPTModule:
     cuda = uses_cuda(config.trainer.accelerator)
     return GPTModule(
         build_gpt(config),
-        instantiate(config.optimizer),
+        builder(config, "optimizer")(),
         seed=config.seed,
         clip_norm=config.trainer.clip_norm,
         compile=compiles_by_default(cuda=cuda) if config.compile is None else config.compile,
@@ -213,11 +241,10 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
 @contextmanager
 def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
-    loggers = instantiate(
-        config.logger, run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"]
-    )
+    with redacted_command_line():
+        loggers = _start_loggers(config, run)
     for logger in loggers:
-        logger.log_hyperparams({**OmegaConf.to_container(config), "run": run.record})
+        logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
     failed = True
     try:
         yield loggers
@@ -226,10 +253,13 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
         finish(loggers, failed=failed)
 
 
-if __name__ == "__main__":
+def _start_loggers(config: DictConfig, run: Run) -> list[Logger]:
+    start = builder(config, "logger")
     try:
-        main()
-    except SystemExit as stopped:
-        if stopped.code:
-            print(*hints(sys.argv[1:]), sep="\n", end="", file=sys.stderr)
-        raise
+        return start(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"])
+    except Exception as error:  # a service's own errors: no account, no network
+        raise ValueError(f"logger={config.logger.kind} does not start: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,23 @@
 """Checks a composed configuration: every key known, every value of its type, before anything is built.
 
-The types of a group that names a ``_target_`` are read off that class's own signature, so that a YAML file, the
+The types of a group that names a ``kind`` are read off the signature of what it builds, so that a YAML file, the
 constructor and the check cannot disagree. Ranges are checked by the constructors.
 """
 
 import dataclasses
+import functools
 import inspect
+import math
+import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from conf.registry import BUILDERS, GIVEN_BY_CODE, find
 
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
@@ -68,51 +73,77 @@ def validate(config: DictConfig) -> DictConfig:
     Raises:
         ConfigError: naming the key, what it got and what is accepted.
     """
-    values = OmegaConf.to_container(config, resolve=True)
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(key + str(error.msg or error).strip().split("\n", 1)[0]) from error
     # experiment and sweep only choose and override; they hold nothing of their own
     top = {key: value for key, value in values.items() if key not in (*GROUPS, "experiment", "sweep")}
     checked = _check(TopLevel, top, prefix="")
     for group in GROUPS:
-        if not isinstance(values.get(group), dict):
-            raise ConfigError(f"{group} must be an option of conf/{group}/, got {values.get(group)!r}")
-        checked[group] = _check_group(group, values[group])
+        checked[group] = check_group(group, values.get(group))
     if not 0 <= checked["seed"] < 2**32:
         raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {checked['seed']}")
     return OmegaConf.create(checked)
 
 
-def _check_group(group: str, values: dict[str, Any]) -> dict[str, Any]:
+def check_stored(config: DictConfig) -> DictConfig:
+    """What describes the model in the configuration of a run, checked as by ``validate``, and the rest of it.
+
+    The run may be another version's: of top-level and trainer keys it may have fewer, or more, which are left out.
+
+    Raises:
+        ConfigError: as ``validate``.
+    """
+    values = OmegaConf.to_container(config)
+    checked = {**values, **_check_known(TopLevel, values, prefix="")}
+    checked["trainer"] = _check_known(TrainerOptions, values.get("trainer"), prefix="trainer.")
+    for group in ("attention", "norm", "model"):
+        checked[group] = check_group(group, values.get(group))
+    read = {"seq_len": checked, "micro_batch_tokens": checked, "precision": checked["trainer"]}  # by the scripts
+    missing = [key for key, keys in read.items() if keys[key] == "???"]
+    if missing:
+        raise ConfigError(f"{missing[0]} is missing")
+    return OmegaConf.create(checked)
+
+
+def check_group(group: str, values: Any) -> dict[str, Any]:
+    """The keys of one group, each converted to its type.
+
+    Raises:
+        ConfigError: naming the key, what it got and what is accepted.
+    """
+    if isinstance(values, DictConfig):
+        values = OmegaConf.to_container(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{group} must be one of {', '.join(options_of(group))} (conf/{group}/), got {shown(values)}")
     if group == "trainer":
         return _check(TrainerOptions, values, prefix="trainer.")
-    special = {key: values[key] for key in ("_target_", "_partial_") if key in values}
-    if "_target_" not in special:
-        raise ConfigError(f"{group}._target_ is missing; accepted: the options in conf/{group}/")
-    arguments = {key: value for key, value in values.items() if key not in special}
-    schema = _signature_schema(group, special["_target_"], given_by_code=GIVEN_BY_CODE[group])
-    return {**special, **_check(schema, arguments, prefix=f"{group}.")}
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in BUILDERS[group]:
+        got = f"got {shown(kind)}" if "kind" in values else "it is missing"
+        raise ConfigError(f"{group}.kind must be one of {', '.join(BUILDERS[group])}; {got}")
+    arguments = {key: value for key, value in values.items() if key != "kind"}
+    return {"kind": kind, **_check(_signature_schema(group, kind), arguments, prefix=f"{group}.")}
 
 
-# Constructor arguments that the program supplies itself: no keys of the configuration.
-GIVEN_BY_CODE = {
-    "attention": ("num_heads", "head_dim"),
-    "norm": ("width", "num_layers", "attention", "mlp"),
-    "model": ("attention", "block"),
-    "data": (),
-    "optimizer": (),
-    "logger": ("run_dir", "resume_step", "wandb_id"),
-}
+def builder(config: DictConfig, group: str) -> Callable[..., Any]:
+    """What builds a group's option, its keys filled in: called with what GIVEN_BY_CODE lists for the group.
+
+    Raises:
+        ConfigError: the option is none of conf/, or has a wrong key or value.
+    """
+    arguments = check_group(group, config.get(group))
+    return functools.partial(find(group, arguments.pop("kind")), **arguments)
 
 
-def _signature_schema(group: str, target: str, given_by_code: tuple[str, ...]) -> type:
-    """A dataclass with the typed arguments of the target."""
-    try:
-        function = get_object(target)
-    except Exception as error:
-        raise ConfigError(f"{group}._target_={target!r} cannot be imported: {error}") from error
-    signature = inspect.signature(function, eval_str=True)
+def _signature_schema(group: str, kind: str) -> type:
+    """A dataclass with the typed arguments of what the kind builds."""
+    signature = inspect.signature(find(group, kind), eval_str=True)
     fields = []
     for name, parameter in signature.parameters.items():
-        if name in given_by_code:
+        if name in GIVEN_BY_CODE[group]:
             continue
         annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
         if parameter.default is inspect.Parameter.empty:
@@ -122,24 +153,74 @@ def _signature_schema(group: str, target: str, given_by_code: tuple[str, ...]) -
     return dataclasses.make_dataclass(f"{group}_arguments", fields, kw_only=True)
 
 
-def _check(schema: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _check(schema: type, values: dict[str, Any], prefix: str, *, partial: bool = False) -> dict[str, Any]:
     typed = OmegaConf.structured(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"{prefix}{key} is not a key; accepted: {', '.join(prefix + name for name in fields)}")
+            raise ConfigError(unknown(prefix, key, list(fields)))
         try:
+            if not _plain(fields[key].type, value):
+                raise ValueError("OmegaConf would convert it")
             typed[key] = value
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{prefix}{key} must be {_name(fields[key].type)}, got {value!r}") from error
+        except (OmegaConfBaseException, ValueError, OverflowError) as error:
+            raise ConfigError(f"{prefix}{key} must be {_name(fields[key].type)}, got {shown(value)}") from error
     missing = [prefix + key for key in fields if OmegaConf.is_missing(typed, key)]
-    if missing:
+    if missing and not partial:
         raise ConfigError(f"{', '.join(missing)} must be given, e.g. {missing[0]}=VALUE")
     return OmegaConf.to_container(typed)
 
 
+def _check_known(schema: type, values: Any, prefix: str) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(schema)}
+    values = values if isinstance(values, dict) else {}
+    return _check(schema, {key: value for key, value in values.items() if key in known}, prefix, partial=True)
+
+
+def _plain(annotation: Any, value: Any) -> bool:
+    """Whether the value means what it says: OmegaConf takes true for the number 1, and numbers that are none."""
+    if isinstance(value, list):
+        return typing.get_origin(annotation) is list and all(_plain(typing.get_args(annotation)[0], v) for v in value)
+    accepted = typing.get_args(annotation) or (annotation,)
+    if value is None or isinstance(value, dict):
+        return value is None and type(None) in accepted
+    if isinstance(value, bool):
+        return bool in accepted
+    if float in accepted:
+        return math.isfinite(float(value))
+    return bool not in accepted or isinstance(value, str) or value in (0, 1)
+
+
+def unknown(prefix: str, key: str, accepted: list[str]) -> str:
+    """What is said of a key that the chosen option does not have: whose key it is, or which there are."""
+    full_key, group = f"{prefix}{key}", prefix.removesuffix(".")
+    if not re.fullmatch(r"[\w.]+", full_key):
+        full_key = shown(full_key)
+    owners = [option for option in options_of(group) if key in keys_of(group, option)] if group in GROUPS else []
+    if owners and key != "kind":
+        owned = f"{full_key} is a key of {' and '.join(f'{group}={owner}' for owner in owners)}"
+        return f"{owned}; the chosen option has {', '.join(prefix + name for name in accepted) or 'none'}"
+    return f"{full_key} is not a key; accepted: {', '.join(prefix + name for name in accepted) or 'none'}"
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group: the YAML files in its folder."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def keys_of(group: str, option: str) -> list[str]:
+    """The keys that an option's file has, without its kind."""
+    return [key for key in OmegaConf.load(CONF / group / f"{option}.yaml") if key != "kind"]
+
+
+def shown(value: Any) -> str:
+    """A value in a message: quoted, on one line, cut where it is long."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _name(annotation: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
     if annotation in names:
         return names[annotation]
     if typing.get_origin(annotation) is list:
@@ -163,25 +244,3 @@ def check_mode(config: DictConfig, choices: dict[str, str], *, multirun: bool) -
             f"-m runs jobs with trainer.devices=1 and trainer.num_nodes=1, got trainer.devices="
             f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}"
         )
-
-
-def hints(arguments: list[str]) -> list[str]:
-    """For every KEY=VALUE on a command line whose key is none, a line that says which are.
-
-    Hydra refuses an unknown key before the program sees it and names it, but not what is accepted.
-    """
-    top = [field.name for field in dataclasses.fields(TopLevel)]
-    lines = []
-    for argument in arguments:
-        key = argument.split("=", 1)[0]
-        group, _, rest = key.partition(".")
-        if "=" not in argument or key.startswith(("hydra", "+", "~", "-")):
-            continue
-        if group not in (*top, *GROUPS, "experiment", "sweep"):
-            lines.append(f"{key} is not a key; accepted: {', '.join((*top, *GROUPS, 'experiment', 'sweep'))}\n")
-        elif rest and group in GROUPS:
-            options = {path.stem: list(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
-            if not any(rest.split(".")[0] in keys for keys in options.values()):
-                known = "; ".join(f"{option}: {', '.join(keys)}" for option, keys in options.items())
-                lines.append(f"{key} is not a key; {group} accepts {known}\n")
-    return lines

@@ -1,5 +1,6 @@
 """enwik8: the first 10**8 bytes of an English Wikipedia dump, cut 90/5/5 MB as all published results do."""
 
+import logging
 import os
 import re
 from dataclasses import replace
@@ -21,6 +22,8 @@ HOW_TO_SUPPLY = (
     "or train without a download on Python's own source by data=pystdlib"
 )
 
+log = logging.getLogger(__name__)
+
 
 def enwik8(
     path: str | None = None,
@@ -32,43 +35,59 @@ def enwik8(
 ) -> ByteCorpus:
     """Find enwik8 or download it, verify the decompressed bytes, and split them 90/5/5 percent.
 
-    path: the raw, .zip or .gz file, or a folder that holds one; None looks in cache_dir, then downloads.
+    path: the raw, .zip or .gz file, or a folder that holds one; None looks in cache_dir, then downloads. Of several in
+        a folder the first that is whole is taken.
     cache_dir: where a download is kept, decompressed. Processes that start at once may share it: each
         downloads into a folder of its own, and the finished file is moved into place whole.
     expected_bytes: a shorter head of the file has to be asked for by its size.
     expected_sha256: of the decompressed bytes. None skips the check; it has to be asked for, too.
     url: a .zip file; a mirror can be named here.
     Raises ValueError for bytes that are not the expected ones, FileNotFoundError where there are none, and
-    RuntimeError if the download fails.
+    ConnectionError if the download fails.
     """
     _check_expected(expected_bytes, expected_sha256)
     place = Path(cache_dir).expanduser() if path is None else existing_path(path)
-    source = place if place.is_file() else _find_in_folder(place)
-    if source is not None:
-        return _verified(read_file(source), str(source), expected_bytes, expected_sha256)
+    found = [place] if place.is_file() else [place / name for name in FILE_NAMES if (place / name).is_file()]
+    if found:
+        try:
+            return _first_whole(found, expected_bytes, expected_sha256)
+        except ValueError as error:
+            raise ValueError(f"{'data.cache_dir' if path is None else 'data.path'}: {error}") from error
     if path is None and download:
         return _download(url, place, expected_bytes, expected_sha256)
-    raise FileNotFoundError(
-        f"{place} holds none of {', '.join(FILE_NAMES)}{' and download=False' if path is None else ''}. {HOW_TO_SUPPLY}"
-    )
+    key = f"data.cache_dir={cache_dir!r}" if path is None else f"data.path={path!r}"
+    not_allowed = " and data.download=false" if path is None else ""
+    raise FileNotFoundError(f"{key} holds none of {', '.join(FILE_NAMES)}{not_allowed}. {HOW_TO_SUPPLY}")
+
+
+def _first_whole(files: list[Path], num_bytes: int, sha256: str | None) -> ByteCorpus:
+    faults = []
+    for path in files:
+        try:
+            corpus = _verified(read_file(path), str(path), num_bytes, sha256)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            log.warning("%s is used, for %s", path, fault)
+        return corpus
+    raise ValueError("; ".join(faults))
 
 
 def _check_expected(expected_bytes: int, expected_sha256: str | None) -> None:
     if isinstance(expected_bytes, bool) or not isinstance(expected_bytes, int) or expected_bytes < 40:
         raise ValueError(
-            f"expected_bytes must be an integer of at least 40 (2 bytes in 5 percent), got {expected_bytes!r}"
+            f"data.expected_bytes must be an integer of at least 40 (2 bytes in 5 percent), got {expected_bytes!r}"
         )
     if expected_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(expected_sha256)):
-        raise ValueError(f"expected_sha256 must be 64 lower-case hexadecimal digits or null, got {expected_sha256!r}")
+        raise ValueError(
+            f"data.expected_sha256 must be 64 lower-case hexadecimal digits or null, got {expected_sha256!r}"
+        )
     if expected_bytes != NUM_BYTES and expected_sha256 == SHA256:
         raise ValueError(
-            f"expected_sha256 must be null or the hash of the {expected_bytes} bytes that expected_bytes "
+            f"data.expected_sha256 must be null or the hash of the {expected_bytes} bytes that data.expected_bytes "
             f"asks for, got that of the full {NUM_BYTES} bytes"
         )
-
-
-def _find_in_folder(folder: Path) -> Path | None:
-    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
 
 
 def _verified(data: np.ndarray, source: str, num_bytes: int, sha256: str | None) -> ByteCorpus:
@@ -76,8 +95,8 @@ def _verified(data: np.ndarray, source: str, num_bytes: int, sha256: str | None)
     if len(data) != num_bytes:
         raise ValueError(
             f"{source} has {len(data)} bytes once decompressed, expected {num_bytes}: it is cut short or "
-            "another file. To use a head of enwik8, set expected_bytes to its size and expected_sha256 to "
-            "null or its hash"
+            "another file. To use a head of enwik8, set data.expected_bytes to its size and data.expected_sha256 to "
+            "null or its hash; a text of your own is data=file"
         )
     corpus = ByteCorpus.cut(
         "enwik8", data, num_val=num_bytes // 20, num_test=num_bytes // 20, provenance={"source": source}
@@ -92,7 +111,7 @@ def _verified(data: np.ndarray, source: str, num_bytes: int, sha256: str | None)
 def _download(url: str, cache_dir: Path, num_bytes: int, sha256: str | None) -> ByteCorpus:
     if url == URL and num_bytes != NUM_BYTES:
         raise ValueError(
-            f"expected_bytes must be {NUM_BYTES} to download from {URL}, got {num_bytes}; "
+            f"data.expected_bytes must be {NUM_BYTES} to download from {URL}, got {num_bytes}; "
             "give the shorter file by data.path=..."
         )
     try:
@@ -105,7 +124,7 @@ def _download(url: str, cache_dir: Path, num_bytes: int, sha256: str | None) -> 
             np.concatenate([corpus.train, corpus.val, corpus.test]).tofile(unpacked)
             os.replace(unpacked, cache_dir / "enwik8")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise RuntimeError(
+        raise ConnectionError(
             f"could not download enwik8 from {url}: {error}\nNothing was kept. {HOW_TO_SUPPLY}"
         ) from error
     return corpus

@@ -32,36 +32,36 @@ def file(path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pat
     Raises FileNotFoundError or ValueError with the path and the reason.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"pattern must be a file name pattern such as '*.txt', got {pattern!r}")
+        raise ValueError(f"data.pattern must be a file name pattern such as '*.txt', got {pattern!r}")
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not isinstance(fraction, float) or not 0 < fraction < 1:
-            raise ValueError(f"{name} must be a float between 0 and 1, got {fraction!r}")
+            raise ValueError(f"data.{name} must be a number between 0 and 1, got {fraction!r}")
     if val_fraction + test_fraction >= 1:
         raise ValueError(
-            f"val_fraction + test_fraction must be less than 1, got {val_fraction} + {test_fraction}: "
+            f"data.val_fraction + data.test_fraction must be less than 1, got {val_fraction} + {test_fraction}: "
             "nothing would be left to train on"
         )
     source = existing_path(path)
-    if source.is_dir():
-        data, num_files = _read_folder(source, pattern)
-    else:
-        data, num_files = read_file(source), 1
-    return ByteCorpus.cut(
-        source.resolve().name,
-        data,
-        num_val=round(len(data) * val_fraction),
-        num_test=round(len(data) * test_fraction),
-        provenance={"source": str(path), "files": num_files},
-    )
+    try:
+        data, num_files = _read_folder(source, pattern) if source.is_dir() else (read_file(source), 1)
+        return ByteCorpus.cut(
+            source.resolve().name,
+            data,
+            num_val=round(len(data) * val_fraction),
+            num_test=round(len(data) * test_fraction),
+            provenance={"source": str(path), "files": num_files},
+        )
+    except ValueError as error:
+        raise ValueError(f"data.path: {error}") from error
 
 
 def existing_path(path: str) -> Path:
     """Expand ~ and insist that the path is there; what it is, is up to the caller."""
     if not isinstance(path, (str, os.PathLike)) or not str(path):
-        raise ValueError(f"path must name a file or a folder, got {path!r}")
+        raise ValueError(f"data.path must name a file or a folder, got {path!r}")
     source = Path(path).expanduser()
     if not source.exists():
-        raise FileNotFoundError(f"path {path!r} does not exist (looked in {Path.cwd()})")
+        raise FileNotFoundError(f"data.path={path!r} does not exist (looked in {Path.cwd()})")
     return source
 
 
@@ -137,7 +137,7 @@ def _read_folder(root: Path, pattern: str) -> tuple[np.ndarray, int]:
     )
     filled = [root / path for path in paths if (root / path).stat().st_size > 0]
     if not filled:
-        raise ValueError(f"folder {root} holds no file with content that matches pattern {pattern!r}")
+        raise ValueError(f"folder {root} holds no file with content that matches data.pattern={pattern!r}")
     return np.concatenate([read_file(path) for path in filled]), len(filled)
 
 

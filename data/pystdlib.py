@@ -31,15 +31,15 @@ def pystdlib(subset: str = "core") -> ByteCorpus:
     Raises ValueError for another subset, FileNotFoundError where sources (for "full", tests) are missing.
     """
     if subset not in SUBSETS:
-        raise ValueError(f"subset must be one of {SUBSETS}, got {subset!r}")
+        raise ValueError(f"data.subset must be core or full, got {subset!r}")
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "os.py").is_file():
         raise FileNotFoundError(f"the standard library at {root} has no .py files to read (a zipped Python?)")
     # Some distributions ship a `test` folder of helpers without the tests: look for one of the tests.
     if subset == "full" and not (root / "test" / "test_grammar.py").is_file():
         raise FileNotFoundError(
-            f"subset='full' needs the `test` package of the standard library, and {root} has none: "
-            "install it (on Debian: libpython3-testsuite) or use subset='core'"
+            f"data.subset=full needs the `test` package of the standard library, and {root} has none: "
+            "install it (on Debian: libpython3-testsuite) or use data.subset=core"
         )
     splits, num_files = _read_splits(root, _list_sources(root, core=subset == "core"))
     joined = np.frombuffer(b"".join(splits.values()), dtype=np.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from conf.secrets import redact_words
 from flash_cosine_sim_attention.identity import DISTRIBUTION, __version__
 
 
@@ -17,7 +18,7 @@ def environment() -> dict[str, Any]:
     """What a result depends on beyond the configuration."""
     packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy")
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([sys.argv[0], *redact_words(sys.argv[1:])]),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),

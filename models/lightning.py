@@ -94,7 +94,7 @@ class GPTModule(lightning.LightningModule):
         # and a resumed run that was told another learning rate must use it.
         built, _ = self.optimizer.build(self.gpt)
         for group, configured in zip(self.trainer.optimizers[0].param_groups, built.param_groups, strict=True):
-            group.update({key: configured[key] for key in ("betas", "eps", "weight_decay", "initial_lr")})
+            group.update({key: value for key, value in configured.items() if key != "params"})
             group["lr"] = self.optimizer.lr_at(self.global_step)
         self.lr_schedulers().base_lrs = [self.optimizer.lr] * len(built.param_groups)
 

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
+from conf.schema import builder, check_stored
 from models.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.gpt import GPT
 from models.runs import CONFIG_FILE, file_of_run, load_config
@@ -15,7 +13,7 @@ from models.runs import CONFIG_FILE, file_of_run, load_config
 
 def build_gpt(config: DictConfig) -> GPT:
     """The model that a configuration describes, freshly initialised."""
-    return instantiate(config.model, attention=instantiate(config.attention), block=instantiate(config.norm))
+    return builder(config, "model")(attention=builder(config, "attention"), block=builder(config, "norm"))
 
 
 def load_model(
@@ -35,8 +33,9 @@ def load_model(
     config_path = Path(folder) / CONFIG_FILE
     config = load_config(folder)
     try:
+        config = check_stored(config)
         gpt = build_gpt(config)
-    except (OmegaConfBaseException, InstantiationException) as error:
+    except ValueError as error:
         raise ValueError(f"{str(config_path)!r} does not describe a model: {error}") from error
     try:
         gpt.load_state_dict(_read_weights(path))

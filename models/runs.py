@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from conf.stored import read_stored
 from models.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
 from models.environment import environment
 from models.lightning import DivergedError
@@ -444,14 +444,7 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
 
 def load_config(folder: Path) -> DictConfig:
     """The resolved configuration of a run."""
-    path = file_of_run(folder, CONFIG_FILE)
-    try:
-        config = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{str(path)!r} must hold keys and values, got a list")
-    return config
+    return read_stored(file_of_run(folder, CONFIG_FILE))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

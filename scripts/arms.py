@@ -82,7 +82,7 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if key != "seed" and key not in COPIES and not is_one_of(key, INCIDENTAL) and not key.endswith("_")
+        if key != "seed" and key not in COPIES and not is_one_of(key, INCIDENTAL) and not key.endswith(".kind")
     }
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}

@@ -38,13 +38,13 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from conf.schema import CONF, validate
+from conf.command_line import check
+from conf.schema import CONF, builder, validate
 from data.bytes import ByteCorpus
 from models.callbacks import GIB
 from models.environment import environment
@@ -227,7 +227,7 @@ def run(arguments: argparse.Namespace) -> None:
     cuda = uses_cuda(some.trainer.accelerator)
     if arguments.profile and not cuda:
         raise ValueError("--profile needs a CUDA device: it lists a GPU's kernels")
-    corpus = instantiate(some.data)
+    corpus = builder(some, "data")()
     report = {**environment(), **machine(torch.device("cuda" if cuda else "cpu"))}
     report |= {"overrides": arguments.overrides, "steps": arguments.steps, "rows": []}
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -260,6 +260,7 @@ def configure(arguments: argparse.Namespace, model: str, seq_len: int) -> DictCo
     """The configuration of one case. Raises ValueError for a key or value that train.py does not take."""
     fixed = [f"model={model}", f"seq_len={seq_len}", f"max_steps={arguments.steps}"]
     fixed += [f"trainer.val_every={arguments.steps}", "trainer.progress_bar=false"]
+    check([*arguments.overrides, *fixed])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             config = validate(compose("config", overrides=[*arguments.overrides, *fixed]))

@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from conf.schema import builder
 from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
 from models.gpt import GPT
 from models.load import find_checkpoint, load_model
@@ -121,9 +120,9 @@ def rebuild_corpus(run: str | Path, config: DictConfig) -> ByteCorpus:
     if trained_on is None:
         raise ValueError(f"{str(run)!r} does not record its corpus: it ended before its data was read")
     try:
-        corpus = instantiate(config.data)
-    except InstantiationException as error:
-        raise ValueError(f"the run's corpus cannot be rebuilt: {error.__cause__ or error}") from error
+        corpus = builder(config, "data")()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the run's corpus cannot be rebuilt: {error}") from error
     got = corpus.provenance["sha256"]
     if got != trained_on:
         raise ValueError(

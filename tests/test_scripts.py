@@ -147,9 +147,9 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(tm
     def results(name, attention, **config):
         folder = tmp_path / name
         folder.mkdir()
-        OmegaConf.save({"seed": 0, "lr": 1e-3, "name": name, "attention": {**attention, "_target_": name}, **config},
-                       folder / "config.yaml")  # fmt: skip
         choice = "cosine" if "scale" in attention else "regular"
+        OmegaConf.save({"seed": 0, "lr": 1e-3, "name": name, "attention": {"kind": choice, **attention}, **config},
+                       folder / "config.yaml")  # fmt: skip
         return Results(folder, {"status": "finished", "choices": {"attention": choice, "norm": "pre"}}, [])
 
     cosine, regular = results("a", {"scale": 12.0}), results("b", {})

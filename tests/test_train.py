@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_config import configure
 
+from conf.registry import BUILDERS
 from conf.schema import validate
 from models import checkpoints
 from models.callbacks import decode, peak_flops
@@ -213,6 +215,40 @@ def test_a_resumed_run_says_and_does_what_changed(text, tmp_path, caplog):
     assert rates["10"] == pytest.approx(optimizer.lr_at(9)) and rates["12"] == pytest.approx(optimizer.lr_at(11))
     group = weights(folder)["optimizer_states"][0]["param_groups"][0]
     assert (group["weight_decay"], tuple(group["betas"])) == (0.2, (0.8, 0.9))
+
+
+class Momentum:
+    """SGD, whose settings are others than AdamW's."""
+
+    def __init__(self, lr: float, momentum: float):
+        self.lr, self.momentum = lr, momentum
+
+    def build(self, model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+    def lr_at(self, _step):
+        return self.lr
+
+
+def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "test_train.Momentum")
+
+    def fit_by_sgd(**changes):
+        settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
+        optimizer = {"kind": "sgd", "lr": settings.pop("lr"), "momentum": settings.pop("momentum")}
+        config = configure(*overrides(text, tmp_path, "name=run"))
+        config = validate(OmegaConf.create({**OmegaConf.to_container(config), **settings, "optimizer": optimizer}))
+        train(config, choices={"attention": "cosine"})
+
+    fit_by_sgd()
+    state = weights(tmp_path / "run")["optimizer_states"][0]
+    assert state["param_groups"][0]["momentum"] == 0.5 and "betas" not in state["param_groups"][0]
+    fit_by_sgd(resume="auto", max_steps=12, lr=0.05, momentum=0.25)
+    resumed = weights(tmp_path / "run")
+    group = resumed["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["momentum"], resumed["global_step"]) == (0.05, 0.25, 12)
+    assert read_results(tmp_path / "run").last("val/bpc") < 8
 
 
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
@@ -721,7 +757,8 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),
         (["--contenders", "nanogpt"], "needs --nanogpt"),
         (["--profile"], "--profile needs a CUDA device"),
-        (["--model", "huge"], "huge"),
+        (["--model", "huge"], "model must be one of base, small, tiny, got 'huge'"),
+        (["logger.project=x"], "logger.project is a key of logger=wandb"),
     ],
 )
 def test_benchmark_training_refuses(text, tmp_path, capsys, arguments, named):
@@ -828,8 +865,12 @@ def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(text, 
 
 
 def test_every_job_of_a_sweep_has_its_own_wandb_run(text, tmp_path):
-    swept = command(text, tmp_path, "logger=wandb", "seed=0,1", "max_steps=4", flags=["-m"])
+    secret = "hunter2" * 6
+    changes = ["logger=wandb", "seed=0,1", "max_steps=4", f"+hydra.job.env_set.WANDB_API_KEY={secret}"]
+    swept = command(text, tmp_path, *changes, flags=["-m"])
     assert swept.returncode == 0, swept.stderr
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert not kept
     assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
 
 

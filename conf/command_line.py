@@ -1,0 +1,224 @@
+"""Answers train.py's command line before Hydra sees it: a wrong key in one line, ``--help`` with every key's meaning.
+
+Hydra knows which keys there are, but not which option has them, and refuses in many lines or with a traceback.
+"""
+
+import itertools
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from conf.schema import CONF, GROUPS, ConfigError, keys_of, options_of, shown, unknown
+
+CHOOSERS = ("experiment", "sweep")  # groups of overrides; they hold no keys of their own
+MULTIRUN = ("-m", "--multirun")
+# With these another configuration is composed than conf/config.yaml, or none.
+OTHERS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--experimental-rerun", "--hydra-help",
+          "--shell-completion", "-sc", "--version")  # fmt: skip
+COLUMN, WIDTH = 45, 120  # where --help's meanings start and end
+
+
+def answer(arguments: Sequence[str]) -> list[str]:
+    """The arguments that Hydra is to see. Ends the program after --help, or with one line for what cannot be."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage(), end="")
+        sys.exit()
+    try:
+        options = check(arguments)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    flags = [word for word in arguments if word in MULTIRUN]
+    if not flags:
+        return list(arguments)
+    # Hydra takes -m before or behind all keys only, and would refuse the jobs whose option lacks a key
+    return [flags[0], *(_forced(word, options) for word in arguments if word not in MULTIRUN)]
+
+
+def _forced(word: str, options: dict[str, set[str]]) -> str:
+    group, _, key = word.split("=", 1)[0].partition(".")
+    common = all(key in keys_of(group, option) for option in options.get(group, ()))
+    return word if common or not key else f"++{word}"
+
+
+def of_job(config: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """A sweep's job without what the line says of options that this job did not choose: configuration and overrides."""
+    config, dropped = config.copy(), set()
+    for group in GROUPS:
+        if choices.get(group) not in options_of(group) or not config.get(group):
+            continue
+        others = {key for option in options_of(group) for key in keys_of(group, option)}
+        for key in others - set(keys_of(group, choices[group])):
+            with open_dict(config[group]):
+                config[group].pop(key, None)
+            dropped.add(f"{group}.{key}")
+    lines = [override.removeprefix("++") for override in overrides]
+    return config, [line for line in lines if line.split("=", 1)[0] not in dropped]
+
+
+def check(arguments: Sequence[str]) -> dict[str, set[str]]:
+    """Checks the keys of a command line, and returns the options that it leads to, by group; several in a sweep.
+
+    Raises:
+        ConfigError: a key is unknown or another option's, an option is none, or several values stand without -m.
+    """
+    if any(word.split("=", 1)[0] in OTHERS for word in arguments):
+        return {}
+    multirun = bool(set(arguments) & set(MULTIRUN))
+    overrides = [override for word in words_of(arguments) if (override := _parse(word))]
+    options = chosen(overrides, multirun=multirun)
+    for override in overrides:
+        if override.is_sweep_override() and not multirun:
+            raise ConfigError(
+                f"{override.input_line} has several values, which needs -m: python train.py -m {override.input_line}; "
+                "a comma within one value is quoted: KEY='\"a,b\"'"
+            )
+        _check_key(override, options)
+    return options
+
+
+def words_of(arguments: Sequence[str]) -> list[str]:
+    """The words that override something: all but flags and what follows one."""
+    words = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word.startswith("-") or (before.startswith("-") and before not in MULTIRUN and "=" not in word):
+            continue
+        words.append(word)
+    return words
+
+
+def _parse(word: str) -> Override | None:
+    """What Hydra reads in a word; None for its own keys."""
+    if re.search(r"(?<!\w)_target_ *[=:]", word):  # Hydra would import what it names for its own plugins
+        raise ConfigError(f"{shown(word)}: _target_ is not a key; what is built is chosen as GROUP=OPTION")
+    if re.match(r"[+~]*hydra[./]", word):
+        return None
+    if "=" not in word and not word.startswith("~"):
+        raise ConfigError(f"{shown(word)} must be KEY=VALUE; python train.py --help lists the keys")
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        key, _, value = word.partition("=")
+        if re.fullmatch(r"[+~\w./@]+", key) and value and not re.search(r"[\"'\[\]{}$\\]", value):
+            quoted = shlex.quote(f'{key}="{value}"')
+            raise ConfigError(f"{key} got characters that must be quoted: {quoted}") from error
+        raise ConfigError(f"{shown(word)} is no KEY=VALUE: {str(error).strip().splitlines()[0]}") from error
+
+
+def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[str]]:
+    """The options that the command line leads to, by group; several in a sweep.
+
+    Raises:
+        ConfigError: it chooses one that there is not.
+    """
+    given = {override.key_or_group: _values(override) for override in overrides}
+    for group in (*GROUPS, *CHOOSERS):
+        wrong = [value for value in given.get(group, ()) if value not in options_of(group)]
+        if wrong:
+            raise ConfigError(f"{group} must be one of {', '.join(options_of(group))}, got {shown(wrong[0])}")
+    found: dict[str, set[str]] = {group: set() for group in GROUPS}
+    for names in itertools.product(*(given.get(chooser, [None]) for chooser in CHOOSERS)):
+        options = {group: {option} for group, option in _defaults("config.yaml")}
+        for file in (f"{chooser}/{name}.yaml" for chooser, name in zip(CHOOSERS, names, strict=True) if name):
+            options.update({group: {option} for group, option in _defaults(file)})
+            if multirun:
+                swept = OmegaConf.select(OmegaConf.load(CONF / file), "hydra.sweeper.params") or {}
+                options.update({group: set(str(values).split(",")) for group, values in swept.items()})
+        options.update({group: set(values) for group, values in given.items()})
+        for group in GROUPS:
+            found[group] |= options[group]
+    return found
+
+
+def _defaults(file: str) -> Iterator[tuple[str, str]]:
+    """The options in the defaults list of one of conf/'s files."""
+    for entry in OmegaConf.load(CONF / file).get("defaults", ()):
+        if not isinstance(entry, str):
+            for group, option in entry.items():
+                yield group.removeprefix("override ").removeprefix("/"), option
+
+
+def _values(override: Override) -> list[str | None]:
+    """The values of a group's override, or none where it removes the group."""
+    if override.type == OverrideType.DEL:
+        return [None]
+    value = override._value
+    if isinstance(value, Glob):
+        return value.filter(options_of(override.key_or_group))
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    return [None if value is None else str(getattr(value, "text", value)) for value in values]
+
+
+def _check_key(override: Override, options: dict[str, set[str]]) -> None:
+    key = override.key_or_group
+    group, _, name = key.partition(".")
+    top = _top_level()
+    if group == "sweep" and name:  # what a sweep's file refers to itself
+        return
+    if group not in (*top, *GROUPS, *CHOOSERS) or (name and group not in GROUPS):
+        raise ConfigError(unknown("", key, [*top, *GROUPS, *CHOOSERS]))
+    if isinstance(override._value, dict):
+        raise ConfigError(f"{key} takes no keys of its own, got {shown(override._value)}")
+    if not name:
+        return
+    if name == "kind":
+        raise ConfigError(f"{key} is set by {group}=OPTION; accepted: {', '.join(options_of(group))}")
+    keys = {option: keys_of(group, option) for option in sorted(options[group])}
+    first, _, rest = name.partition(".")
+    if rest or not any(name in known for known in keys.values()):
+        accepted = list(dict.fromkeys(itertools.chain(*keys.values())))
+        raise ConfigError(unknown(f"{group}.", first if not rest else name, accepted))
+
+
+def _top_level() -> list[str]:
+    return [key for key in OmegaConf.load(CONF / "config.yaml") if key not in ("defaults", "hydra")]
+
+
+def usage() -> str:
+    """What --help prints: every key with its default and its meaning, from the comments beside them in conf/."""
+    defaults = dict(_defaults("config.yaml"))
+    lines = ["python train.py [-m] [KEY=VALUE ...]", ""]
+    lines += ["-m sweeps over values with commas between; --cfg job prints the configuration that a line composes;"]
+    lines += ["docs/training.md has examples."]
+    lines.append("")
+    for key, value, meaning in described("config.yaml"):
+        lines += _entry(key, value, meaning) if key not in defaults else []
+    for group, meaning in [(key, meaning) for key, _, meaning in described("config.yaml") if key in defaults]:
+        options = sorted(options_of(group), key=lambda option: option != defaults[group])  # the default first
+        lines += ["", *_entry(group, "|".join(options), meaning)]
+        entries: dict[tuple[str, str], dict[str, str]] = {}
+        for option in options if group in GROUPS else ():
+            for key, value, meaning in described(f"{group}/{option}.yaml"):
+                entries.setdefault((key, meaning), {})[option] = value
+        for (key, meaning), values in entries.items():
+            some = "" if len(values) == len(options) else f"{', '.join(values)}: "
+            lines += _entry(f"  {group}.{key}", "|".join(dict.fromkeys(values.values())), some + meaning)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _entry(key: str, value: str, meaning: str) -> list[str]:
+    left, right = f"{key}={value}", textwrap.wrap(meaning, WIDTH - COLUMN)
+    if len(left) >= COLUMN:
+        return [left, *(" " * COLUMN + line for line in right)]
+    return [f"{first:<{COLUMN}}{line}" for first, line in itertools.zip_longest([left], right, fillvalue="")]
+
+
+def described(file: str) -> list[tuple[str, str, str]]:
+    """Key, value and comment of every key in one of conf/'s files, but for its kind; groups are keys, too."""
+    entries: list[tuple[str, str, str]] = []
+    for line in (CONF / file).read_text(encoding="utf-8").splitlines():
+        if line.startswith("hydra:"):
+            break
+        key = re.fullmatch(r"(?:  - )?(\w+): +(.*?)(?: +# (.*))?", line)
+        more = re.fullmatch(r" +# (.*)", line)
+        if key:
+            entries.append((key[1], key[2], key[3] or ""))
+        elif more and entries:
+            entries[-1] = (*entries[-1][:2], f"{entries[-1][2]} {more[1]}")
+    return [entry for entry in entries if entry[0] != "kind"]

@@ -1,0 +1,107 @@
+"""What looks like a secret is not written into a run's folder, nor sent to a logger."""
+
+import sys
+
+import pytest
+from test_config import configure
+
+import train
+from conf.registry import BUILDERS
+from conf.schema import validate
+from conf.secrets import redact, redact_tree, redact_words, redacted_command_line
+from models.environment import environment
+from models.runs import Run
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("WANDB_API_KEY=hunter2", "WANDB_API_KEY=***"),
+        ("+hydra.job.env_set.WANDB_API_KEY=a,hunter2 b", "+hydra.job.env_set.WANDB_API_KEY=***"),
+        ("hydra.job.env_set={WANDB_API_KEY:hunter2,HF_TOKEN:'hunter2 x',X:1}",
+         "hydra.job.env_set={WANDB_API_KEY:***,HF_TOKEN:***,X:1}"),
+        ("+logger.api_key=hunter2", "+logger.api_key=***"),
+        ("password=hunter2", "password=***"),
+        ("--password=hunter2", "--password=***"),
+        ("db-secret=hunter2", "db-secret=***"),
+        ("AWS_SECRET_ACCESS_KEY=hunter2", "AWS_SECRET_ACCESS_KEY=***"),
+        ("data.path=https://me:hunter2@host.org/x?y=1", "data.path=https://***@host.org/x?y=1"),
+        ("data.path=https://hunter2@host.org", "data.path=https://***@host.org"),
+        ("data.path=https://me:p@hunter2@host.org/x@y", "data.path=https://***@host.org/x@y"),
+        ("data.path=https://host.org/x?token=hunter2&y=1", "data.path=https://host.org/x?token=***&y=1"),
+        ("name=token=hunter2", "name=token=***"),
+        ("      WANDB_API_KEY: hunter2", "      WANDB_API_KEY: ***"),
+    ],
+)  # fmt: skip
+def test_secrets_are_masked_and_the_rest_is_kept(text, kept):
+    assert redact(text) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tokens_per_step=256", "micro_batch_tokens=128", "data.path=user@host:/tokens/x", "attention=cosine", "lr=1e-3",
+     "name=secretary", "data.path=/home/me/password/x", "name=a@b", "tokenizer=bytes", "compressors=true", "-m"],
+)  # fmt: skip
+def test_what_is_no_secret_is_kept(text):
+    assert redact(text) == text
+
+
+def test_words_and_trees_are_masked():
+    assert redact_words(["--api-key", SECRET, "-m", "lr=1"]) == ["--api-key", "***", "-m", "lr=1"]
+    tree = {
+        "run": {"command": f"x api_key={SECRET}", "wandb_api_key": SECRET, "tokens_per_step": 256},
+        "tags": [1, "a"],
+    }
+    kept = {"run": {"command": "x api_key=***", "wandb_api_key": "***", "tokens_per_step": 256}, "tags": [1, "a"]}
+    assert redact_tree(tree) == kept
+
+
+class Recording:
+    """A logger that keeps what it is given."""
+
+    def __init__(self, run_dir, resume_step, wandb_id):
+        del run_dir, resume_step, wandb_id
+        self.command = list(sys.argv)
+
+    def log_hyperparams(self, values):
+        self.values = values
+
+
+def recording(run_dir, resume_step, wandb_id):
+    """Its builder."""
+    return [Recording(run_dir, resume_step, wandb_id)]
+
+
+def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
+    words = ["train.py", "lr=1e-3", f"+hydra.job.env_set.WANDB_API_KEY={SECRET}", "seed=1"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setitem(BUILDERS["logger"], "csv", "test_secrets.recording")
+    config = validate(configure("logger=csv", "data=file", f"data.path=https://me:{SECRET}@host.org/x"))
+    record = environment()
+    assert record["command"] == "train.py lr=1e-3 +hydra.job.env_set.WANDB_API_KEY=*** seed=1"
+    run = Run(tmp_path, None, None, {"wandb_id": "x", "command": record["command"], "error": f"token={SECRET}"})
+    with train.loggers_of(config, run) as (logger,):
+        assert SECRET not in repr(logger.command) + repr(logger.values)
+        assert logger.values["data"]["path"] == "https://***@host.org/x" and logger.values["lr"] == 1e-3
+    assert config.data.path == f"https://me:{SECRET}@host.org/x"  # what is built has it
+    with redacted_command_line():
+        assert sys.argv[1] == "lr=1e-3" and sys.argv[2].endswith("=***")
+    assert sys.argv is words
+
+
+def test_a_logger_that_does_not_start_says_so_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILDERS["logger"], "csv", "test_secrets.absent_service")
+    config = validate(configure("logger=csv"))
+    with (
+        pytest.raises(ValueError, match="^logger=csv does not start: no account$"),
+        train.loggers_of(config, Run(tmp_path, None, None, {"wandb_id": "x"})),
+    ):
+        pass
+
+
+def absent_service(run_dir, resume_step, wandb_id):
+    """A builder that fails in a service's own way."""
+    del run_dir, resume_step, wandb_id
+    raise RuntimeError("no account")
