@@ -353,7 +353,7 @@ def test_names_have_no_characters_that_hydra_or_a_shell_reads(text, tmp_path):
     assert name == "a-b-cosine-pre-tiny-file-len32-lr0.001-seed0-betas-0.8-0.9-positionslearned-scale8.5"
     long = default_name(config, choices, [f"model.x{index}=1" for index in range(60)])
     assert len(long) <= 120 and re.fullmatch(r"[A-Za-z0-9._-]+", long)
-    for name in ("a=b", "a,b", "a b", "é", "-x", "", "../x"):
+    for name in ("a=b", "a,b", "a b", "é", "-x", "../x"):
         with pytest.raises(ValueError, match="name must be a plain folder name"):
             fit(text, tmp_path, f"name='{name}'")
     assert not list(tmp_path.iterdir())
@@ -425,7 +425,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(text, tmp_path, caplog,
         (folder / "checkpoints" / "index.json").unlink()
     with pytest.raises(ValueError, match=f"step-8.ckpt' is no sound checkpoint.*resume={before}"):
         fit(text, tmp_path, f"resume={newest}")
-    fit(text, tmp_path, "resume=auto")
+    with caplog.at_level("INFO"):
+        fit(text, tmp_path, "resume=auto")
     assert "step-8.ckpt' is no sound checkpoint" in caplog.text and "continues at step 4" in caplog.text
     assert read_results(folder).last("step") == 8
     for path in (folder / "checkpoints").glob("*.ckpt"):
@@ -473,6 +474,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(text, tmp_path, monk
 def test_weights_alone_start_another_run(text, tmp_path, caplog):
     folder = fit(text, tmp_path)
     trained = weights(folder)["state_dict"]
+    caplog.set_level("INFO")
     changes = ["attention=regular", "seq_len=16", "name=warm", "max_steps=1", "lr=1e-9", "optimizer.weight_decay=0"]
     fit(text, tmp_path, f"init_from={folder}", *changes, "trainer.val_bytes=600")
     started = weights(tmp_path / "warm")["state_dict"]
@@ -629,7 +631,7 @@ def test_a_sweep_needs_its_flag_and_one_process_a_job(text, tmp_path):
     alone = command(text, tmp_path, "sweep=attention_norm")
     assert alone.returncode == 1 and "sweep=attention_norm needs -m" in alone.stderr
     several = command(text, tmp_path, "seed=0,1", "trainer.devices=2", flags=["-m"])
-    assert several.returncode == 1 and "trainer.devices=1, got 2" in several.stderr
+    assert several.returncode == 1 and "got trainer.devices=2, trainer.num_nodes=1" in several.stderr
     assert not list(tmp_path.glob("*/metrics.csv"))
 
 
