@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from conf.legacy import answer_flags
+from models.tables import show_any_character
 
 if __name__ == "__main__":
+    show_any_character()
     answer_flags(sys.argv[1:])  # before the imports that take seconds
 
 import hydra

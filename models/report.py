@@ -4,12 +4,10 @@ import csv
 import dataclasses
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +15,7 @@ from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
 from models.loggers import METRICS_FILE, read_csv
 from models.runs import Run, read_record
+from models.tables import console, show
 
 PLOT_FILE = "loss_and_memory.png"
 MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU
@@ -92,8 +91,7 @@ def table(runs: list[Results], title: str) -> Table:
     """One line a run: bits per byte, throughput, memory."""
     columns = Table(title=title)
     for heading in HEADINGS:
-        left = heading in ("run", "status")
-        columns.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "run")
+        columns.add_column(heading, justify="left" if heading in ("run", "status") else "right")
     for run in runs:
         name, status, *numbers = map(escape, _cells(run))
         columns.add_row(name, f"[{STATUS_STYLES.get(run.status, 'red')}]{status}[/]", *numbers)
@@ -105,11 +103,6 @@ def markdown(runs: list[Results]) -> str:
     rule = ["---" if heading in ("run", "status") else "---:" for heading in HEADINGS]
     lines = [list(HEADINGS), rule, *([cell.replace("|", "\\|") for cell in _cells(run)] for run in runs)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def console() -> Console:
-    """Where reports are printed; as wide as the terminal, or in a file or a pipe as the table needs."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -187,7 +180,7 @@ def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
         out.rule("a sample after step " + last.split(" ", 1)[0])
         out.print(last.split("\n", 1)[-1], markup=False, highlight=False)
         out.rule()
-    out.print(table([results], title="summary"))
+    show(table([results], title="summary"))
     record = run.record["corpus"]
     out.print(
         f"val bpc: bits per byte of {record['val_scored']:,} bytes of {corpus.name}, non-overlapping windows of "

@@ -118,7 +118,7 @@ def open_run(
         ValueError: resume names no run, or one of another model.
     """
     run = _start(config, config.name or default_name(config, choices, overrides))
-    handler = logging.FileHandler(run.folder / "train.log") if _is_first_process() else logging.NullHandler()
+    handler = _log_file(run.folder) if _is_first_process() else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -139,6 +139,11 @@ def open_run(
         os.environ.pop(RUN_VARIABLE, None)
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def _log_file(folder: Path) -> logging.FileHandler:
+    # whatever the locale's encoding is, and with names of files that have none
+    return logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
 
 
 def _info(error: BaseException) -> tuple:
@@ -340,5 +345,5 @@ def _is_first_process() -> bool:
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
