@@ -470,13 +470,46 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
         (["--contenders", "nanogpt"], "needs --nanogpt"),
         (["--profile"], "--profile needs a CUDA device"),
         (["--model", "huge"], "huge"),
+        (["model=tiny", "--model", "small"], "model=tiny and --model small contradict each other"),
+        (["seq_len=64", "--seq-len", "64", "32"], "seq_len=64 and --seq-len 64 32 contradict each other"),
+        (["max_steps=9", "--steps", "8"], "max_steps=9 and --steps 8 contradict each other"),
+        (["seq_len=none"], "seq_len"),
     ],
 )
 def test_benchmark_training_refuses(text, tmp_path, capsys, arguments, named):
-    changes = [change for change in overrides(text, tmp_path) if not change.startswith(("model", "seq_len="))]
+    left_out = ("model", "seq_len=", "max_steps=")
+    changes = [change for change in overrides(text, tmp_path) if not change.startswith(left_out)]
     assert benchmark_training.main([*changes, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["model=tiny", "seq_len=64"], {("tiny", 64): 200}),
+        (["model=tiny", "seq_len=64", "max_steps=90"], {("tiny", 64): 90}),
+        (["experiment=long_context"], {("small", 8192): 200}),
+        (["experiment=quickstart", "--steps", "75"], {("tiny", 256): 75}),
+        (["model=tiny", "--seq-len", "32", "64", "32"], {("tiny", 32): 200, ("tiny", 64): 200}),
+        (["seq_len=64", "--model", "base", "tiny"], {("base", 64): 200, ("tiny", 64): 200}),
+        ([], {("small", 1024): 200}),
+    ],
+)
+def test_benchmark_training_measures_what_it_was_told(monkeypatch, arguments, expected):
+    measured = {}
+
+    def measure(_, config, *__, **___):
+        measured[config.model.width, config.seq_len] = config.max_steps
+        return {}
+
+    monkeypatch.setattr(benchmark_training, "measure", measure)
+    monkeypatch.setattr(benchmark_training, "instantiate", lambda _: None)
+    monkeypatch.setattr(benchmark_training, "table", lambda rows, _: rows)
+    monkeypatch.setattr(benchmark_training, "show", lambda *_, **__: None)
+    assert benchmark_training.main(arguments) == 0
+    widths = {"tiny": 128, "small": 512, "base": 768}
+    assert measured == {(widths[model], length): steps for (model, length), steps in expected.items()}
 
 
 def test_profile_sums_kernels_and_finds_the_idle_time():
@@ -524,13 +557,32 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
     ("name", "peak"),
     [
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H800", 989e12),
         ("NVIDIA H20", 148e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
+        ("NVIDIA GB200", 2500e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 500e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        # the same silicon with other clocks or fewer units
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA H20-3e", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
         ("NVIDIA Unheard-of", None),
     ],
 )
