@@ -1,5 +1,6 @@
 """Train a byte-level GPT: ``python train.py attention=cosine seq_len=8192``; ``--help`` shows every key."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,21 +28,27 @@ from models.callbacks import TextSample, TrainingMetrics
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt
 from models.loggers import finish
+from models.progress import ProgressReport
 from models.report import conclude
-from models.runs import Run, open_run
+from models.runs import Run, _is_first_process, open_run
 from models.trainer import (
     build_trainer,
     check_trainer,
+    choose_precision,
     compiles_by_default,
     default_micro_batch_tokens,
     micro_batches,
     uses_cuda,
 )
 
+log = logging.getLogger(__name__)
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
     """Trains as configured and returns the validation loss in bits per byte, which a sweeper minimises."""
+    if not _is_first_process():
+        logging.getLogger().setLevel(logging.ERROR)  # each would say what the first one says
     hydra_config = HydraConfig.get()
     choices, multirun = dict(hydra_config.runtime.choices), hydra_config.mode == RunMode.MULTIRUN
     try:
@@ -66,6 +73,7 @@ def train(
         data, accumulate = build_data(config, corpus)
         check_trainer(config.trainer)
         run.start(config, choices, **describe(config, run, module, data, accumulate))
+        log.info(opening_line(config, run))
         with loggers_of(config, run) as loggers:
             trainer = build_trainer(
                 run_dir=run.folder,
@@ -138,6 +146,19 @@ def describe(config: DictConfig, run: Run, module: GPTModule, data: ByteDataModu
     }
 
 
+def opening_line(config: DictConfig, run: Run) -> str:
+    """What is about to be trained, on what, for how long and where."""
+    record, cuda = run.record, uses_cuda(config.trainer.accelerator)
+    corpus, processor = record["corpus"], record["device"] if cuda else "CPU"
+    devices = processor if config.trainer.devices == 1 else f"{config.trainer.devices} x {processor}"
+    begun = f" from step {run.resume_step:,}" if run.resume_step else ""
+    return (
+        f"{record['parameters']:,} parameters on {devices} in {choose_precision(config.trainer.precision, cuda=cuda)}; "
+        f"{config.max_steps:,} steps{begun} of {record['tokens_per_step']:,} bytes, context {config.seq_len:,}; "
+        f"corpus {corpus['name']}, {corpus['bytes']:,} bytes; run folder {run.folder}"
+    )
+
+
 def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[lightning.Callback]:
     """What is recorded while training."""
     options = config.trainer
@@ -154,7 +175,14 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         seed=config.seed,
         resume_step=run.resume_step,
     )
-    return [metrics, sample]
+    progress = ProgressReport(
+        max_steps=config.max_steps,
+        tokens_per_step=run.record["tokens_per_step"],
+        val_every=options.val_every,
+        val_tokens=data.val_scored,
+        bar=options.progress_bar and sys.stdout.isatty(),  # in a file it would be one long line
+    )
+    return [metrics, sample, progress]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import psutil
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.lightning import DivergedError, GPTModule
@@ -168,23 +167,6 @@ def _memory(device: torch.device) -> dict[str, float]:
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     return {"memory/peak_allocated_gib": allocated / GIB, "memory/peak_reserved_gib": reserved / GIB}
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's rich bar over the optimizer steps' micro-batches, without the epochs, which mean nothing here."""
-
-    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
-        return "training"
-
-    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics shown: not the logger's version number, and no digits that nobody reads."""
-        shown = {"train/bpc": "{:.3f}", "val/bpc": "{:.4f}", "throughput/tokens_per_s": "{:,.0f}"}
-        metrics = super().get_metrics(*args, **kwargs)
-        return {
-            key.split("/")[-1] if key.startswith("through") else key: form.format(float(metrics[key]))
-            for key, form in shown.items()
-            if key in metrics
-        }
 
 
 class TextSample(lightning.Callback):

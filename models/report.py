@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from rich.table import Table
 from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
 from models.loggers import METRICS_FILE, read_csv
-from models.runs import Run, read_record
-from models.tables import console, show
+from models.runs import RECORD_FILE, Run, read_record
+from models.tables import console, print_line, show
 
 PLOT_FILE = "loss_and_memory.png"
 MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU
@@ -195,8 +196,25 @@ def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
             f"xz -9e {sizes['xz_9e']:.3f} ({sizes['xz_9e_given_train']:.3f}) bits per byte",
             highlight=False,
         )
-    for name in (PLOT_FILE, METRICS_FILE, "samples.txt", "checkpoints"):
-        out.print(f"  {run.folder / name}", highlight=False, soft_wrap=True)
-    offline = sorted((run.folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
+    print_places(run)
+
+
+def print_places(run: Run) -> None:
+    """Where everything of a run is, and what can be done with it."""
+    folder, quoted = run.folder, shlex.quote(str(run.folder))
+    places = {
+        "plot": folder / PLOT_FILE,
+        "metrics": folder / METRICS_FILE,
+        "samples": folder / "samples.txt",
+        "checkpoints": folder / "checkpoints",
+        "log": folder / "train.log",
+        "record": folder / RECORD_FILE,
+    }
+    for name, path in places.items():
+        if path.exists():
+            print_line(f"  {name:<12} {path}")
+    print_line(f"  text         python -m scripts.generate {quoted}")
+    print_line(f"  evaluation   python -m scripts.evaluate {quoted}")
+    offline = sorted((folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
     if offline:
-        out.print(f"upload: wandb sync {offline[-1]}", highlight=False, soft_wrap=True)
+        print_line(f"  upload       wandb sync {shlex.quote(str(offline[-1]))}")

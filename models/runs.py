@@ -78,8 +78,8 @@ class Run:
 
     def start(self, config: DictConfig, choices: dict[str, str], **entries: Any) -> None:
         """Stores the configuration and what else is known, once everything is built and training can begin."""
-        log.info("run folder %s%s", self.folder, f", continues at step {self.resume_step}" if self.checkpoint else "")
         if self.checkpoint and _is_first_process():
+            log.info("%s continues at step %s", self.folder, self.resume_step)
             for key, (before, now) in _changes(self.folder, config).items():
                 log.warning("resumed with a change: %s was %s, is %s", key, before, now)
         if _is_first_process():

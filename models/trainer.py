@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
-
-from models.callbacks import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +130,6 @@ def build_trainer(
         _checkpoint(checkpoint_dir, BEST_CHECKPOINT, monitor="val/bpc"),
         _checkpoint(checkpoint_dir, LAST_CHECKPOINT, monitor=None),
     ]
-    bar = options.progress_bar and sys.stdout.isatty()  # in a file it would be one long line; the log has the rest
     trainer = lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=options.devices,
@@ -147,8 +143,8 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=0,  # GPTModule.report logs: Lightning would gather metrics after every step
         logger=loggers,
-        callbacks=[*callbacks, *([ProgressBar(refresh_rate=10)] if bar else []), *checkpoints],
-        enable_progress_bar=bar,
+        callbacks=[*callbacks, *checkpoints],
+        enable_progress_bar=False,  # Lightning's: models/progress.py has one
         enable_model_summary=False,
         use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
         deterministic=options.deterministic,

@@ -528,6 +528,8 @@ def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
     done = command(text, tmp_path, *changes, "trainer.devices=2")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run-2").exists()
+    for said in ("parameters on 2 x CPU", "step 4 of 4: train", "summary"):  # by one of the two
+        assert done.stdout.count(said) == 1, done.stdout
     folder = tmp_path / "run"
     record = json.loads((folder / "run.json").read_text())
     assert (record["micro_batch_size"], record["accumulate"], record["tokens_per_step"]) == (4, 1, 256)
