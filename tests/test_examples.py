@@ -93,6 +93,7 @@ def test_attention_runs_in_the_cuda_kernels():
 # ---------------------------------------------------------------- char_gpt
 
 
+@pytest.mark.training
 def test_char_gpt_learns_more_than_byte_frequencies():
     """From the standard library, with a small model: better than any model without a context could be."""
     text = output("char_gpt", *"--steps 120 --layers 2 --width 64 --heads 2 --seq-len 64 --lr 5e-3".split())
@@ -107,6 +108,7 @@ def test_char_gpt_learns_more_than_byte_frequencies():
     assert text.partition("\nsample:\n")[2].startswith("def ")
 
 
+@pytest.mark.training
 def test_char_gpt_reads_a_file_and_repeats_itself(tmp_path):
     """A line again and again is all but known after its first bytes; and a seeded run can be repeated."""
     line = b"the quick brown fox jumps over the lazy dog\n"

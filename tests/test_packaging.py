@@ -416,7 +416,11 @@ def missing_tool() -> str | None:
     return None if shutil.which("nm") else "nm"
 
 
-needs_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=f"compiling needs {missing_tool()}")
+skip_without_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=f"compiling needs {missing_tool()}")
+
+
+def needs_nvcc(test):
+    return pytest.mark.nvcc(skip_without_nvcc(test))
 
 
 def compiling_environment(archs: str, **variables: str) -> dict[str, str]:

@@ -133,6 +133,7 @@ def test_other_processes_say_nothing(monkeypatch, caplog):
     assert said.lines() == []
 
 
+@pytest.mark.training
 def test_a_run_says_what_it_is_how_it_goes_and_where_it_is(text, tmp_path, monkeypatch, caplog, capsys):  # noqa: F811
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "ESTIMATE_SECONDS", 0.0)
@@ -177,6 +178,7 @@ def in_a_terminal(command, environment, seconds=240):
     return out.decode()
 
 
+@pytest.mark.training
 def test_log_lines_stand_above_the_bar(text, tmp_path):  # noqa: F811
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "xterm"}

@@ -24,6 +24,8 @@ from scripts import arms, compare, evaluate, generate
 from scripts.compare import RATES_FILE
 from scripts.evaluate import SlidingBatches, score_batches
 
+pytestmark = pytest.mark.training
+
 SEQ_LEN = 16
 TEXT = bytes(np.random.default_rng(0).integers(97, 105, size=4000, dtype=np.uint8))
 

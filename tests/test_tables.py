@@ -197,6 +197,7 @@ start("scripts.compare", f"{folder}/runs", "--markdown", f"{folder}/table.md")
 """
 
 
+@pytest.mark.training
 def test_no_character_stops_a_program(tmp_path):
     """On Chinese text that is hardly learned, so that samples hold any byte, in a file with a Chinese name."""
     (tmp_path / "狐狸").write_bytes("快速的棕色狐狸跳過懶狗。".encode() * 200)

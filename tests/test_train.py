@@ -24,6 +24,8 @@ from models.report import read_results
 from scripts import benchmark_training
 from train import build_module, train
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parent.parent
 # Small enough for seconds; dropout and accumulation on, because resuming must restore both.
 TINY = [
