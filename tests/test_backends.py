@@ -424,6 +424,7 @@ def test_compile_with_changing_sizes_and_scales():
         torch.testing.assert_close(o, flash_cosine_sim_attention(q, k, v, scale=scale, causal=True))
 
 
+@pytest.mark.slow
 def test_compile_inductor():
     torch._dynamo.reset()
     torch.manual_seed(0)

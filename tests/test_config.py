@@ -143,6 +143,7 @@ def test_wrong_ranges_are_refused_when_the_model_is_built(overrides, message):
         build_module(config)
 
 
+@pytest.mark.slow
 def test_an_unknown_key_on_the_command_line_is_answered_with_the_accepted_ones():
     assert "accepted: seq_len, max_steps" in hints(["seqlen=8"])[0]
     assert "model.depth is not a key; model accepts base: _target_, num_layers, width" in hints(["model.depth=3"])[0]

@@ -23,7 +23,7 @@ def run(name, *arguments, gpu=False):
     environment = dict(os.environ) if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, f"examples/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def output(name, *arguments, gpu=False):
@@ -74,6 +74,7 @@ def errors_of_attention(text):
     return first, errors
 
 
+@pytest.mark.slow
 def test_attention_equals_the_specification():
     first, errors = errors_of_attention(output("attention"))
     assert "(2, 8, 512, 64) in torch.float32 on cpu, back end sdpa" in first
@@ -183,6 +184,7 @@ def test_char_gpt_scores_every_byte_once(char_gpt, small_gpt):
 # ---------------------------------------------------------------- nanogpt_block
 
 
+@pytest.mark.slow
 def test_nanogpt_block_equals_what_it_says():
     text = output("nanogpt_block")
     assert "regular: output (2, 256, 384), 12 of 12 parameters have a gradient\n" in text

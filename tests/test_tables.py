@@ -160,7 +160,7 @@ def run(encoding, *arguments):
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ENCODINGS[encoding]}
     command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=1800)
     assert result.returncode == 0, result.stderr.decode(errors="replace")
     assert b"Logging error" not in result.stderr and b"Traceback" not in result.stderr
     return result.stdout.decode("latin-1" if encoding == "latin-1" else "ascii", errors="strict")

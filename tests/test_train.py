@@ -77,7 +77,7 @@ def command(text, root, *changes, flags=(), code=None):
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root)}
     return subprocess.run(
         [sys.executable, *start, *flags, *overrides(text, root, *changes)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 
 
