@@ -7,10 +7,20 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
+TORCH := torch setuptools wheel ninja
+PACKAGE := --no-build-isolation -e ".[train,test]"
+
+# Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
+PYTEST := $(RUN) -m pytest
+WORKERS := -n logical --maxprocesses 8
+TEST := not gpu and not emulated
+QUICK := $(TEST) and not nvcc and not training and not slow
+EMULATE := emulated and not gpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test lint benchmark kernels native-kernels clean
+.PHONY: help demo train quick test emulate lint benchmark kernels native-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -21,8 +31,14 @@ demo: native-kernels  ## train a small model on text this machine already has
 train: native-kernels  ## train: make train ARGS="experiment=enwik8 seq_len=8192"
 	$(RUN) train.py $(ARGS)
 
-test: lint  ## lint, then run every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 8 $(ARGS)
+quick: lint  ## lint, and the tests that take seconds: neither nvcc nor training
+	$(PYTEST) -m "$(QUICK)" $(WORKERS) $(ARGS)
+
+test: lint  ## lint, and every test that needs no GPU but those of the emulated kernels
+	$(PYTEST) -m "$(TEST)" $(WORKERS) $(ARGS)
+
+emulate: $(INSTALLED)  ## run the CUDA kernels on the CPU, in an emulator (needs nvcc, no GPU)
+	$(PYTEST) -m "$(EMULATE)" $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .
@@ -47,10 +63,12 @@ clean:  ## delete builds and caches (keeps .venv, data and runs)
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch comes first, so that setup.py can see it. Kernels are left to the targets above, where their progress shows.
+# pip reports what it downloads, for that takes minutes; where nothing is missing (--no-index: nothing may be downloaded)
+# it says nothing.
 $(INSTALLED): setup.py pyproject.toml constraints.txt kernels/flash_cosine_sim_attention/identity.py
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
-	test -x $(VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt torch setuptools wheel ninja
-	FLASH_COSINE_SIM_SKIP_CUDA=1 $(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[train,test]"
-	touch $@
+	@test -x $(VENV)/bin/pip || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@$(PIP) -q --no-index $(TORCH) 2>/dev/null || { echo "installing PyTorch into $(VENV): gigabytes, once"; $(PIP) $(TORCH); }
+	@export FLASH_COSINE_SIM_SKIP_CUDA=1; $(PIP) -q --no-index $(PACKAGE) 2>/dev/null || { echo "installing the rest into $(VENV)"; $(PIP) $(PACKAGE); }
+	@touch $@

@@ -86,7 +86,7 @@ class Toolchain:
 
 def main() -> None:
     if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "test":
-        print("setup.py has no test command: `make test` runs lint and every test that needs no GPU", file=sys.stderr)
+        print("setup.py has no test command: `make test` runs lint and the tests that need no GPU", file=sys.stderr)
         raise SystemExit(2)
     toolchain = None
     if not BUILD_COMMANDS.isdisjoint(sys.argv[1:]):

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conf.legacy import answer_flags
+from models.tables import show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
+    show_any_character()
     answer_flags(sys.argv[1:])
 
     from conf.command_line import answer
@@ -35,12 +37,14 @@ from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt, load_weights
 from models.loggers import finish
 from models.processes import find_processes, join
+from models.progress import ProgressReport
 from models.report import conclude, read_results
 from models.runs import Run, open_run
 from models.stopping import Stopping, stopping
 from models.trainer import (
     build_trainer,
     check_trainer,
+    choose_precision,
     compiles_by_default,
     default_micro_batch_tokens,
     micro_batches,
@@ -92,6 +96,8 @@ def train(
 ) -> float:
     """One run: builds model, data and trainer, fits, tests on request, and sums up. Returns the last val/bpc."""
     processes = find_processes(devices=config.trainer.devices, num_nodes=config.trainer.num_nodes)
+    if not processes.is_first:
+        logging.getLogger().setLevel(logging.ERROR)  # each would say what the first one says
     with (
         stopping() as stop,
         open_run(config, choices, overrides, processes=processes, keep_failed=keep_failed) as run,
@@ -119,6 +125,7 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     if run.resume_step == config.max_steps:
         return repeat(config, run, module, data, accumulate, stop), corpus
     run.start(choices, **describe(module, data))
+    log.info(opening_line(config, run))
     with loggers_of(config, run) as loggers:
         trainer = trainer_of(config, run, data, accumulate, stop, loggers)
         trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
@@ -219,6 +226,19 @@ def describe(module: GPTModule, data: ByteDataModule) -> dict:
     }
 
 
+def opening_line(config: DictConfig, run: Run) -> str:
+    """What is about to be trained, on what, for how long and where."""
+    record, cuda = run.record, uses_cuda(config.trainer.accelerator)
+    corpus, processor = record["corpus"], record["device"] if cuda else "CPU"
+    devices = processor if config.trainer.devices == 1 else f"{config.trainer.devices} x {processor}"
+    begun = f" from step {run.resume_step:,}" if run.resume_step else ""
+    return (
+        f"{record['parameters']:,} parameters on {devices} in {choose_precision(config.trainer.precision, cuda=cuda)}; "
+        f"{config.max_steps:,} steps{begun} of {record['tokens_per_step']:,} bytes, context {config.seq_len:,}; "
+        f"corpus {corpus['name']}, {corpus['bytes']:,} bytes; run folder {run.folder}"
+    )
+
+
 def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[lightning.Callback]:
     """What is recorded while training."""
     options = config.trainer
@@ -235,7 +255,14 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         seed=config.seed,
         resume_step=run.resume_step,
     )
-    return [metrics, sample]
+    progress = ProgressReport(
+        max_steps=config.max_steps,
+        tokens_per_step=data.windows_per_step * config.seq_len,
+        val_every=options.val_every,
+        val_tokens=data.val_scored,
+        bar=options.progress_bar and sys.stdout.isatty(),  # in a file it would be one long line
+    )
+    return [metrics, sample, progress]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import psutil
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.lightning import DivergedError, GPTModule
@@ -19,35 +18,52 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 
-# Dense bf16 tensor-core peaks in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first
-# match counts, so the more specific name stands first. Lightning's table has no entry for the H200.
-PEAK_BF16_FLOPS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H20", 148e12),
-    ("A100", 312e12),
-    ("A40", 149.7e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71e12),
-)
+# Dense bf16 tensor-core peaks in FLOP/s, with float32 sums, by the very name that torch.cuda.get_device_name gives:
+# a variant of the same silicon (PCIe, NVL, Ti, D, Laptop) has other clocks or units, so a part of a name will not do.
+# From NVIDIA's data sheets, whose figure with sparsity is twice that without: of H100, H200, H20, GH200, HGX B200,
+# HGX B300 and GB200 NVL72 (a GPU's share), A100, A800, A40, A30, A10, L40S, L40, L4 and RTX A6000; of GeForce from the
+# architectures' white papers. The RTX PRO 6000's gives its AI TOPS, FP4 with sparsity: 8 times dense bf16. H800 and
+# A800 have the H100's and the A100's units and slower links.
+PEAK_BF16_FLOPS = {
+    "NVIDIA GB300": 2500e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA B300 SXM6 AC": 2250e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H800": 989e12,
+    "NVIDIA H800 PCIe": 756e12,
+    "NVIDIA H20": 148e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A800-SXM4-80GB": 312e12,
+    "NVIDIA A800 80GB PCIe": 312e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 500e12,
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": 500e12,
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 439e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None when it is not known (and for a CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    # whole words: an "RTX A4000" is no "A40"
-    return next((peak for part, peak in PEAK_BF16_FLOPS if re.search(rf"\b{part}\b", name)), None)
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class TrainingMetrics(lightning.Callback):
@@ -151,23 +167,6 @@ def _memory(device: torch.device) -> dict[str, float]:
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     return {"memory/peak_allocated_gib": allocated / GIB, "memory/peak_reserved_gib": reserved / GIB}
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's rich bar over the optimizer steps' micro-batches, without the epochs, which mean nothing here."""
-
-    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
-        return "training"
-
-    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics shown: not the logger's version number, and no digits that nobody reads."""
-        shown = {"train/bpc": "{:.3f}", "val/bpc": "{:.4f}", "throughput/tokens_per_s": "{:,.0f}"}
-        metrics = super().get_metrics(*args, **kwargs)
-        return {
-            key.split("/")[-1] if key.startswith("through") else key: form.format(float(metrics[key]))
-            for key, form in shown.items()
-            if key in metrics
-        }
 
 
 class TextSample(lightning.Callback):

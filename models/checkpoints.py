@@ -286,7 +286,7 @@ class Checkpoints(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer, *, best: bool = False) -> None:
         path = self.folder / f"step-{trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)  # on every rank: the state is gathered, and the first rank writes
+        trainer.save_checkpoint(path, weights_only=False)  # on every rank: state is gathered, and the first one writes
         if trainer.is_global_zero:
             also_named(path, LAST_CHECKPOINT)
             if best:

@@ -71,6 +71,10 @@ class GPTModule(lightning.LightningModule):
         self._loss_sum, self._loss_count = None, 0
         return mean
 
+    def recent_loss(self) -> float:
+        """What ``take_loss`` would give of this rank alone, left to be taken. Waits for the device."""
+        return math.nan if self._loss_sum is None else (self._loss_sum / self._loss_count).item()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,  # noqa: ARG002

@@ -4,19 +4,19 @@ import csv
 import dataclasses
 import logging
 import math
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
 from models.loggers import METRICS_FILE, read_csv
-from models.runs import Run, is_owned, read_record
+from models.runs import RECORD_FILE, Run, is_owned, read_record
+from models.tables import console, print_line, show
 
 PLOT_FILE = "loss_and_memory.png"
 MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU
@@ -104,8 +104,7 @@ def table(runs: list[Results], title: str) -> Table:
     """One line a run: bits per byte, throughput, memory."""
     columns = Table(title=title)
     for heading in HEADINGS:
-        left = heading in ("run", "status")
-        columns.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "run")
+        columns.add_column(heading, justify="left" if heading in ("run", "status") else "right")
     for run in runs:
         name, status, *numbers = map(escape, _cells(run))
         columns.add_row(name, f"[{STATUS_STYLES.get(run.status, 'red')}]{status}[/]", *numbers)
@@ -117,11 +116,6 @@ def markdown(runs: list[Results]) -> str:
     rule = ["---" if heading in ("run", "status") else "---:" for heading in HEADINGS]
     lines = [list(HEADINGS), rule, *([cell.replace("|", "\\|") for cell in _cells(run)] for run in runs)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def console() -> Console:
-    """Where reports are printed; as wide as the terminal, or in a file or a pipe as the table needs."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -194,7 +188,7 @@ def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
         out.rule("a sample after step " + last.split(" ", 1)[0])
         out.print(last.split("\n", 1)[-1], markup=False, highlight=False)
         out.rule()
-    out.print(table([results], title="summary"))
+    show(table([results], title="summary"))
     record = run.record["corpus"]
     out.print(
         f"val bpc: bits per byte of {record['val_scored']:,} bytes of {corpus.name}, non-overlapping windows of "
@@ -209,8 +203,25 @@ def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
             f"xz -9e {sizes['xz_9e']:.3f} ({sizes['xz_9e_given_train']:.3f}) bits per byte",
             highlight=False,
         )
-    for name in (PLOT_FILE, METRICS_FILE, "samples.txt", "checkpoints"):
-        out.print(f"  {run.folder / name}", highlight=False, soft_wrap=True)
-    offline = sorted((run.folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
+    print_places(run)
+
+
+def print_places(run: Run) -> None:
+    """Where everything of a run is, and what can be done with it."""
+    folder, quoted = run.folder, shlex.quote(str(run.folder))
+    places = {
+        "plot": folder / PLOT_FILE,
+        "metrics": folder / METRICS_FILE,
+        "samples": folder / "samples.txt",
+        "checkpoints": folder / "checkpoints",
+        "log": folder / "train.log",
+        "record": folder / RECORD_FILE,
+    }
+    for name, path in places.items():
+        if path.exists():
+            print_line(f"  {name:<12} {path}")
+    print_line(f"  text         python -m scripts.generate {quoted}")
+    print_line(f"  evaluation   python -m scripts.evaluate {quoted}")
+    offline = sorted((folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
     if offline:
-        out.print(f"upload: wandb sync {offline[-1]}", highlight=False, soft_wrap=True)
+        print_line(f"  upload       wandb sync {shlex.quote(str(offline[-1]))}")

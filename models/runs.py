@@ -205,14 +205,17 @@ class Run:
 
     def _log_into_folder(self) -> None:
         if self.processes.is_first:
-            self._handler = logging.FileHandler(self.folder / "train.log")
+            # whatever the locale's encoding is, and with names of files that have none
+            log_file = self.folder / "train.log"
+            self._handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._handler)
 
     def start(self, choices: dict[str, str], **entries: Any) -> None:
         """Stores the configuration and what else is known, once everything is built and training can begin."""
-        log.info("run folder %s%s", self.folder, f", continues at step {self.resume_step}" if self.checkpoint else "")
         if self.processes.is_first:
+            if self.checkpoint:
+                log.info("%s continues at step %s", self.folder, self.resume_step)
             if not self.checkpoint and not self._made:
                 _empty(self.folder)
             if self.checkpoint:

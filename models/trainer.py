@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from models.callbacks import ProgressBar
 from models.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints
 from models.processes import Processes
 from models.stopping import Stopping
@@ -143,7 +141,6 @@ def build_trainer(
         minutes=options.checkpoint_minutes,
         keep=options.keep_checkpoints,
     )
-    bar = options.progress_bar and sys.stdout.isatty()  # in a file it would be one long line; the log has the rest
     trainer = lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=options.devices,
@@ -158,9 +155,9 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=0,  # GPTModule.report logs: Lightning would gather metrics after every step
         logger=loggers,
-        callbacks=[*callbacks, *([ProgressBar(refresh_rate=10)] if bar else []), checkpoints],
+        callbacks=[*callbacks, checkpoints],
         enable_checkpointing=False,  # Lightning's own, beside ours
-        enable_progress_bar=bar,
+        enable_progress_bar=False,  # Lightning's: models/progress.py has one
         enable_model_summary=False,
         use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
         deterministic=options.deterministic,

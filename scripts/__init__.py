@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
+from models.tables import show_any_character
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line: ``error: ...`` and exit code 2."""
@@ -33,6 +35,7 @@ def run_script(parser: Parser, action: Callable[[argparse.Namespace], None], arg
     An error that the user can mend (a ValueError, an OSError, a key that config.yaml lacks) is written to
     stderr without its traceback, and the code is 2.
     """
+    show_any_character()
     try:
         action(parser.parse_args(argv))
     except SystemExit as stopped:  # --help or a refused argument

@@ -120,7 +120,7 @@ def table(arms: Sequence[Arm]) -> Table:
     """One line an arm, for a terminal."""
     columns = Table(title="mean ± standard deviation over seeds")
     for heading in headings(arms):
-        columns.add_column(heading, justify="right" if heading in NUMBERS else "left", overflow="fold")
+        columns.add_column(heading, justify="right" if heading in NUMBERS else "left")
     for cells in rows(arms):
         columns.add_row(*map(escape, cells))
     return columns

@@ -41,12 +41,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from flash_cosine_sim_attention.ops import kernels_error
 from models.environment import environment
+from models.tables import print_line, show
 from scripts import Parser, choose_device, integer, run_script
 from scripts.contenders import (
     DTYPES,
@@ -363,12 +363,12 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.json, arguments.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
-    console, timer = Console(width=None if sys.stdout.isatty() else 140), Timer(device, arguments.num_times)
-    parts = {listed[0].dtype: _compare(listed, candidates, timer, arguments, console) for listed in problems}
+    timer = Timer(device, arguments.num_times)
+    parts = {listed[0].dtype: _compare(listed, candidates, timer, arguments) for listed in problems}
     for dtype, part in parts.items():
         for name, reason in part["refused"].items():
-            console.print(f"not timed: {name}, {dtype}: {reason}", markup=False, highlight=False)
-    console.print("not installed:", ", ".join(absent) or "none", markup=False, highlight=False)
+            print_line(f"not timed: {name}, {dtype}: {reason}")
+    print_line(f"not installed: {', '.join(absent) or 'none'}")
     report["versions"] |= versions(arguments.predecessor)
     report |= machine(device)
     for key in ("gemm_tflops", "copy_tb_s", "refused"):
@@ -405,13 +405,13 @@ def directions_of(arguments: argparse.Namespace) -> set[str]:
 
 
 def _compare(
-    listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace, console: Console
+    listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The report's part on one dtype."""
     smallest = listed[0]
     checked = replace(smallest, batch=min(smallest.batch, CHECKED_BATCH), seq_len=min(smallest.seq_len, CHECKED_LENGTH))
     errors, refused = check(candidates, checked, timer.device)
-    console.print(_accuracy_table(checked, errors))
+    show(_accuracy_table(checked, errors))
     peak = gemm_tflops(timer, smallest.dtype)
     copy = copy_tb_s(timer) if smallest.seq_len_q else None
     directions = directions_of(arguments)
@@ -426,13 +426,13 @@ def _compare(
         if not measured:
             break
         results = {contender.name: result for contender, result in measured.items()}
-        console.print(_table(case, results, peak))
+        show(_table(case, results, peak))
         if case.seq_len_q:
-            console.print(_bandwidth_table(case, results, copy))
+            show(_bandwidth_table(case, results, copy))
         if arguments.sustained:
-            console.print(_sustained_table(case, results))
+            show(_sustained_table(case, results))
         if host:
-            console.print(_host_table(case, results))
+            show(_host_table(case, results))
         rows += [{**asdict(case), "contender": c.name, "cosine": c.cosine, **result} for c, result in measured.items()]
     accuracy = []
     for name, results in errors.items():

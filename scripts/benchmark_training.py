@@ -3,7 +3,8 @@
     python -m scripts.benchmark_training data=pystdlib --model small base --seq-len 1024 8192 --json training.json
     python -m scripts.benchmark_training data=pystdlib --nanogpt PATH/model.py --profile
 
-Contenders, for every --model at every --seq-len, all other keys as for train.py (trainer.log_every, tokens_per_step):
+Contenders, for every --model at every --seq-len, all other keys as for train.py (trainer.log_every, tokens_per_step),
+but without validations before the end and without a progress bar:
 
 - lightning: train.py's own path, the whole trainer with its loggers and callbacks.
 - bare: the same model, data and optimizer in a loop that does nothing but train. What it is faster by is Lightning's.
@@ -38,8 +39,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
-from rich.console import Console
+from omegaconf import DictConfig, open_dict
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ from models.callbacks import GIB
 from models.environment import environment
 from models.gpt import VOCABULARY
 from models.report import MEMORY_COLUMNS, read_results
+from models.tables import show
 from models.trainer import choose_precision, compiles_by_default, uses_cuda
 from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
@@ -58,6 +60,7 @@ from train import build_data, build_module, train
 CONTENDERS = ("lightning", "bare", "nanogpt")
 PROFILED_STEPS = 5
 KERNELS_SHOWN = 25
+DEFAULT_STEPS = 200
 
 
 @dataclass
@@ -221,28 +224,49 @@ def _synchronize(device: torch.device) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measures, prints, writes."""
     builders = choose_contenders(arguments)
-    cases = itertools.product(dict.fromkeys(arguments.model), dict.fromkeys(arguments.seq_len))
-    configs = {(model, seq_len): configure(arguments, model, seq_len) for model, seq_len in cases}
+    configs = cases_of(arguments)
     some = next(iter(configs.values()))
     cuda = uses_cuda(some.trainer.accelerator)
     if arguments.profile and not cuda:
         raise ValueError("--profile needs a CUDA device: it lists a GPU's kernels")
     corpus = builder(some, "data")()
     report = {**environment(), **machine(torch.device("cuda" if cuda else "cpu"))}
-    report |= {"overrides": arguments.overrides, "steps": arguments.steps, "rows": []}
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    report |= {"overrides": arguments.overrides, "steps": some.max_steps, "rows": []}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for (model, seq_len), config in configs.items():
         results = measure(builders, config, corpus, arguments.rounds, profiled=arguments.profile)
         rows = [{"model": model, "seq_len": seq_len, "contender": name, **result} for name, result in results.items()]
-        console.print(table(rows, config))
+        show(table(rows, config))
         for row in rows:
             if "profile" in row:
-                console.print(profile_table(row))
+                show(profile_table(row), names=0)
         report["rows"] += rows
         if arguments.json:  # after each case: what is measured is kept, whatever becomes of the next
             arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def cases_of(arguments: argparse.Namespace) -> dict[tuple[str, int], DictConfig]:
+    """The configurations to measure, by model and length: the options', or else what the keys say.
+
+    Raises ValueError where a key and an option say different things.
+    """
+    given = dict(override.lstrip("+").partition("=")[::2] for override in arguments.overrides)
+    for key, option, values in (
+        ("model", "--model", arguments.model),
+        ("seq_len", "--seq-len", arguments.seq_len),
+        ("max_steps", "--steps", [arguments.steps]),
+    ):
+        if key in given and values not in (None, [None]) and [given[key]] != [str(value) for value in values]:
+            said = " ".join(map(str, values))
+            raise ValueError(f"{key}={given[key]} and {option} {said} contradict each other: give one of them")
+    # An experiment's max_steps is a training's length: only what the command line says counts here.
+    steps = arguments.steps or int(given.get("max_steps") or DEFAULT_STEPS)
+    found = {}
+    for model, seq_len in itertools.product(arguments.model or [None], arguments.seq_len or [None]):
+        config, chosen = configure(arguments.overrides, model, seq_len, steps)
+        found[chosen, config.seq_len] = config
+    return found
 
 
 def choose_contenders(arguments: argparse.Namespace) -> dict[str, Build | None]:
@@ -256,19 +280,26 @@ def choose_contenders(arguments: argparse.Namespace) -> dict[str, Build | None]:
     return {name: builders[name] for name in dict.fromkeys(arguments.contenders or builders)}
 
 
-def configure(arguments: argparse.Namespace, model: str, seq_len: int) -> DictConfig:
-    """The configuration of one case. Raises ValueError for a key or value that train.py does not take."""
-    fixed = [f"model={model}", f"seq_len={seq_len}", f"max_steps={arguments.steps}"]
-    fixed += [f"trainer.val_every={arguments.steps}", "trainer.progress_bar=false"]
-    check([*arguments.overrides, *fixed])
+def configure(overrides: list[str], model: str | None, seq_len: int | None, steps: int) -> tuple[DictConfig, str]:
+    """The configuration of one case, and its option of conf/model/.
+
+    Raises ValueError for a key or value that train.py does not take.
+    """
+    fixed = [f"{key}={value}" for key, value in (("model", model), ("seq_len", seq_len)) if value is not None]
+    fixed += [f"max_steps={steps}", f"trainer.val_every={steps}", "trainer.progress_bar=false"]
+    check([*overrides, *fixed])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            config = validate(compose("config", overrides=[*arguments.overrides, *fixed]))
+            composed = compose("config", overrides=[*overrides, *fixed], return_hydra_config=True)
         except HydraException as error:
             raise ValueError(str(error).strip().split("\n", 1)[0]) from error
-    if arguments.steps < 3 * config.trainer.log_every:
+    chosen = composed.hydra.runtime.choices["model"]
+    with open_dict(composed):
+        del composed["hydra"]
+    config = validate(composed)
+    if steps < 3 * config.trainer.log_every:
         raise ValueError(f"--steps must be at least 3 * trainer.log_every = {3 * config.trainer.log_every}")
-    return config
+    return config, chosen
 
 
 def measure(
@@ -332,10 +363,10 @@ def profile_table(row: dict[str, Any]) -> Table:
     columns = Table(title=f"{title}\n{found['ms']:.2f} ms, the GPU idle {found['idle_share']:.1%} of it")
     for heading in ("ms", "share", "calls"):
         columns.add_column(heading, justify="right")
-    columns.add_column("kernel", no_wrap=True)
+    columns.add_column("kernel")
     for kernel in found["kernels"][:KERNELS_SHOWN]:
         share = kernel["ms"] / found["ms"]
-        columns.add_row(f"{kernel['ms']:.3f}", f"{share:.1%}", f"{kernel['calls']:g}", kernel["kernel"])
+        columns.add_row(f"{kernel['ms']:.3f}", f"{share:.1%}", f"{kernel['calls']:g}", escape(kernel["kernel"]))
     return columns
 
 
@@ -347,9 +378,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py; before the options")
-    parser.add_argument("--model", nargs="+", default=["small"], help="options of conf/model/ (default: small)")
-    parser.add_argument("--seq-len", type=integer(1), nargs="+", default=[1024], metavar="N", help="(default: 1024)")
-    parser.add_argument("--steps", type=integer(1), default=200, help="optimizer steps a round (default: 200)")
+    parser.add_argument("--model", nargs="+", help="options of conf/model/ (default: what the keys say, or else small)")
+    parser.add_argument(
+        "--seq-len", type=integer(1), nargs="+", metavar="N", help="(default: what the keys say, or else 1024)"
+    )
+    parser.add_argument(
+        "--steps", type=integer(1), help=f"optimizer steps a round (default: max_steps=, or else {DEFAULT_STEPS})"
+    )
     parser.add_argument("--rounds", type=integer(1), default=1, help="rounds of each contender (default: 1)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="(default: all)")
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="nanoGPT's model.py")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.markup import escape
 
-from models.report import PLOT_FILE, Results, console, markdown, read_results, table
+from models.report import PLOT_FILE, Results, markdown, read_results, table
 from models.runs import RECORD_FILE, load_config
+from models.tables import print_line, show
 from scripts import Parser, arms, non_negative, run_script
 
 RATES_FILE = "learning_rates.png"
@@ -51,27 +51,26 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.within is not None:
         for difference in differences(runs, _training_windows):
             warn(f"--within compares losses of other training windows: {difference}")
-    out = console()
-    out.print(table(runs, title=f"{len(runs)} runs" if len(runs) > 1 else "1 run"))
+    show(table(runs, title=f"{len(runs)} runs" if len(runs) > 1 else "1 run"))
     for run in runs:
         if run.record.get("error"):
-            out.print(escape(f"{run.name} {run.status}: {run.record['error']}"), highlight=False)
+            print_line(f"{run.name} {run.status}: {run.record['error']}")
     groups = arms.arms_of(runs)
     seeds = any(len(arm.finished) > 1 for arm in groups)  # otherwise the second table would repeat the first
     if seeds:
-        out.print(arms.table(groups))
+        show(arms.table(groups), names=len(arms.differing(groups)))
     output.mkdir(parents=True, exist_ok=True)
     plots = [output / PLOT_FILE]
     arms.plot(groups, plots[0])
     if arms.plot_learning_rates(groups, output / RATES_FILE):
         plots.append(output / RATES_FILE)
     for path in plots:
-        out.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        print_line(str(path))
     if arguments.markdown is not None:
         text = markdown(runs)
         if seeds:
             text += "\n" + arms.markdown(arms.headings(groups), arms.rows(groups))
-        arguments.markdown.write_text(text, encoding="utf-8")
+        arguments.markdown.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files
     if arguments.within is not None and not same_losses(runs, arguments.within):
         raise SystemExit(1)
 
@@ -171,13 +170,10 @@ def same_losses(runs: Sequence[Results], share: float) -> bool:
         worst = max(errors, key=errors.__getitem__)
         within = errors[worst] <= share
         same = same and within
-        console().print(
+        print_line(
             f"train/loss of {run.name} {'is' if within else 'is NOT'} within {share:.2%} of {first.name}'s at all of "
             f"{len(errors)} logged steps: {errors[worst]:.3%} apart at step {worst:g}, "
-            f"{statistics.mean(errors.values()):.3%} on average",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{statistics.mean(errors.values()):.3%} on average"
         )
     return same
 

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -31,8 +30,8 @@ from conf.schema import builder
 from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
 from models.gpt import GPT
 from models.load import find_checkpoint, load_model
-from models.report import console
 from models.runs import read_record
+from models.tables import print_line, show
 from models.trainer import choose_precision, default_micro_batch_tokens
 from scripts import Parser, autocast, choose_device, integer, run_script
 
@@ -229,20 +228,16 @@ def score_batches(gpt: GPT, batches: EvalBatches | SlidingBatches, seq_len: int)
 
 def print_score(setting: dict[str, str | int], score: Score) -> None:
     """Prints what was measured, the number, and the curve by context length."""
-    summary = Table(title="bits per byte", show_header=False)
-    summary.add_column(no_wrap=True)
-    summary.add_column(overflow="fold")
-    for key, value in setting.items():
-        summary.add_row(key, escape(str(value)))
-    summary.add_row("scored bytes", f"{score.scored_bytes:,}")
-    summary.add_row("bits per byte", f"{score.bits_per_byte:.6f}")
+    numbers = {"scored bytes": f"{score.scored_bytes:,}", "bits per byte": f"{score.bits_per_byte:.6f}"}
+    for key, value in {**setting, **numbers}.items():
+        print_line(f"{key:<14} {value}")
     curve = Table(title=f"by context length, {setting['mode']}")
     for heading in ("bytes of context", "scored bytes", "bits per byte"):
         curve.add_column(heading, justify="right")
     for bucket in score.by_context():
         lengths = " - ".join(map(str, sorted({bucket.shortest, bucket.longest})))
         curve.add_row(lengths, f"{bucket.scored_bytes:,}", f"{bucket.bits_per_byte:.4f}")
-    console().print(summary, curve)
+    show(curve)
 
 
 if __name__ == "__main__":

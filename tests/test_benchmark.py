@@ -553,6 +553,7 @@ def test_a_predecessor_that_does_not_import_says_why(tmp_path):
     assert refused["predecessor 9.9"] == "No module named 'flash_cosine_sim_attention_cuda_9_9'"
 
 
+@pytest.mark.slow
 def test_a_predecessor_that_crashes_takes_no_other_with_it(tmp_path, capsys):
     write_predecessor(tmp_path)
     package = tmp_path / "flash_cosine_sim_attention"
@@ -581,6 +582,7 @@ def test_a_predecessor_that_crashes_takes_no_other_with_it(tmp_path, capsys):
         assert {dtype for name, dtype in timed if name == "naive einsum"} == set(dtypes)
 
 
+@pytest.mark.slow
 def test_a_predecessor_that_does_not_finish_or_raises_is_refused(tmp_path, monkeypatch):
     write_predecessor(tmp_path)
     old = [by_name(contenders(["sdpa"], CPU, tmp_path)[0], "predecessor 9.9")]

@@ -20,11 +20,11 @@ from test_packaging import (
     compiling_environment,
     copy_sources,
     device_code,
-    needs_nvcc,
     run_python,
+    skip_without_nvcc,
 )
 
-pytestmark = needs_nvcc
+pytestmark = [pytest.mark.nvcc, skip_without_nvcc]
 
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 CUOBJDUMP = shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)

@@ -64,6 +64,7 @@ def test_raw_files_say_where_they_come_from():
         assert not re.search(r"(^|[ =\"'])/", report["command"]), f"{path}: a path of the machine in its command"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON)
 def test_the_python_in_the_documents_runs(code):
     names = "import torch\nq, k, v = torch.randn(3, 1, 2, 16, 64).unbind(0)\n"  # what a lone call refers to

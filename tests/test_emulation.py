@@ -11,7 +11,9 @@ import functools
 import itertools
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -30,9 +32,10 @@ from flash_cosine_sim_attention.reference import reference_backward, reference_f
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
 
-pytestmark = pytest.mark.skipif(
-    NVCC is None, reason="emulation needs CUDA's headers, and no nvcc (CUDA_HOME/bin or PATH)"
-)
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(NVCC is None, reason="emulation needs CUDA's headers, and no nvcc (CUDA_HOME/bin or PATH)"),
+]
 
 # What emulator/runtime.cpp reads. Few multiprocessors, unless the environment says how many: the kernels of 9.0 run one
 # block on each, which takes tile after tile.
@@ -359,41 +362,89 @@ def sm90_checks():
 CHECKS = {"sm80": portable_checks(), "sm90": sm90_checks()}
 
 
-def run_all(library, gpu):
-    """What another process does: print, as JSON, why each check failed, or null."""
+def run_all(library, gpu, part, parts):
+    """What another process does with one part of the checks: print, a line of JSON each, its name, then why it failed.
+
+    The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
+    """
     torch.ops.load_library(library)
-    outcomes = {}
-    for name, function in CHECKS[gpu].items():
+    for name, function in list(CHECKS[gpu].items())[int(part) :: int(parts)]:
         torch.manual_seed(0)
+        print(json.dumps(name), flush=True)
         try:
-            outcomes[name] = function()
+            outcome = function()
         except Exception:
-            outcomes[name] = traceback.format_exc()
-    json.dump(outcomes, sys.stdout)
+            outcome = traceback.format_exc()
+        print(json.dumps(outcome), flush=True)
+
+
+# As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
+PARTS = [("sm80", 0, 1), *(("sm90", part, 3) for part in range(3))]
+CPU_SECONDS = (
+    3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
+)
 
 
 @pytest.fixture(scope="module")
-def outcomes(make_once):
-    """Of run_all for every GPU: half a minute to compile and a minute to run."""
+def emulation(make_once):
+    """(why the emulator could not be built, or None; how each process ended; the outcomes of the checks by GPU)."""
 
     def make(folder):
-        library = build(folder, NVCC)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda gpu: (folder / f"{gpu}.json").write_text(run(library, gpu)), GPUS))
+        try:
+            library = build(folder, NVCC)
+        except Exception:
+            (folder / "build.txt").write_text(traceback.format_exc())
+            return
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            ends = list(pool.map(lambda part: run(library, folder, *part), PARTS))
+        (folder / "ends.json").write_text(json.dumps(ends))
 
     folder = make_once("emulation", make)
-    return {gpu: json.loads((folder / f"{gpu}.json").read_text()) for gpu in GPUS}
+    if (folder / "build.txt").exists():
+        return (folder / "build.txt").read_text(), [], {gpu: {} for gpu in GPUS}
+    outcomes = {gpu: {} for gpu in GPUS}
+    for gpu, part, _ in PARTS:
+        lines = [json.loads(line) for line in (folder / f"{gpu}-{part}.txt").read_text().splitlines()]
+        outcomes[gpu] |= dict(zip(lines[::2], lines[1::2], strict=False))
+    return None, json.loads((folder / "ends.json").read_text()), outcomes
 
 
-def run(library, gpu):
+def run(library, folder, gpu, part, parts):
+    """None, or how the process ended, and at which check."""
     path = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, **GPUS[gpu], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(library), gpu]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), gpu, str(part), str(parts)]
+    seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = CPU_SECONDS if seconds == resource.RLIM_INFINITY else min(CPU_SECONDS, seconds)
+    with open(folder / f"{gpu}-{part}.txt", "w+") as out:
+        result = subprocess.run(
+            command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, seconds)),
+        )  # fmt: skip
+        out.seek(0)
+        lines = out.read().splitlines()
+    if result.returncode == 0:
+        return None
+    end = f"signal {signal.Signals(-result.returncode).name}" if result.returncode < 0 else f"code {result.returncode}"
+    at = f"in {lines[-1]}" if len(lines) % 2 else "between two checks"
+    return f"the process of {gpu} ended with {end} {at}\n{result.stderr}"
+
+
+def test_the_emulator_is_built(emulation):
+    assert emulation[0] is None, emulation[0]
+
+
+def test_every_check_is_run_to_its_end(emulation):
+    why, ends, outcomes = emulation
+    if why is not None:
+        pytest.skip("the emulator was not built: see test_the_emulator_is_built")
+    assert not any(ends), "\n".join(filter(None, ends))
+    assert {gpu: set(found) for gpu, found in outcomes.items()} == {gpu: set(found) for gpu, found in CHECKS.items()}
 
 
 @pytest.mark.parametrize("gpu, name", [(gpu, name) for gpu in CHECKS for name in CHECKS[gpu]])
-def test_kernels(outcomes, gpu, name):
-    assert outcomes[gpu][name] is None, outcomes[gpu][name]
+def test_kernels(emulation, gpu, name):
+    outcomes = emulation[2][gpu]
+    if name not in outcomes:
+        pytest.skip("not run: see test_the_emulator_is_built and test_every_check_is_run_to_its_end")
+    assert outcomes[name] is None, outcomes[name]

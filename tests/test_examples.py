@@ -24,7 +24,7 @@ def run(name, *arguments, gpu=False):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, f"examples/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def output(name, *arguments, gpu=False):
@@ -75,6 +75,7 @@ def errors_of_attention(text):
     return first, errors
 
 
+@pytest.mark.slow
 def test_attention_equals_the_specification():
     first, errors = errors_of_attention(output("attention"))
     assert "(2, 8, 512, 64) in torch.float32 on cpu, back end sdpa" in first
@@ -94,6 +95,7 @@ def test_attention_runs_in_the_cuda_kernels():
 # ---------------------------------------------------------------- char_gpt
 
 
+@pytest.mark.training
 def test_char_gpt_learns_more_than_byte_frequencies():
     """From the standard library, with a small model: better than any model without a context could be."""
     text = output("char_gpt", *"--steps 120 --layers 2 --width 64 --heads 2 --seq-len 64 --lr 5e-3".split())
@@ -108,6 +110,7 @@ def test_char_gpt_learns_more_than_byte_frequencies():
     assert text.partition("\nsample:\n")[2].startswith("def ")
 
 
+@pytest.mark.training
 def test_char_gpt_reads_a_file_and_repeats_itself(tmp_path):
     """A line again and again is all but known after its first bytes; and a seeded run can be repeated."""
     line = b"the quick brown fox jumps over the lazy dog\n"
@@ -182,6 +185,7 @@ def test_char_gpt_scores_every_byte_once(char_gpt, small_gpt):
 # ---------------------------------------------------------------- nanogpt_block
 
 
+@pytest.mark.slow
 def test_nanogpt_block_equals_what_it_says():
     text = output("nanogpt_block")
     assert "regular: output (2, 256, 384), 12 of 12 parameters have a gradient\n" in text

@@ -207,9 +207,9 @@ def test_the_check_takes_no_time():
     elapsed_s = []
     for _ in range(5):
         importlib.invalidate_caches()
-        start_time = time.perf_counter()
+        start_time = time.process_time()
         identity.warn_of_others()
-        elapsed_s.append(time.perf_counter() - start_time)
+        elapsed_s.append(time.process_time() - start_time)
     assert min(elapsed_s) < 0.01, elapsed_s  # 0.6 ms on two cores
 
 

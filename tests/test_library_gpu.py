@@ -124,6 +124,7 @@ def test_scores_are_not_materialised(dtype, options, backend):
     assert peak < scores / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"causal": True}, {"bias": "heads", "causal": True, "mask": True}], ids=str)
 def test_compile_inductor(options, backend):
     torch._dynamo.reset()

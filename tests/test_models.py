@@ -185,7 +185,7 @@ def test_nothing_around_the_attention_is_transposed_in_memory(positions, num_kv_
     assert seen["o"]._is_view() and seen["o"].is_contiguous()
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "rtol", "atol"),
     [

@@ -49,6 +49,7 @@ def gradients(*names):
     return tuple(not names or name in names for name in GRADIENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [forward, partials])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask, bias, number", [(True, True, False), (False, False, False), (False, True, True)])
@@ -57,6 +58,7 @@ def test_opcheck(operator, dtype, mask, bias, number):
     torch.library.opcheck(operator.default, (*tensors, 2, True, True, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [forward, partials])
 def test_opcheck_of_strided_inputs(operator):
     q, k, v, *rest = inputs()
@@ -80,6 +82,7 @@ def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
         assert row_sum_log2.shape == (0,) and row_sum_log2.dtype == expected_rows.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("with_row_sum_grad", [False, True])
 @pytest.mark.parametrize("number", [False, True])
@@ -398,6 +401,7 @@ def test_operator_compiles_under_autocast():
     assert tensors[0].grad.dtype == tensors[5].grad.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [forward, partials])
 def test_operator_through_inductor(operator):
     torch._dynamo.reset()

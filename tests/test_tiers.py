@@ -1,0 +1,158 @@
+"""The tiers of tests that the Makefile runs: none is lost between them, and installing shows what it does."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+MARKERS = ("gpu", "emulated", "nvcc", "training", "slow")
+# Prints, as JSON, every test that is collected and its markers, but for those of one test file that pytest brings.
+COLLECT = """
+import json, pytest
+class Listed:
+    def pytest_collection_finish(self, session):
+        print(json.dumps({item.nodeid: [mark.name for mark in item.iter_markers()] for item in session.items}))
+raise SystemExit(pytest.main(["--collect-only", "-qq", "--no-summary", "-W", "ignore"], plugins=[Listed()]))
+"""
+
+
+def expression(name):
+    """A tier's marker expression, with the others that it names."""
+    (value,) = re.findall(rf"^{name} := (.*)$", MAKEFILE, re.MULTILINE)
+    return re.sub(r"\$\((\w+)\)", lambda match: f"({expression(match[1])})", value)
+
+
+def in_tier(name, markers):
+    return eval(expression(name), {"__builtins__": {}}, {marker: marker in markers for marker in MARKERS})
+
+
+def test_every_test_without_a_gpu_is_in_one_tier_whatever_its_markers():
+    for taken in itertools.product((False, True), repeat=len(MARKERS)):
+        markers = {marker for marker, chosen in zip(MARKERS, taken, strict=True) if chosen}
+        assert in_tier("TEST", markers) + in_tier("EMULATE", markers) == ("gpu" not in markers), markers
+        assert not in_tier("QUICK", markers) or in_tier("TEST", markers), markers
+        assert not in_tier("QUICK", markers) or not markers
+
+
+@pytest.mark.slow
+def test_the_collected_tests_are_in_the_tiers_that_they_belong_to():
+    result = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    tests = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    tiers = {name: {test for test in tests if in_tier(name, tests[test])} for name in ("QUICK", "TEST", "EMULATE")}
+    without_gpu = {test for test in tests if "gpu" not in tests[test]}
+    assert tiers["TEST"] | tiers["EMULATE"] == without_gpu and not tiers["TEST"] & tiers["EMULATE"]
+    assert tiers["EMULATE"] == {test for test in tests if test.startswith("tests/test_emulation.py")}
+    for file in ("test_compile", "test_train"):
+        assert not any(test.startswith(f"tests/{file}.py") for test in tiers["QUICK"])
+    for name, least in (("QUICK", 600), ("TEST", 800), ("EMULATE", 600)):
+        assert len(tiers[name]) >= least, (name, len(tiers[name]))
+
+
+def test_the_targets_run_the_tiers():
+    for target, tier in (("quick", "QUICK"), ("test", "TEST"), ("emulate", "EMULATE")):
+        printed = make("-n", target, cwd=ROOT).stdout
+        assert f'pytest -m "{expanded(tier)}"' in printed
+    assert re.search(r"^exec make lint test emulate$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+def expanded(tier):
+    """The expression as make writes it: without parentheses."""
+    return expression(tier).replace("(", "").replace(")", "")
+
+
+def test_help_lists_every_target_that_is_explained():
+    targets = re.findall(r"^([a-z-]+):.*## (.*)$", MAKEFILE, re.MULTILINE)
+    printed = make("help", cwd=ROOT).stdout
+    assert {"demo", "train", "quick", "test", "emulate", "lint"} <= {target for target, _ in targets}
+    assert all(re.search(rf"^make {target} +{re.escape(text)}$", printed, re.MULTILINE) for target, text in targets)
+
+
+def make(*arguments, cwd, **options):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=True, **options)
+
+
+# In place of .venv/bin/python: notes its arguments, and is a pip that has or lacks what it is asked for.
+PYTHON = """#!/bin/sh
+echo "$*" >> calls.txt
+case "$*" in
+  *--no-index*) test -e installed || { echo "ERROR: no matching distribution" >&2; exit 1; } ;;
+  *"pip install"*) echo "Downloading torch-2.13.0 (900 MB)" ;;
+esac
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The Makefile with a virtual environment that only notes what is asked of it."""
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    identity = tmp_path / "kernels" / "flash_cosine_sim_attention" / "identity.py"
+    identity.parent.mkdir(parents=True)
+    identity.touch()
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "pip"):
+        (folder / name).write_text(PYTHON)
+        (folder / name).chmod(0o755)
+    return tmp_path
+
+
+def test_make_shows_what_pip_downloads_and_says_nothing_where_all_is_there(tree):
+    first = make("lint", f"PYTHON={sys.executable}", cwd=tree)
+    assert first.stdout.count("Downloading torch") == 2 and "gigabytes" in first.stdout and "ERROR" not in first.stderr
+    downloading = [call for call in (tree / "calls.txt").read_text().splitlines() if "--no-index" not in call]
+    assert [call.split()[-4:] for call in downloading[:1]] == [["torch", "setuptools", "wheel", "ninja"]]
+    assert not any(re.search(r" -\w*q|--quiet", call) for call in downloading), downloading
+
+    (tree / "installed").touch()
+    (tree / "setup.py").touch()
+    again = make("lint", f"PYTHON={sys.executable}", cwd=tree)
+    assert "Downloading" not in again.stdout + again.stderr and "pip" not in again.stdout
+    before = (tree / "calls.txt").read_text()
+    make("lint", f"PYTHON={sys.executable}", cwd=tree)
+    assert "pip" not in (tree / "calls.txt").read_text().removeprefix(before)
+
+
+@pytest.mark.slow
+def test_an_emulator_that_does_not_build_is_one_failure(tmp_path):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'nvcc: no space left on device' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "tests/test_emulation.py",
+    ]
+    environment = {**os.environ, "CUDA_HOME": str(nvcc.parent.parent)}
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_XDIST")}
+    result = subprocess.run([*command, f"--basetemp={tmp_path / 'temporary'}"], cwd=ROOT, env=environment,
+                            capture_output=True, text=True)  # fmt: skip
+    (end,) = re.findall(r"^(\d+) failed, (\d+) skipped in", result.stdout, re.MULTILINE)
+    assert end[0] == "1" and int(end[1]) >= 600, result.stdout[-3000:]
+    assert "nvcc: no space left on device" in result.stdout
+    assert "test_the_emulator_is_built" in re.findall(r"^FAILED (.*)$", result.stdout, re.MULTILINE)[0]
+
+
+def test_nothing_waits_for_the_emulator_by_the_clock():
+    """A machine under load takes any time for it; a kernel that hangs burns the processor's, which is limited."""
+    for name in ("test_emulation.py", "emulator/build.py"):
+        assert "timeout" not in (ROOT / "tests" / name).read_text(), name
+    assert "RLIMIT_CPU" in (ROOT / "tests" / "test_emulation.py").read_text()
