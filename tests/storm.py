@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -62,26 +61,61 @@ def make_cases(kills: int, terms: int, ints: int, rng: random.Random) -> list[Ca
     return cases
 
 
-def command(root: Path, text: Path, devices: int) -> list[str]:
-    """The training that is disturbed; the same command goes on with it."""
-    return [
-        *(sys.executable, "train.py", *KEYS, f"run_root={root}", f"data.path={text}"),
-        *(f"trainer.devices={devices}", "resume=auto"),
-    ]
+class Training:
+    """A training in a process of its own, forked from this one, which has imported all that it needs."""
+
+    def __init__(self, root: Path, text: Path, devices: int):
+        sys.stdout.flush()
+        self.pid = os.fork()
+        self.code: int | None = None
+        if self.pid == 0:
+            try:
+                os.setsid()  # a group of its own, as a terminal's or a scheduler's job has one
+                with open(root / "output", "ab") as output:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                os._exit(_train([f"run_root={root}", f"data.path={text}", f"trainer.devices={devices}", "resume=auto"]))
+            finally:
+                os._exit(99)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, longest_s: float) -> int:
+        """The exit code. Raises TimeoutError."""
+        deadline = time.monotonic() + longest_s
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(0.005)
+        return self.code
 
 
-def start(root: Path, text: Path, devices: int) -> subprocess.Popen:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(root / "output", "ab") as output:
-        streams = {"stdout": output, "stderr": output}
-        line = command(root, text, devices)
-        return subprocess.Popen(line, cwd=ROOT, env=environment, start_new_session=True, **streams)
+def _train(keys: list[str]) -> int:
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *KEYS, *keys]
+    # What a second process of the run is started as: python train.py
+    sys.modules["__main__"].__spec__ = None
+    import train
+
+    try:
+        train.main()
+    except SystemExit as ended:
+        sys.stdout.flush()
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.flush()
+    return 0
 
 
 def disturb(root: Path, text: Path, case: Case, signum: signal.Signals, longest_s: float, rng: random.Random) -> str:
     """Runs until the signal, and sees the run end. Returns what became of it."""
-    process = start(root, text, case.devices)
+    process = Training(root, text, case.devices)
     deadline = time.monotonic() + PATIENCE_S
     if case.while_writing:
         earlier = set((root / "run" / "checkpoints").glob(".*.tmp"))
@@ -99,7 +133,7 @@ def disturb(root: Path, text: Path, case: Case, signum: signal.Signals, longest_
     sent = time.monotonic()
     try:
         code = process.wait(PATIENCE_S if signum == signal.SIGKILL else LONGEST_S)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         os.killpg(process.pid, signal.SIGKILL)
         raise RuntimeError(f"{signum.name}: still running {LONGEST_S} s later") from None
     if code not in (0, -signum, 128 + signum):
@@ -123,7 +157,7 @@ def _wait_for_group(group: int, deadline: float) -> None:
 
 def finish(root: Path, text: Path, devices: int) -> None:
     """Goes on until the run ends by itself."""
-    process = start(root, text, devices)
+    process = Training(root, text, devices)
     code = process.wait(PATIENCE_S)
     if code != 0:
         raise RuntimeError(f"the resumed run ended with {code}")
@@ -180,6 +214,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="also write the lines here")
     arguments = parser.parse_args(argv)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    sys.path[:0] = path.split(os.pathsep)
+    import train  # noqa: F401 (once, for all the processes that are forked)
+
     rng = random.Random(arguments.seed)
     lines = []
 

@@ -10,6 +10,7 @@ from test_train import Popen, fit, losses, metrics, read_results, same, text, we
 
 from models.processes import PLACE_VARIABLES, RUN_VARIABLE, find_processes
 
+pytestmark = pytest.mark.training
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
          "SLURM_JOB_ID": "7", "SLURM_NODELIST": "a1"}  # fmt: skip
