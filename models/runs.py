@@ -20,6 +20,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from conf.removed import drop_removed
 from models.environment import environment
 from models.lightning import DivergedError
 from models.trainer import LAST_CHECKPOINT
@@ -257,7 +258,7 @@ def _checkpoint_at(path: Path) -> Path:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """The resolved configuration of a run."""
+    """The resolved configuration of a run, without the keys that were removed since. ValueError if it has none."""
     path = file_of_run(folder, CONFIG_FILE)
     try:
         config = OmegaConf.load(path)
@@ -265,7 +266,10 @@ def load_config(folder: Path) -> DictConfig:
         raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{str(path)!r} must hold keys and values, got a list")
-    return config
+    try:
+        return drop_removed(config)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:

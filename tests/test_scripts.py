@@ -359,6 +359,16 @@ def test_load_model_refuses_what_it_cannot_load(run, tmp_path, capsys):
         assert named in refusal(capsys, generate, other, "--checkpoint", "last")
 
 
+def test_a_run_of_before_a_key_was_removed_still_loads_unless_it_asks_for_what_is_gone(run, capsys):
+    old = variant(run, "old", config={"model": {"residual": "float32"}})
+    gpt, config = load_model(old)
+    assert "residual" not in config.model
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gpt.parameters(), load_model(run)[0].parameters(), strict=True))
+    assert refusal(capsys, generate, variant(run, "other", config={"model": {"residual": "autocast"}})).endswith(
+        "config.yaml': model.residual was removed and means float32 everywhere, got 'autocast'"
+    )
+
+
 # ---------------------------------------------------------------- evaluate
 
 
