@@ -63,6 +63,7 @@ class GPT(nn.Module):
         self.norm = self.blocks[0].final_norm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self._start(tied_head)
+        self.register_load_state_dict_post_hook(_fill_tables)
 
     def _start(self, tied_head: bool) -> None:
         # The stream starts with variance 1. GPT-2's 0.02 makes narrow models learn far slower, and DeepNorm
@@ -173,6 +174,14 @@ class GPT(nn.Module):
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         width = self.embedding.embedding_dim
         return 6.0 * weights + 6.0 * len(self.blocks) * width * seq_len
+
+
+def _fill_tables(gpt: GPT, _incompatible_keys: object) -> None:
+    """Gives a model that was built on the meta device its rotary tables, once weights are assigned to it."""
+    device = gpt.embedding.weight.device
+    for module in gpt.modules():
+        if isinstance(module, Rotary) and module.cos.device != device:
+            module.fill(device)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -238,6 +238,22 @@ def test_flops_of_a_token_count_every_matrix_product():
     assert gpt.flops_per_token(64) - attention == counter.get_total_flops() / (2 * 64)
 
 
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_a_model_built_on_the_meta_device_and_loaded_is_the_same_model(way):
+    gpt = randomise_head(build())
+    tokens = torch.randint(0, 256, (1, 20))
+    with torch.device("meta"):
+        other = build()
+        assert other(tokens.to("meta")).is_meta
+    if way == "to_empty":
+        other.to_empty(device="cpu")
+        other.blocks[0].attention.rotary.cos.fill_(7.0)  # whatever the memory held
+        other.to_empty(device="cpu")
+    other.load_state_dict(gpt.state_dict(), assign=way == "assign")
+    assert torch.equal(other(tokens), gpt(tokens))
+    assert torch.equal(other.double()(tokens), gpt.double()(tokens))
+
+
 def test_tied_head_shares_the_embedding():
     tied, untied = build(tied_head=True), build()
     assert tied.head.weight is tied.embedding.weight
