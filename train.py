@@ -24,7 +24,7 @@ from data.bytes import ByteCorpus, ByteDataModule
 from models.callbacks import TextSample, TrainingMetrics
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt
-from models.loggers import finish
+from models.loggers import finish, offline_folder, sweep_group, wandb_mode
 from models.report import conclude
 from models.runs import Run, open_run
 from models.trainer import (
@@ -63,6 +63,8 @@ def train(
         corpus = instantiate(config.data)
         data, accumulate = build_data(config, corpus)
         check_trainer(config.trainer)
+        if "offline" in config.logger:
+            wandb_mode(offline=config.logger.offline)  # refused before anything is written
         run.start(config, choices, **describe(config, run, module, data, accumulate))
         with loggers_of(config, run) as loggers:
             trainer = build_trainer(
@@ -158,9 +160,14 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
 @contextmanager
 def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
+    options = {}
+    if "group" in config.logger:
+        run.record.setdefault("wandb_group", sweep_group())  # the same when it is resumed
+        options["group"] = config.logger.group or run.record["wandb_group"]
     loggers = instantiate(
-        config.logger, run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"]
+        config.logger, run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options
     )
+    run.update(wandb_folder=offline_folder(loggers))
     for logger in loggers:
         logger.log_hyperparams({**OmegaConf.to_container(config), "run": run.record})
     failed = True

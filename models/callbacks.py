@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.lightning import DivergedError, GPTModule
+from models.loggers import SAMPLES_FILE, log_sample, read_samples
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class TextSample(lightning.Callback):
     def __init__(
         self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int, resume_step: int | None = None
     ):
-        self.path = Path(run_dir) / "samples.txt"
+        self.path = Path(run_dir) / SAMPLES_FILE
         self.prompt = prompt
         self.num_bytes = num_bytes
         self.seed = seed
@@ -189,8 +190,7 @@ class TextSample(lightning.Callback):
     @rank_zero_only
     def _drop_after(self, step: int) -> None:
         # a run killed between a sample and its checkpoint draws that sample again
-        sections = re.split(r"^(?=--- step \d+ ---$)", self.path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        kept = [text for text in sections if text and int(text.split(maxsplit=3)[2]) <= step]
+        kept = [_section(*sample) for sample in read_samples(self.path) if sample[0] <= step]
         self.path.write_text("".join(kept), encoding="utf-8")
 
     @rank_zero_only
@@ -199,12 +199,9 @@ class TextSample(lightning.Callback):
             return
         text = self.sample(trainer, module)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"--- step {trainer.global_step} ---\n{text}\n")
+            file.write(_section(trainer.global_step, text))
         for logger in trainer.loggers:
-            if hasattr(logger, "log_text"):
-                logger.log_text(
-                    "sample", columns=["step", "text"], data=[[trainer.global_step, text]], step=trainer.global_step
-                )
+            log_sample(logger, trainer.global_step, text)
 
     def sample(self, trainer: lightning.Trainer, module: GPTModule) -> str:
         """The prompt and its continuation, with its own random numbers: training's are not touched."""
@@ -214,6 +211,10 @@ class TextSample(lightning.Callback):
         with trainer.precision_plugin.forward_context():
             new = module.gpt.generate(prompt, self.num_bytes, temperature=0.8, generator=generator)
         return decode(self.prompt + bytes(new[0].tolist()))
+
+
+def _section(step: int, text: str) -> str:
+    return f"--- step {step} ---\n{text}\n"
 
 
 def decode(text: bytes) -> str:

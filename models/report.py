@@ -204,6 +204,6 @@ def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
         )
     for name in (PLOT_FILE, METRICS_FILE, "samples.txt", "checkpoints"):
         out.print(f"  {run.folder / name}", highlight=False, soft_wrap=True)
-    offline = sorted((run.folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
-    if offline:
-        out.print(f"upload: wandb sync {offline[-1]}", highlight=False, soft_wrap=True)
+    if run.record.get("wandb_folder"):  # of this start: the clock may have stepped back since the last one
+        folder = run.folder / "wandb" / run.record["wandb_folder"]
+        out.print(f"upload: wandb sync {folder}", highlight=False, soft_wrap=True)

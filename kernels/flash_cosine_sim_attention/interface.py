@@ -348,7 +348,7 @@ def _check_range(scale: float, groups: int) -> None:
     if 0 < scale * groups <= MAX_LOGIT:
         return
     if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}: with one of 0 every key counts the same, and below it the least similar one most")
+        raise ValueError(f"scale must be positive, got {scale}: 0 would forget the keys, less seek the least similar")
     raise ValueError(  # NaN too
         f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
         "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"

@@ -288,8 +288,8 @@ def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: in
                     raise
                 raise NotImplementedError(
                     "flash_cosine_sim_attention's operators have no gradient under torch.func's grad, vjp, jacrev and "
-                    "hessian (torch.autograd's and torch.vmap they have); use backend='sdpa', or 'reference', which has "
-                    "every derivative"
+                    "hessian (torch.autograd's and torch.vmap they have); use backend='sdpa', or 'reference', which "
+                    "has every derivative"
                 ) from error
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)

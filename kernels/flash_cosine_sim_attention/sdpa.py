@@ -131,10 +131,8 @@ def _differentiable_once(grad_inputs: tuple[Tensor | None, ...], _grad_outputs) 
     """A hook behind SDPA's backward pass: where PyTorch cannot differentiate that, says what can."""
     if not torch.is_grad_enabled():  # no create_graph
         return None
-    return tuple(
-        _DifferentiableOnce.apply(grad) if grad is not None and type(grad.grad_fn).__name__ == "NotImplemented" else grad
-        for grad in grad_inputs
-    )
+    once = (grad is not None and type(grad.grad_fn).__name__ == "NotImplemented" for grad in grad_inputs)
+    return tuple(_DifferentiableOnce.apply(g) if is_once else g for g, is_once in zip(grad_inputs, once, strict=True))
 
 
 class _DifferentiableOnce(torch.autograd.Function):
