@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import check_mode, hints, validate
 from data.bytes import ByteCorpus, ByteDataModule
-from models.callbacks import TextSample, TrainingMetrics
+from models.callbacks import LogitMetrics, TextSample, TrainingMetrics
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt
 from models.loggers import finish, offline_folder, sweep_group, wandb_mode
@@ -154,7 +154,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         seed=config.seed,
         resume_step=run.resume_step,
     )
-    return [metrics, sample]
+    return [metrics, LogitMetrics(data.val[: config.seq_len].tobytes()), sample]
 
 
 @contextmanager

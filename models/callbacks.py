@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import psutil
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from models.gpt import GPT
 from models.lightning import DivergedError, GPTModule
 from models.loggers import SAMPLES_FILE, log_sample, read_samples
 
@@ -58,6 +61,9 @@ class TrainingMetrics(lightning.Callback):
     train/tokens, throughput/tokens_per_s, throughput/model_tflops_per_s, throughput/mfu (of the dense bf16 peak,
     where that is known), memory/peak_allocated_gib and memory/peak_reserved_gib (GPU) or memory/rss_gib (CPU).
     Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
+
+    With a learned scale also scale/mean, scale/min, scale/max over all heads of all layers, and scale/clamped, the
+    share of heads whose scale is held at its bound; and for every layer scale/layer0/mean and so on.
     """
 
     def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
@@ -109,16 +115,19 @@ class TrainingMetrics(lightning.Callback):
             self._clock = now
 
     def _report(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        scales = LearnedScales.of(module.gpt)  # computed, not read: the host does not wait
         loss = module.take_loss()  # waits for the device, so that the clock below is honest
         self._lap()
+        grad_norm, *values = torch.cat((module.grad_norm.float().reshape(1), *scales.values)).tolist()  # one transfer
         metrics = {
             "train/loss": loss,
             "train/bpc": loss / math.log(2),
             "train/lr": self._lr,
-            "train/grad_norm": module.grad_norm.item(),
+            "train/grad_norm": grad_norm,
             "train/tokens": trainer.global_step * self.tokens_per_step,
             **self._throughput(trainer, module),
             **_memory(module.device),
+            **scales.summary(values),
         }
         module.report(metrics, progress_bar=("train/bpc", "throughput/tokens_per_s"))
         self._elapsed_s, self._timed_steps = 0.0, 0
@@ -138,6 +147,43 @@ class TrainingMetrics(lightning.Callback):
         if peak is not None:
             metrics["throughput/mfu"] = flops_per_s / (peak * trainer.world_size)
         return metrics
+
+
+@dataclass(frozen=True)
+class LearnedScales:
+    """The learned scales of a model, still on its device.
+
+    Attributes:
+        values: those of each layer, float32 (num_heads,), before they are held below their bound.
+        bounds: the bound of each layer.
+    """
+
+    values: list[Tensor]
+    bounds: list[float]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, gpt: GPT) -> "LearnedScales":
+        """Of a model whose attention may learn its scale."""
+        inner = [block.attention.inner for block in gpt.blocks]
+        inner = [module for module in inner if getattr(module, "log_scale", None) is not None]
+        return cls([module.log_scale.float().exp() for module in inner], [module.max_scale for module in inner])
+
+    def summary(self, values: list[float]) -> dict[str, float]:
+        """The columns of metrics, from what was read of ``values``, one layer's heads after the other's."""
+        columns, used, clamped = {}, [], 0
+        for layer, (tensor, bound) in enumerate(zip(self.values, self.bounds, strict=True)):
+            heads = values[len(used) : len(used) + len(tensor)]
+            clamped += sum(value > bound for value in heads)
+            heads = [min(value, bound) for value in heads]
+            columns.update(_spread(f"scale/layer{layer}", heads))
+            used += heads
+        return {**_spread("scale", used), "scale/clamped": clamped / len(used), **columns} if used else {}
+
+
+def _spread(prefix: str, values: list[float]) -> dict[str, float]:
+    mean = sum(values) / len(values)
+    return {f"{prefix}/mean": mean, f"{prefix}/min": min(values), f"{prefix}/max": max(values)}
 
 
 def _wait_for(device: torch.device) -> None:
@@ -169,6 +215,51 @@ class ProgressBar(RichProgressBar):
             for key, form in shown.items()
             if key in metrics
         }
+
+
+class LogitMetrics(lightning.Callback):
+    """At each validation the largest |logit| that one window of the validation split makes.
+
+    Columns: logit/max, and logit/layer0/max and so on: scale * |cos(q, k)|, or |q k| / sqrt(head_dim) with regular
+    attention, over the heads and the pairs of a query and a key that it sees.
+
+    Args:
+        window: the bytes, at most the model's seq_len.
+    """
+
+    def __init__(self, window: bytes):
+        self.window = window
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        with trainer.precision_plugin.forward_context():
+            layers = largest_logits(module.gpt, torch.tensor(list(self.window), device=module.device)[None])
+        metrics = {"logit/max": max(layers), **{f"logit/layer{i}/max": value for i, value in enumerate(layers)}}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+@torch.no_grad()
+def largest_logits(gpt: GPT, tokens: Tensor) -> list[float]:
+    """The largest |logit| of every layer for tokens (1, n)."""
+    found: list[Tensor] = []
+
+    def measure(inner: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        q, k, _ = arguments
+        with torch.autocast(q.device.type, enabled=False):  # products of float32
+            found.append(inner.largest_logit(q, k))
+
+    hooks = [block.attention.inner.register_forward_pre_hook(measure) for block in gpt.blocks]
+    was_training = gpt.training
+    try:
+        gpt.eval().forward(tokens)  # forward, not __call__: a compiled model would be compiled for the hooks
+    finally:
+        gpt.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).tolist()
 
 
 class TextSample(lightning.Callback):

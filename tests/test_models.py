@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_cosine_sim_attention import plain_cosine_sim_attention
+import models.attention
+from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention
 from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
+from models.callbacks import largest_logits
 from models.gpt import GPT
 
 BLOCKS = [PreNormBlock, PostNormBlock]
@@ -142,6 +144,36 @@ def test_regular_attention_scales_by_the_root_of_head_dim():
     torch.testing.assert_close(RegularAttention(2, 16)(q, k, v), expected)
     with pytest.raises(ValueError, match="seq_len_q must be 1 or seq_len_k = 9"):
         RegularAttention(2, 16)(q[:, :, :3], k, v)
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 2**22])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_the_largest_logit_is_that_of_all_visible_pairs(monkeypatch, num_kv_heads, at_once):
+    monkeypatch.setattr(models.attention, "PRODUCTS_AT_ONCE", at_once)
+    q, k = torch.randn(1, 4, 33, 16), torch.randn(1, num_kv_heads, 33, 16)
+    k[:, :, 20] = 9 * q[:, :1, 3]  # most alike, but that query does not see this key
+    hidden = torch.ones(33, 33, dtype=torch.bool).triu(1)
+    every = k.repeat_interleave(4 // num_kv_heads, dim=1)
+    regular = (q @ every.mT / 4).masked_fill(hidden, 0).abs().amax()
+    torch.testing.assert_close(RegularAttention(4, 16).largest_logit(q, k), regular)
+    cosine = attention_of("cosine", groups=2)(num_heads=4, head_dim=16)
+    with torch.no_grad():
+        cosine.log_scale.copy_(torch.tensor([1.0, 2.0, 20.0, 0.5]).log())
+    unit_q, unit_k = l2norm_tensors(q, every, groups=2)
+    logits = (unit_q @ unit_k.mT).masked_fill(hidden, 0) * cosine.scale().view(-1, 1, 1)
+    torch.testing.assert_close(cosine.largest_logit(q, k), logits.abs().amax())
+    fixed = attention_of("cosine", learned_scale=False)(num_heads=4, head_dim=16)
+    assert 0 < fixed.largest_logit(q, k) <= 12.0001
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_measuring_logits_leaves_the_model_as_it_was(kind):
+    gpt = randomise_head(build(kind, dropout=0.5)).train()
+    state = torch.get_rng_state()
+    layers = largest_logits(gpt, torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(0)))
+    assert len(layers) == 2 and min(layers) > 0
+    assert gpt.training and torch.equal(state, torch.get_rng_state())
+    assert not any(block.attention.inner._forward_pre_hooks for block in gpt.blocks)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

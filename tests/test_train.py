@@ -17,7 +17,7 @@ import torch
 from test_config import configure
 
 from conf.schema import validate
-from models.callbacks import decode, peak_flops
+from models.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
 from models.gpt import GPT
 from models.lightning import DivergedError, GPTModule
 from models.loggers import CSVLogger, read_samples, wandb_mode
@@ -519,6 +519,62 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
         assert rates[step] < 256 / 0.3
     for step in (3, 5, 7):  # a validation lies just before
         assert rates[step] > 256 / 3
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_learned_scales_are_logged_at_every_step_and_are_those_of_the_model(text, tmp_path, norm):
+    changes = ["model.num_layers=2", "lr=0.1", "attention.scale=39", f"norm={norm}"]
+    folder = fit(text, tmp_path, *changes)
+    results = read_results(folder)
+    state = weights(folder)["state_dict"]
+    layers = [state[f"gpt.blocks.{i}.attention.inner.log_scale"].exp() for i in range(2)]
+    every = torch.cat(layers)
+    assert results.last("scale/clamped") == (every > 40).float().mean()
+    for name, values in (("scale", every), ("scale/layer0", layers[0]), ("scale/layer1", layers[1])):
+        held = values.clamp(max=40)
+        expected = [held.mean(), held.min(), held.max()]
+        found = [results.last(f"{name}/{column}") for column in ("mean", "min", "max")]
+        assert found == pytest.approx([value.item() for value in expected], rel=1e-6)
+        assert results.series(f"{name}/mean")[0] == [2, 4, 6, 8]
+    assert results.series("logit/max")[0] == [4, 8] and 0 < results.last("logit/layer1/max") <= 40.001
+    columns = metrics(fit(text, tmp_path / "regular", "attention=regular", "max_steps=4"))[-1]
+    assert not any(column.startswith("scale") for column in columns) and float(columns["logit/max"]) > 0
+
+
+def test_a_held_scale_counts_as_clamped(text, tmp_path):
+    gpt = build_module(validate(configure(*overrides(text, tmp_path, "model.num_layers=2")))).gpt
+    with torch.no_grad():
+        gpt.blocks[1].attention.inner.log_scale.copy_(torch.tensor([41.0, 20.0]).log())
+    scales = LearnedScales.of(gpt)
+    columns = scales.summary(torch.cat(scales.values).tolist())
+    assert columns["scale/clamped"] == 0.25
+    assert columns["scale/max"] == columns["scale/layer1/max"] == 40
+    assert columns["scale/layer1/mean"] == pytest.approx(30) and columns["scale/layer0/max"] == pytest.approx(12)
+
+
+def test_measuring_attention_changes_no_weight_and_waits_for_the_device_no_more_often(text, tmp_path, monkeypatch):
+    reads = []
+    for name in ("item", "tolist"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, read=read: (reads.append(1), read(*a))[1])
+    report = TrainingMetrics._report
+
+    def count(self, trainer, module):
+        reads.clear()
+        report(self, trainer, module)
+        counts.append(len(reads))
+
+    monkeypatch.setattr(TrainingMetrics, "_report", count)
+    folders, counts = [], []
+    for measured in (True, False):
+        if not measured:
+            monkeypatch.setattr(LearnedScales, "of", lambda _: LearnedScales([], []))
+            monkeypatch.setattr(LogitMetrics, "on_validation_end", lambda *_: None)
+        folders.append(fit(text, tmp_path / str(measured)))
+    assert "scale/mean" in metrics(folders[0])[-1] and "scale/mean" not in metrics(folders[1])[-1]
+    first, second = (weights(folder)["state_dict"] for folder in folders)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize(
