@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import check_mode, hints, validate
 from data.bytes import ByteCorpus, ByteDataModule
-from models.callbacks import LogitMetrics, TextSample, TrainingMetrics
+from models.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt
 from models.loggers import finish, offline_folder, sweep_group, wandb_mode
@@ -116,6 +116,7 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
         eval_batch_size=size,
         val_bytes=val_bytes,
         on_device=config.trainer.data_on_device,
+        overfit=config.trainer.overfit,
     )
     return data, accumulate
 
@@ -154,7 +155,8 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         seed=config.seed,
         resume_step=run.resume_step,
     )
-    return [metrics, LogitMetrics(data.val[: config.seq_len].tobytes()), sample]
+    profile = [Profile(run.folder, options.profile_steps, config.max_steps)] if options.profile_steps else []
+    return [*profile, metrics, LogitMetrics(data.val[: config.seq_len].tobytes()), sample]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
+OVERRIDING = ("experiment", "debug", "sweep")  # groups that choose options of the others, and values
 
 
 class ConfigError(ValueError):
@@ -54,6 +55,8 @@ class TrainerOptions:
     sample_bytes: int
     progress_bar: bool
     deterministic: bool
+    overfit: bool
+    profile_steps: int
     data_on_device: bool
 
 
@@ -64,8 +67,8 @@ def validate(config: DictConfig) -> DictConfig:
         ConfigError: naming the key, what it got and what is accepted.
     """
     values = OmegaConf.to_container(config, resolve=True)
-    # experiment and sweep only choose and override; they hold nothing of their own
-    top = {key: value for key, value in values.items() if key not in (*GROUPS, "experiment", "sweep")}
+    # these only choose and override; they hold nothing of their own
+    top = {key: value for key, value in values.items() if key not in (*GROUPS, *OVERRIDING)}
     checked = _check(TopLevel, top, prefix="")
     for group in GROUPS:
         if not isinstance(values.get(group), dict):
@@ -169,8 +172,8 @@ def hints(arguments: list[str]) -> list[str]:
         group, _, rest = key.partition(".")
         if "=" not in argument or key.startswith(("hydra", "+", "~", "-")):
             continue
-        if group not in (*top, *GROUPS, "experiment", "sweep"):
-            lines.append(f"{key} is not a key; accepted: {', '.join((*top, *GROUPS, 'experiment', 'sweep'))}\n")
+        if group not in (*top, *GROUPS, *OVERRIDING):
+            lines.append(f"{key} is not a key; accepted: {', '.join((*top, *GROUPS, *OVERRIDING))}\n")
         elif rest and group in GROUPS:
             options = {path.stem: list(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
             if not any(rest.split(".")[0] in keys for keys in options.values()):

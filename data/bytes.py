@@ -67,6 +67,7 @@ class ByteDataModule(LightningDataModule):
     eval_batch_size: windows in one validation or test batch, on each rank.
     val_bytes: validate on the first val_bytes bytes of the val split; None, or more than it has, is all.
     on_device: keep the train split on the device and gather there; False gathers on the CPU, copies windows.
+    overfit: train on the windows of step 0 at every step.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ByteDataModule(LightningDataModule):
         eval_batch_size: int,
         val_bytes: int | None = None,
         on_device: bool = True,
+        overfit: bool = False,
     ) -> None:
         super().__init__()
         _check_int("seq_len", seq_len, 1)
@@ -101,6 +103,7 @@ class ByteDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val = corpus.val[:val_bytes]
         self.on_device = on_device
+        self.overfit = overfit
         self._train_on: dict[torch.device, Tensor] = {}
 
     @property
@@ -147,7 +150,7 @@ class ByteDataModule(LightningDataModule):
         return self._eval_loader(self.corpus.test)
 
     def _window_starts(self, step: int, micro_step: int, rank: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, step, micro_step, rank])
+        rng = np.random.default_rng([self.seed, 0 if self.overfit else step, micro_step, rank])
         return rng.integers(0, len(self.corpus.train) - self.seq_len, size=self.micro_batch_size)
 
     def _train_split(self, device: torch.device) -> Tensor:

@@ -262,6 +262,49 @@ def largest_logits(gpt: GPT, tokens: Tensor) -> list[float]:
     return torch.stack(found).tolist()
 
 
+class Profile(lightning.Callback):
+    """Profiles some training steps: a table of what took longest on the console, ``trace.json`` in the run's folder.
+
+    Args:
+        run_dir: the run's folder.
+        num_steps: steps to profile, behind the first ten of this start where there are as many: those compile.
+        max_steps: steps of the run.
+    """
+
+    def __init__(self, run_dir: str | Path, num_steps: int, max_steps: int):
+        self.path = Path(run_dir) / "trace.json"
+        self.num_steps = num_steps
+        self.max_steps = max_steps
+        self._profiler: torch.profiler.profile | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        left = self.max_steps - trainer.global_step
+        self._first = trainer.global_step + max(0, min(10, left - self.num_steps))
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
+        if self._profiler is None and trainer.global_step == self._first:
+            _wait_for(module.device)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if module.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
+        if self._profiler is None or trainer.global_step < min(self._first + self.num_steps, self.max_steps):
+            return
+        _wait_for(module.device)
+        self._profiler.stop()
+        by = "self_cuda_time_total" if module.device.type == "cuda" else "self_cpu_time_total"
+        print(self._profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+        self._profiler.export_chrome_trace(str(self.path))
+        print(f"profile of {self.num_steps} steps: {self.path}")
+        self._profiler, self._first = None, -1  # once a run
+
+
 class TextSample(lightning.Callback):
     """At each validation continues the first bytes of the validation split and keeps the text.
 

@@ -36,6 +36,7 @@ INCIDENTAL = (
     "run_root",
     "logger",
     "experiment",
+    "debug",
     "sweep",
     "hydra",
     "trainer.accelerator",
@@ -44,6 +45,7 @@ INCIDENTAL = (
     "trainer.val_every",
     "trainer.val_bytes",
     "trainer.log_every",
+    "trainer.profile_steps",
     "trainer.data_on_device",
     "data.path",  # what the bytes are is checked by their hash
     "data.cache_dir",
@@ -176,7 +178,7 @@ def _start(config: DictConfig, name: str) -> Run:
 def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
     """A name that says what the run is, so that the same command finds it again and a sweep's jobs differ."""
     groups = ("attention", "norm", "model", "data")
-    parts = [choices["experiment"]] if choices.get("experiment") else []
+    parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
     parts += [choices.get(group) or "none" for group in groups]
     parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
     told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}

@@ -99,7 +99,7 @@ def choose_precision(precision: str | None, *, cuda: bool) -> str:
 
 def check_trainer(options: DictConfig) -> None:
     """Raises ValueError for a value of conf/trainer/ that cannot be, before anything is written."""
-    for key, least in (("val_every", 1), ("log_every", 1), ("sample_bytes", 0), ("devices", 1)):
+    for key, least in (("val_every", 1), ("log_every", 1), ("sample_bytes", 0), ("profile_steps", 0), ("devices", 1)):
         if options[key] < least:
             raise ValueError(f"trainer.{key} must be at least {least}, got {options[key]}")
     choose_precision(options.precision, cuda=uses_cuda(options.accelerator))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 
 import numpy as np
@@ -368,6 +369,15 @@ def test_a_run_of_before_a_key_was_removed_still_loads_unless_it_asks_for_what_i
     assert refusal(capsys, generate, variant(run, "other", config={"model": {"residual": "autocast"}})).endswith(
         "config.yaml': model.residual was removed and means float32 everywhere, got 'autocast'"
     )
+
+
+def test_the_lines_for_a_notebook_load_a_run_and_generate(trained, capsys):
+    page = (CONF.parent / "docs" / "training.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "runs/NAME" in code)
+    names = {}
+    exec(code.replace("runs/NAME", str(trained)), names)
+    assert capsys.readouterr().out.startswith("def ")
+    assert names["new"].shape == (1, 100) and names["logits"].shape == (1, 4, 256)
 
 
 # ---------------------------------------------------------------- evaluate

@@ -521,6 +521,41 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
         assert rates[step] > 256 / 3
 
 
+def debug(name, root, *changes):
+    """Trains by conf/debug/ as it is, with its own small corpus; returns the run's folder."""
+    given = ["trainer.accelerator=cpu", "trainer.progress_bar=false", "name=run", f"run_root={root}"]
+    train(validate(configure(f"debug={name}", *given, *changes)), choices={})
+    return Path(root) / "run"
+
+
+def test_debug_fast_goes_through_everything(tmp_path):
+    folder = debug("fast", tmp_path)
+    results = read_results(folder)
+    assert results.status == "finished" and results.series("train/loss")[0] == [1, 2, 3, 4]
+    assert results.series("val/bpc")[0] == [2, 4]
+    assert [step for step, _ in read_samples(folder / "samples.txt")] == [2, 4]
+    assert (folder / "checkpoints/best.ckpt").is_file() and (folder / "checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("attention", ["cosine", "regular"])
+def test_debug_overfit_learns_one_batch_by_heart(tmp_path, attention):
+    results = read_results(debug("overfit", tmp_path, f"attention={attention}"))
+    losses = results.series("train/loss")[1]
+    assert losses[0] > 2 and losses[-1] < 0.1
+
+
+def test_debug_profile_prints_a_table_and_writes_a_trace(tmp_path, capsys):
+    small = ["model=tiny", "seq_len=64", "tokens_per_step=256", "micro_batch_tokens=128"]
+    folder = debug("profile", tmp_path, *small)
+    out = capsys.readouterr().out
+    assert "Self CPU time total" in out and "profile of 5 steps" in out
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 5
+    assert read_results(folder).last("step") == 16
+    shorter = debug("profile", tmp_path / "short", *small, "max_steps=3")
+    assert (shorter / "trace.json").is_file()
+
+
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_learned_scales_are_logged_at_every_step_and_are_those_of_the_model(text, tmp_path, norm):
     changes = ["model.num_layers=2", "lr=0.1", "attention.scale=39", f"norm={norm}"]
