@@ -49,6 +49,7 @@ TRAIN = [
     "lightning>=2.6.6,<2.7",  # 2.6.2 and 2.6.3 were malicious uploads
     "hydra-core>=1.3.6,<1.4",
     "wandb>=0.20,<0.32",  # lightning 2.6 passes wandb.init an argument that 0.32 removes
+    "tensorboard>=2.18",  # the first that works with NumPy 2; torch.utils.tensorboard writes through it
     "einops",
     "rich",
     "matplotlib",

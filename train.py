@@ -31,11 +31,11 @@ from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteCorpus, ByteDataModule
 from flash_cosine_sim_attention import flash_cosine_sim_attention
-from models.callbacks import TextSample, TrainingMetrics
+from models.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
 from models.checkpoints import BEST_CHECKPOINT, FOLDER
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt, load_weights
-from models.loggers import finish
+from models.loggers import finish, offline_folder, sweep_group, wandb_mode
 from models.processes import find_processes, join
 from models.progress import ProgressReport
 from models.report import conclude, read_results
@@ -115,6 +115,8 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     """Trains an open run to its last step. Returns the last val/bpc, and the bytes."""
     lightning.seed_everything(config.seed, verbose=False)
     check_trainer(config.trainer)
+    if "offline" in config.logger:
+        wandb_mode(offline=config.logger.offline)  # refused before anything is written
     module = build_module(config)  # before the data: a model that cannot be built needs no download
     corpus = builder(config, "data")()
     data, accumulate = build_data(config, corpus)
@@ -211,6 +213,7 @@ def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, 
         eval_batch_size=size,
         val_bytes=val_bytes,
         on_device=config.trainer.data_on_device,
+        overfit=config.trainer.overfit,
     )
     return data, accumulate
 
@@ -262,7 +265,9 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         val_tokens=data.val_scored,
         bar=options.progress_bar and sys.stdout.isatty(),  # in a file it would be one long line
     )
-    return [metrics, sample, progress]
+    logits = LogitMetrics(data.val[: config.seq_len].tobytes())
+    profile = [Profile(run.folder, options.profile_steps, config.max_steps)] if options.profile_steps else []
+    return [*profile, metrics, logits, sample, progress]
 
 
 @contextmanager
@@ -270,6 +275,7 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
     with redacted_command_line():
         loggers = _start_loggers(config, run)
+    run.update(wandb_folder=offline_folder(loggers))
     for logger in loggers:
         logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
     failed = True
@@ -281,9 +287,12 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
 
 
 def _start_loggers(config: DictConfig, run: Run) -> list[Logger]:
-    start = builder(config, "logger")
+    start, options = builder(config, "logger"), {}
+    if "group" in config.logger:
+        run.record.setdefault("wandb_group", sweep_group())  # the same when it is resumed
+        options["group"] = config.logger.group or run.record["wandb_group"]
     try:
-        return start(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"])
+        return start(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
     except Exception as error:  # a service's own errors: no account, no network
         raise ValueError(f"logger={config.logger.kind} does not start: {error}") from error
 

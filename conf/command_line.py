@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from conf.schema import CONF, GROUPS, ConfigError, keys_of, options_of, shown, unknown
 
-CHOOSERS = ("experiment", "sweep")  # groups of overrides; they hold no keys of their own
+CHOOSERS = ("experiment", "debug", "sweep")  # groups of overrides; they hold no keys of their own
 MULTIRUN = ("-m", "--multirun")
 # With these another configuration is composed than conf/config.yaml, or none.
 OTHERS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--experimental-rerun", "--hydra-help",

@@ -15,7 +15,12 @@ BUILDERS = {
     "model": {"gpt": "models.gpt.GPT"},
     "data": {"enwik8": "data.enwik8.enwik8", "file": "data.files.file", "pystdlib": "data.pystdlib.pystdlib"},
     "optimizer": {"adamw": "models.optimizer.AdamW"},
-    "logger": {"csv": "models.loggers.csv_only", "wandb": "models.loggers.wandb_and_csv"},
+    "logger": {
+        "csv": "models.loggers.csv_only",
+        "none": "models.loggers.csv_only",
+        "tensorboard": "models.loggers.tensorboard_and_csv",
+        "wandb": "models.loggers.wandb_and_csv",
+    },
 }
 # Their arguments that the program supplies itself: no keys of the configuration.
 GIVEN_BY_CODE = {

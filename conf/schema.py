@@ -21,6 +21,7 @@ from conf.registry import BUILDERS, GIVEN_BY_CODE, find
 
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
+OVERRIDING = ("experiment", "debug", "sweep")  # groups that choose options of the others, and values
 
 
 class ConfigError(ValueError):
@@ -64,6 +65,8 @@ class TrainerOptions:
     sample_bytes: int
     progress_bar: bool
     deterministic: bool
+    overfit: bool
+    profile_steps: int
     data_on_device: bool
 
 
@@ -78,8 +81,8 @@ def validate(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(key + str(error.msg or error).strip().split("\n", 1)[0]) from error
-    # experiment and sweep only choose and override; they hold nothing of their own
-    top = {key: value for key, value in values.items() if key not in (*GROUPS, "experiment", "sweep")}
+    # these only choose and override; they hold nothing of their own
+    top = {key: value for key, value in values.items() if key not in (*GROUPS, *OVERRIDING)}
     checked = _check(TopLevel, top, prefix="")
     for group in GROUPS:
         checked[group] = check_group(group, values.get(group))

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.registry import BUILDERS, FORMER_TARGETS
+from conf.removed import drop_removed
 from conf.schema import ConfigError, shown
 
 
@@ -35,9 +36,9 @@ def read_stored(path: Path) -> DictConfig:
         for group in BUILDERS:
             if isinstance(values.get(group), dict) and "_target_" in values[group]:
                 values[group] = _translate(group, values[group])
-    except ConfigError as error:
+        return drop_removed(OmegaConf.create(values))
+    except ValueError as error:
         raise ConfigError(f"{str(path)!r}: {error}") from error
-    return OmegaConf.create(values)
 
 
 def _refuse_references(tree: Any, prefix: str) -> None:

@@ -69,6 +69,7 @@ class ByteDataModule(LightningDataModule):
     eval_batch_size: windows in one validation or test batch, on each rank.
     val_bytes: validate on the first val_bytes bytes of the val split; None, or more than it has, is all.
     on_device: keep the train split on the device and gather there; False gathers on the CPU, copies windows.
+    overfit: train on the windows of step 0 at every step.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ByteDataModule(LightningDataModule):
         eval_batch_size: int,
         val_bytes: int | None = None,
         on_device: bool = True,
+        overfit: bool = False,
     ) -> None:
         super().__init__()
         _check_int("seq_len", seq_len, 1)
@@ -114,6 +116,7 @@ class ByteDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val = corpus.val[:val_bytes]
         self.on_device = on_device
+        self.overfit = overfit
         self._train_on: dict[torch.device, Tensor] = {}
 
     @property
@@ -168,7 +171,7 @@ class ByteDataModule(LightningDataModule):
                 f"{self.windows_per_step} windows in micro-batches of {self.micro_batch_size}"
             )
         # The zeros: what the first micro-batch of the first rank was drawn from when each drew its own.
-        rng = np.random.default_rng([self.seed, step, 0, 0])
+        rng = np.random.default_rng([self.seed, 0 if self.overfit else step, 0, 0])
         starts = rng.integers(0, len(self.corpus.train) - self.seq_len, size=self.windows_per_step)
         return starts[first : first + self.micro_batch_size]
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention
+from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from models.rotary import Rotary
 
 # Without a shift the largest exponential is exp(scale * groups); 40 is the library's documented range, in which
 # bf16 and fp32 probabilities neither overflow nor lose the row sum to flushed subnormals.
 MAX_LOGIT = 40.0
 MAX_HEAD_DIM = 256
+PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
 
 
 class CosineAttention(nn.Module):
@@ -70,6 +71,12 @@ class CosineAttention(nn.Module):
             return self.fixed_scale
         return self.log_scale.float().exp().clamp(max=self.max_scale)
 
+    def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
+        """The largest |scale * cos(q, k)| of a visible pair, a float32 scalar; shapes as in ``forward``."""
+        q, k = l2norm_tensors(q.float(), k.float(), groups=self.groups)
+        scale = torch.as_tensor(self.scale(), device=q.device)
+        return (largest_products(q, k) * scale).amax()
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (batch, num_heads, seq_len_q, head_dim), k and v (batch, num_kv_heads, seq_len_k, head_dim) -> like q."""
         return flash_cosine_sim_attention(
@@ -92,6 +99,26 @@ class RegularAttention(nn.Module):
             # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
             raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
         return F.scaled_dot_product_attention(q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1])
+
+    def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
+        """The largest |q k^T| / sqrt(head_dim) of a visible pair, a float32 scalar; shapes as in ``forward``."""
+        return largest_products(q.float(), k.float()).amax() / math.sqrt(self.head_dim)
+
+
+def largest_products(q: Tensor, k: Tensor) -> Tensor:
+    """The largest |q_i . k_j| with j <= i of each head, float32 (num_heads,): query rows in turn, in little memory.
+
+    q (batch, num_heads, seq_len, head_dim), k (batch, num_kv_heads, seq_len, head_dim), both float32.
+    """
+    batch, num_heads, seq_len, _ = q.shape
+    k = k.repeat_interleave(num_heads // k.shape[1], dim=1)
+    rows = max(1, PRODUCTS_AT_ONCE // (batch * num_heads * seq_len))
+    largest = q.new_zeros(num_heads)
+    for start in range(0, seq_len, rows):
+        end = min(start + rows, seq_len)
+        products = q[:, :, start:end] @ k[:, :, :end].mT  # (batch, num_heads, rows, end)
+        largest = torch.maximum(largest, products.abs().tril(start).amax((0, 2, 3)))
+    return largest
 
 
 class KVCache:

@@ -113,6 +113,5 @@ class PostNormBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``PreNormBlock.forward``, but nothing is left to be added: branch is None, in and out."""
         del branch
-        stream = x.dtype  # autocast's layer norm returns float32, whatever the stream is kept in
-        x = self.attention_norm(self.alpha * x + self.attention(x, cache)).to(stream)
-        return self.mlp_norm(self.alpha * x + self.mlp(x)).to(stream), None
+        x = self.attention_norm(self.alpha * x + self.attention(x, cache))
+        return self.mlp_norm(self.alpha * x + self.mlp(x)), None

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import lightning
 import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from models.gpt import GPT
 from models.lightning import DivergedError, GPTModule
+from models.loggers import SAMPLES_FILE, log_sample, read_samples
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,9 @@ class TrainingMetrics(lightning.Callback):
     train/tokens, throughput/tokens_per_s, throughput/model_tflops_per_s, throughput/mfu (of the dense bf16 peak,
     where that is known), memory/peak_allocated_gib and memory/peak_reserved_gib (GPU) or memory/rss_gib (CPU).
     Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
+
+    With a learned scale also scale/mean, scale/min, scale/max over all heads of all layers, and scale/clamped, the
+    share of heads whose scale is held at its bound; and for every layer scale/layer0/mean and so on.
     """
 
     def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
@@ -124,16 +131,19 @@ class TrainingMetrics(lightning.Callback):
             self._clock = now
 
     def _report(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        scales = LearnedScales.of(module.gpt)  # computed, not read: the host does not wait
         loss = module.take_loss()  # waits for the device, so that the clock below is honest
         self._lap()
+        grad_norm, *values = torch.cat((module.grad_norm.float().reshape(1), *scales.values)).tolist()  # one transfer
         metrics = {
             "train/loss": loss,
             "train/bpc": loss / math.log(2),
             "train/lr": self._lr,
-            "train/grad_norm": module.grad_norm.item(),
+            "train/grad_norm": grad_norm,
             "train/tokens": module.tokens,
             **self._throughput(trainer, module),
             **_memory(module.device),
+            **scales.summary(values),
         }
         module.report(metrics, progress_bar=("train/bpc", "throughput/tokens_per_s"))
         self._elapsed_s, self._timed_steps = 0.0, 0
@@ -155,6 +165,43 @@ class TrainingMetrics(lightning.Callback):
         return metrics
 
 
+@dataclass(frozen=True)
+class LearnedScales:
+    """The learned scales of a model, still on its device.
+
+    Attributes:
+        values: those of each layer, float32 (num_heads,), before they are held below their bound.
+        bounds: the bound of each layer.
+    """
+
+    values: list[Tensor]
+    bounds: list[float]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, gpt: GPT) -> "LearnedScales":
+        """Of a model whose attention may learn its scale."""
+        inner = [block.attention.inner for block in gpt.blocks]
+        inner = [module for module in inner if getattr(module, "log_scale", None) is not None]
+        return cls([module.log_scale.float().exp() for module in inner], [module.max_scale for module in inner])
+
+    def summary(self, values: list[float]) -> dict[str, float]:
+        """The columns of metrics, from what was read of ``values``, one layer's heads after the other's."""
+        columns, used, clamped = {}, [], 0
+        for layer, (tensor, bound) in enumerate(zip(self.values, self.bounds, strict=True)):
+            heads = values[len(used) : len(used) + len(tensor)]
+            clamped += sum(value > bound for value in heads)
+            heads = [min(value, bound) for value in heads]
+            columns.update(_spread(f"scale/layer{layer}", heads))
+            used += heads
+        return {**_spread("scale", used), "scale/clamped": clamped / len(used), **columns} if used else {}
+
+
+def _spread(prefix: str, values: list[float]) -> dict[str, float]:
+    mean = sum(values) / len(values)
+    return {f"{prefix}/mean": mean, f"{prefix}/min": min(values), f"{prefix}/max": max(values)}
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -169,6 +216,94 @@ def _memory(device: torch.device) -> dict[str, float]:
     return {"memory/peak_allocated_gib": allocated / GIB, "memory/peak_reserved_gib": reserved / GIB}
 
 
+class LogitMetrics(lightning.Callback):
+    """At each validation the largest |logit| that one window of the validation split makes.
+
+    Columns: logit/max, and logit/layer0/max and so on: scale * |cos(q, k)|, or |q k| / sqrt(head_dim) with regular
+    attention, over the heads and the pairs of a query and a key that it sees.
+
+    Args:
+        window: the bytes, at most the model's seq_len.
+    """
+
+    def __init__(self, window: bytes):
+        self.window = window
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        with trainer.precision_plugin.forward_context():
+            layers = largest_logits(module.gpt, torch.tensor(list(self.window), device=module.device)[None])
+        metrics = {"logit/max": max(layers), **{f"logit/layer{i}/max": value for i, value in enumerate(layers)}}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+@torch.no_grad()
+def largest_logits(gpt: GPT, tokens: Tensor) -> list[float]:
+    """The largest |logit| of every layer for tokens (1, n)."""
+    found: list[Tensor] = []
+
+    def measure(inner: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        q, k, _ = arguments
+        with torch.autocast(q.device.type, enabled=False):  # products of float32
+            found.append(inner.largest_logit(q, k))
+
+    hooks = [block.attention.inner.register_forward_pre_hook(measure) for block in gpt.blocks]
+    was_training = gpt.training
+    try:
+        gpt.eval().forward(tokens)  # forward, not __call__: a compiled model would be compiled for the hooks
+    finally:
+        gpt.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).tolist()
+
+
+class Profile(lightning.Callback):
+    """Profiles some training steps: a table of what took longest on the console, ``trace.json`` in the run's folder.
+
+    Args:
+        run_dir: the run's folder.
+        num_steps: steps to profile, behind the first ten of this start where there are as many: those compile.
+        max_steps: steps of the run.
+    """
+
+    def __init__(self, run_dir: str | Path, num_steps: int, max_steps: int):
+        self.path = Path(run_dir) / "trace.json"
+        self.num_steps = num_steps
+        self.max_steps = max_steps
+        self._profiler: torch.profiler.profile | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        left = self.max_steps - trainer.global_step
+        self._first = trainer.global_step + max(0, min(10, left - self.num_steps))
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
+        if self._profiler is None and trainer.global_step == self._first:
+            _wait_for(module.device)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if module.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
+        if self._profiler is None or trainer.global_step < min(self._first + self.num_steps, self.max_steps):
+            return
+        _wait_for(module.device)
+        self._profiler.stop()
+        by = "self_cuda_time_total" if module.device.type == "cuda" else "self_cpu_time_total"
+        print(self._profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+        self._profiler.export_chrome_trace(str(self.path))
+        print(f"profile of {self.num_steps} steps: {self.path}")
+        self._profiler, self._first = None, -1  # once a run
+
+
 class TextSample(lightning.Callback):
     """At each validation continues the first bytes of the validation split and keeps the text.
 
@@ -178,7 +313,7 @@ class TextSample(lightning.Callback):
     def __init__(
         self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int, resume_step: int | None = None
     ):
-        self.path = Path(run_dir) / "samples.txt"
+        self.path = Path(run_dir) / SAMPLES_FILE
         self.prompt = prompt
         self.num_bytes = num_bytes
         self.seed = seed
@@ -188,8 +323,7 @@ class TextSample(lightning.Callback):
     @rank_zero_only
     def _drop_after(self, step: int) -> None:
         # a run killed between a sample and its checkpoint draws that sample again
-        sections = re.split(r"^(?=--- step \d+ ---$)", self.path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        kept = [text for text in sections if text and int(text.split(maxsplit=3)[2]) <= step]
+        kept = [_section(*sample) for sample in read_samples(self.path) if sample[0] <= step]
         self.path.write_text("".join(kept), encoding="utf-8")
 
     @rank_zero_only
@@ -198,12 +332,9 @@ class TextSample(lightning.Callback):
             return
         text = self.sample(trainer, module)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"--- step {trainer.global_step} ---\n{text}\n")
+            file.write(_section(trainer.global_step, text))
         for logger in trainer.loggers:
-            if hasattr(logger, "log_text"):
-                logger.log_text(
-                    "sample", columns=["step", "text"], data=[[trainer.global_step, text]], step=trainer.global_step
-                )
+            log_sample(logger, trainer.global_step, text)
 
     def sample(self, trainer: lightning.Trainer, module: GPTModule) -> str:
         """The prompt and its continuation, with its own random numbers: training's are not touched."""
@@ -213,6 +344,10 @@ class TextSample(lightning.Callback):
         with trainer.precision_plugin.forward_context():
             new = module.gpt.generate(prompt, self.num_bytes, temperature=0.8, generator=generator)
         return decode(self.prompt + bytes(new[0].tolist()))
+
+
+def _section(step: int, text: str) -> str:
+    return f"--- step {step} ---\n{text}\n"
 
 
 def decode(text: bytes) -> str:

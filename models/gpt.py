@@ -27,9 +27,6 @@ class GPT(nn.Module):
         positions: "rotary" (relative, in q and k) or "learned" (absolute, added to the embedding).
         tied_head: share the embedding's weights with the head.
         dropout: probability, after the embedding, each attention and each MLP.
-        residual: what the stream between blocks is kept in: "float32", the weights' dtype, or "autocast", the dtype of
-            the activations. In bfloat16 that halves the memory traffic of norms and additions, the largest share of a
-            step besides matrix products and attention, and rounds the stream at every addition.
     """
 
     def __init__(
@@ -44,16 +41,12 @@ class GPT(nn.Module):
         positions: str,
         tied_head: bool,
         dropout: float,
-        residual: str = "float32",
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(num_layers, width, num_heads, num_kv_heads, seq_len, positions, dropout)
         head_dim = width // num_heads
-        if residual not in ("float32", "autocast"):
-            raise ValueError(f"model.residual must be float32 or autocast, got {residual!r}")
         self.seq_len = seq_len
-        self.residual = residual
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.embedding_scale = width**0.5 if tied_head else 1.0
@@ -70,6 +63,7 @@ class GPT(nn.Module):
         self.norm = self.blocks[0].final_norm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self._start(tied_head)
+        self.register_load_state_dict_post_hook(_fill_tables)
 
     def _start(self, tied_head: bool) -> None:
         # The stream starts with variance 1. GPT-2's 0.02 makes narrow models learn far slower, and DeepNorm
@@ -103,12 +97,11 @@ class GPT(nn.Module):
         x = self.embedding(tokens) * self.embedding_scale  # (batch, n, width)
         if self.positions is not None:
             x = x + self.positions.weight[start : start + tokens.shape[1]]
-        stream = self._activation_dtype() if self.residual == "autocast" else x.dtype
-        x, branch = self.dropout(x).to(stream), None  # their sum is the stream
+        x, branch = self.dropout(x), None  # their sum is the stream, in the weights' dtype
         for index, block in enumerate(self.blocks):
             x, branch = block(x, branch, cache[index] if cache else None)
         if branch is not None:
-            x = (x + branch).to(stream)
+            x = x + branch
         logits = self.head(self.norm(x)).float()  # (batch, n, 256)
         if targets is None:
             return logits
@@ -181,6 +174,14 @@ class GPT(nn.Module):
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         width = self.embedding.embedding_dim
         return 6.0 * weights + 6.0 * len(self.blocks) * width * seq_len
+
+
+def _fill_tables(gpt: GPT, _incompatible_keys: object) -> None:
+    """Gives a model that was built on the meta device its rotary tables, once weights are assigned to it."""
+    device = gpt.embedding.weight.device
+    for module in gpt.modules():
+        if isinstance(module, Rotary) and module.cos.device != device:
+            module.fill(device)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

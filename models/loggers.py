@@ -1,12 +1,15 @@
-"""Metrics on disk: one CSV a run that survives being killed and resumed."""
+"""Metrics on disk: one CSV a run that survives being killed and resumed; and, from it, wandb and TensorBoard."""
 
 import csv
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -14,6 +17,11 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
+SAMPLES_FILE = "samples.txt"
+# WANDB_MODE as wandb takes it, with its older names, in its newer ones.
+WANDB_MODES = {
+    "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",
+}  # fmt: skip
 
 
 class CSVLogger(Logger):
@@ -74,10 +82,19 @@ class CSVLogger(Logger):
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, fieldnames=self._columns).writerow(self._rows[-1])
 
+    @rank_zero_only
     def replay(self, logger: Logger) -> None:
-        """Logs to another logger every row that was kept from before the run was resumed."""
+        """Logs to another logger all that was kept from before the run was resumed: metrics, and samples of text.
+
+        A run that was killed leaves another logger's files without their last minutes, or with steps that the resumed
+        run takes again.
+        """
+        samples = read_samples(self.path.with_name(SAMPLES_FILE))
         for row in self._rows:
-            logger.log_metrics({key: float(row[key]) for key in row if key != "step"}, step=int(row["step"]))
+            step = int(row["step"])
+            logger.log_metrics({key: float(row[key]) for key in row if key != "step"}, step=step)
+            while samples and samples[0][0] <= step:
+                log_sample(logger, *samples.pop(0))
 
     def _rewrite(self) -> None:
         # Written whole and renamed: a kill at any moment leaves either the old file or the new one.
@@ -91,8 +108,40 @@ class CSVLogger(Logger):
 
 
 def csv_only(*, run_dir: Path, resume_step: int | None, wandb_id: str) -> list[Logger]:  # noqa: ARG001
-    """Metrics to ``metrics.csv`` in the run's folder; no id is needed."""
+    """Metrics to ``metrics.csv`` in the run's folder and nowhere else: logger=csv, and logger=none.
+
+    A run without it could be neither compared nor plotted nor resumed, so no option leaves it out.
+    """
     return [CSVLogger(run_dir, resume_step=resume_step)]
+
+
+class TextBoardLogger(TensorBoardLogger):
+    """TensorBoard's event files, with the samples of text."""
+
+    @rank_zero_only
+    def log_text(self, key: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
+        """The last column of each row, as it is: TensorBoard would render Markdown, so it is indented as code."""
+        del columns
+        for *_, text in data:
+            self.experiment.add_text(key, re.sub("^", "    ", text, flags=re.MULTILINE), step)
+
+
+def tensorboard_and_csv(*, run_dir: Path, resume_step: int | None, wandb_id: str) -> list[Logger]:  # noqa: ARG001
+    """Metrics and samples to TensorBoard's event files in the run's folder, and metrics to ``metrics.csv``.
+
+    A resumed run writes them anew from ``metrics.csv``: every step is there, and none twice.
+    """
+    logger = TextBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
+    csv_logger = CSVLogger(run_dir, resume_step=resume_step)
+    _remove_events(Path(logger.log_dir))
+    csv_logger.replay(logger)
+    return [logger, csv_logger]
+
+
+@rank_zero_only
+def _remove_events(folder: Path) -> None:
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
 
 
 def wandb_and_csv(
@@ -103,7 +152,10 @@ def wandb_and_csv(
     project: str,
     entity: str | None,
     offline: bool,
+    group: str | None,
+    job_type: str | None,
     tags: list[str],
+    notes: str | None,
 ) -> list[Logger]:
     """Metrics to Weights & Biases, and to ``metrics.csv`` beside it.
 
@@ -113,9 +165,18 @@ def wandb_and_csv(
         wandb_id: the run's id, the same when it is resumed.
         project: wandb's project.
         entity: wandb's user or team, None for the account's own.
-        offline: write to disk only, no account and no network needed; ``wandb sync`` uploads it later.
+        offline: write to disk only, no account and no network needed; ``wandb sync`` uploads it later. Where the
+            variable WANDB_MODE is set, it counts instead.
+        group: wandb's group.
+        job_type: wandb's job type.
         tags: wandb's tags.
+        notes: wandb's notes.
     """
+    mode = wandb_mode(offline=offline)
+    csv_logger = CSVLogger(run_dir, resume_step=resume_step)
+    if mode == "disabled":
+        log.info("WANDB_MODE=disabled: metrics go to %s alone", csv_logger.path)
+        return [csv_logger]
     import wandb  # here: it takes a second, and logger=csv needs none of it
 
     logger = WandbLogger(
@@ -124,27 +185,71 @@ def wandb_and_csv(
         save_dir=run_dir,
         project=project,
         entity=entity,
-        offline=offline,
+        mode=mode,  # not Lightning's offline, which would set WANDB_MODE for all that follows in this process
+        group=group,
+        job_type=job_type,
         tags=tags,
+        notes=notes,
         resume="allow",
         log_model=False,
-        settings=wandb.Settings(silent=offline),  # offline it would only repeat what the summary says
+        settings=wandb.Settings(silent=mode == "offline"),  # offline it would only repeat what the summary says
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and wandb warns of it each time
     # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
     logger.experiment.define_metric("val/bpc", step_metric="trainer/global_step", summary="min")
-    csv_logger = CSVLogger(run_dir, resume_step=resume_step)
-    if offline:
+    if mode == "offline":
         # wandb sync replaces what the server has of this id: the newest offline folder must hold the whole run
         csv_logger.replay(logger)
     return [logger, csv_logger]
 
 
+def wandb_mode(*, offline: bool) -> str:
+    """online, offline or disabled: as WANDB_MODE says, or else the configuration. ValueError for any other word."""
+    asked = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+    if asked not in WANDB_MODES:
+        raise ValueError(f"WANDB_MODE must be online, offline or disabled, got {asked!r}")
+    return WANDB_MODES[asked]
+
+
+def sweep_group() -> str | None:
+    """What the runs that one -m started have in common: the sweep's name and its start. None for a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    return f"{hydra.runtime.choices.get('sweep') or 'sweep'}_{Path(hydra.sweep.dir).name}"
+
+
+@rank_zero_only
+def offline_folder(loggers: list[Logger]) -> str | None:
+    """The name of the folder below wandb/ that an offline run writes to; None if none does."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger.experiment.offline:
+            return Path(logger.experiment.dir).parent.name
+    return None
+
+
 def finish(loggers: list[Logger], *, failed: bool) -> None:
-    """Closes wandb's run, so that the next job of a sweep gets its own."""
+    """Closes wandb's run, so that the next job of a sweep gets its own, and TensorBoard's file."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish(exit_code=int(failed))
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.close()
+
+
+def log_sample(logger: Logger, step: int, text: str) -> None:
+    """One sample of text to a logger that takes text."""
+    if hasattr(logger, "log_text"):
+        logger.log_text("sample", columns=["step", "text"], data=[[step, text]], step=step)
+
+
+def read_samples(path: str | Path) -> list[tuple[int, str]]:
+    """The samples of a run, each the optimizer step and the text; none if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    sections = re.split(r"^--- step (\d+) ---\n", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    steps, texts = sections[1::2], sections[2::2]
+    return [(int(step), text.removesuffix("\n")) for step, text in zip(steps, texts, strict=True)]
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

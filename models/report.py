@@ -222,6 +222,5 @@ def print_places(run: Run) -> None:
             print_line(f"  {name:<12} {path}")
     print_line(f"  text         python -m scripts.generate {quoted}")
     print_line(f"  evaluation   python -m scripts.evaluate {quoted}")
-    offline = sorted((folder / "wandb").glob(f"offline-run-*-{run.record['wandb_id']}"))
-    if offline:
-        print_line(f"  upload       wandb sync {shlex.quote(str(offline[-1]))}")
+    if run.record.get("wandb_folder"):  # of this start: the clock may have stepped back since the last one
+        print_line(f"  upload       wandb sync {shlex.quote(str(folder / 'wandb' / run.record['wandb_folder']))}")

@@ -25,10 +25,28 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"model.positions=rotary needs an even head_dim, got {head_dim}")
-        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (seq_len, head_dim / 2)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.head_dim, self.seq_len, self.base = head_dim, seq_len, base
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(seq_len, head_dim // 2), persistent=False)
+        self.fill()
+
+    def fill(self, device: torch.device | None = None) -> None:
+        """Computes the tables (seq_len, head_dim / 2) anew, on another device if one is given.
+
+        They are no weights and in no checkpoint, so a model that was built on the meta device needs this once it has
+        memory: ``to_empty`` does it below, ``GPT.load_state_dict`` does where it assigns the weights.
+        """
+        if device is not None:
+            self.cos, self.sin = (torch.empty_like(table, device=device) for table in (self.cos, self.sin))
+        frequency = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim)
+        angle = torch.outer(torch.arange(self.seq_len, dtype=torch.float64, device="cpu"), frequency)
+        self.cos.copy_(angle.cos().float())
+        self.sin.copy_(angle.sin().float())
+
+    def _apply(self, *arguments, **options) -> nn.Module:
+        super()._apply(*arguments, **options)
+        self.fill()  # the same values after to(), and right ones after to_empty()
+        return self
 
     def forward(self, qkv: Tensor, num_heads: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Splits qkv (batch, n, num_heads + 2 num_kv_heads, head_dim), rotating q and k as positions start ...

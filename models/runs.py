@@ -37,6 +37,7 @@ INCIDENTAL = (
     "run_root",
     "logger",
     "experiment",
+    "debug",
     "sweep",
     "hydra",
     "trainer.accelerator",
@@ -48,6 +49,7 @@ INCIDENTAL = (
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",
     "trainer.keep_checkpoints",
+    "trainer.profile_steps",
     "trainer.data_on_device",
     "data.path",  # what the bytes are is told by their hash
     "data.cache_dir",
@@ -338,7 +340,7 @@ def open_run(
 def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
     """A name that says what the run is, of letters, digits, '.', '_' and '-' alone."""
     groups = ("attention", "norm", "model", "data")
-    parts = [choices["experiment"]] if choices.get("experiment") else []
+    parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
     parts += [choices.get(group) or "none" for group in groups]
     parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
     told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
@@ -446,7 +448,7 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """The resolved configuration of a run."""
+    """The resolved configuration of a run, without the keys that were removed since."""
     return read_stored(file_of_run(folder, CONFIG_FILE))
 
 

@@ -97,8 +97,9 @@ def choose_precision(precision: str | None, *, cuda: bool) -> str:
 
 def check_trainer(options: DictConfig) -> None:
     """Raises ValueError for a value of conf/trainer/ that cannot be, before anything is written."""
-    least = {"val_every": 1, "log_every": 1, "sample_bytes": 0, "devices": 1, "num_nodes": 1, "keep_checkpoints": 1}
-    for key, smallest in {**least, "checkpoint_every": 1}.items():
+    least = {"val_every": 1, "log_every": 1, "sample_bytes": 0, "devices": 1}
+    least |= {"profile_steps": 0, "num_nodes": 1, "keep_checkpoints": 1, "checkpoint_every": 1}
+    for key, smallest in least.items():
         if options[key] is not None and options[key] < smallest:
             raise ValueError(f"trainer.{key} must be at least {smallest}, got {options[key]}")
     minutes = options.checkpoint_minutes

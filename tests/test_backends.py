@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import math
 import os
 from contextlib import contextmanager
@@ -471,3 +472,109 @@ def test_sdpa_memory_is_linear(seq_len_q, use_mask, use_bias):
         o.sum().backward()
     assert largest.numel <= 512 * seq_len_k  # one block of rows
     assert sum(saved.values()) <= 100 * q.nbytes
+
+
+LOST = {  # where NaN is put: rows of q, and of k
+    "a row of q": ([(0, 1, -1)], []),
+    "a channel of q": ([(0, 1, -1, 3)], []),
+    "q and k": ([...], [...]),
+    "the first key": ([], [(0, 0, 0)]),
+    "every key": ([], [...]),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sdpa_loses_no_nan(lost, dtype):
+    """The CPU kernel makes zeros of a row whose logits are all NaN, where it has few keys."""
+    for seq_len, num_kv_heads, causal, l2norm_qk, mask in itertools.product(
+        (1, 2, 9, 40), (2, 4), (False, True), (False, True), (None, "ones", "half")
+    ):
+        q = torch.randn(2, 4, seq_len, 16, dtype=dtype)
+        k, v = (torch.randn(2, num_kv_heads, seq_len, 16, dtype=dtype) for _ in range(2))
+        for tensor, places in zip((q, k), LOST[lost], strict=True):
+            for place in places:
+                tensor[place] = math.nan
+        visible = torch.ones(2, seq_len, dtype=torch.bool)
+        if mask == "half":
+            visible[:, (seq_len + 1) // 2 :] = False
+        options = {"scale": 1, "causal": causal, "l2norm_qk": l2norm_qk, "mask": None if mask is None else visible}
+        o, expected = (
+            flash_cosine_sim_attention(q, k, v, backend=backend, **options).isnan().any(-1)
+            for backend in ("sdpa", "reference")
+        )
+        assert torch.equal(o, expected), (seq_len, num_kv_heads, options)
+        assert expected.any()
+
+
+def test_sdpa_loses_no_nan_compiled():
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
+    q[0, 0, 4] = math.nan
+    attend = torch.compile(flash_cosine_sim_attention, fullgraph=True, backend="aot_eager")
+    lost = attend(q, k, v, causal=True, backend="sdpa").isnan().any(-1)
+    assert lost.nonzero().tolist() == [[0, 0, 4]]
+
+
+def derivatives(attend):
+    """Each of torch.func and each beyond the first order, of a sum over attend(q)."""
+
+    def loss(q):
+        return attend(q).square().sum()
+
+    def double(q):
+        q = q.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(q), q, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), q)[0]
+
+    func = torch.func
+    return {
+        "double backward": double,
+        "grad": func.grad(loss),
+        "vjp": lambda q: func.vjp(loss, q)[1](torch.ones(()))[0],
+        "jacrev": func.jacrev(lambda q: attend(q).sum((1, 2, 3))),
+        "vmap": lambda q: func.vmap(attend)(q[None])[0],
+        "vmap of grad": lambda q: func.vmap(func.grad(loss))(q[None])[0],
+        "grad of grad": func.grad(lambda q: func.grad(loss)(q).square().sum()),
+        "jvp": lambda q: func.jvp(loss, (q,), (q,))[1],
+        "jacfwd": func.jacfwd(lambda q: attend(q).sum((1, 2, 3))),
+        "hessian": lambda q: func.hessian(loss)(q).sum(),
+    }
+
+
+BEYOND_SDPA = {
+    "double backward": "no double backward",
+    "grad of grad": "no double backward",
+    "jvp": "no forward-mode derivative",
+    "jacfwd": "no forward-mode derivative",
+    "hessian": "no forward-mode derivative",
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA has no batching rule
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", derivatives(lambda q: q))
+def test_sdpa_differentiates_like_the_reference_or_names_it(name, mask):
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    key_mask = torch.tensor([[True, True, False, True, True]]) if mask else None
+
+    def of(backend):
+        def attend(q):
+            return flash_cosine_sim_attention(q, k, v, key_mask, causal=True, backend=backend)
+
+        return derivatives(attend)[name]
+
+    expected = of("reference")(q)
+    if name not in BEYOND_SDPA:
+        torch.testing.assert_close(of("sdpa")(q), expected)
+        return
+    with pytest.raises(RuntimeError, match=f"{BEYOND_SDPA[name]}.*; use backend='reference'"):
+        of("sdpa")(q)
+
+
+def test_sdpa_keeps_the_double_backward_of_pytorchs_own_formula():
+    q, k, v = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64).unbind(0)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        ours = derivatives(lambda q: flash_cosine_sim_attention(q, k, v, backend="sdpa"))["double backward"](q)
+    theirs = derivatives(lambda q: plain_cosine_sim_attention(q, k, v))["double backward"](q)
+    torch.testing.assert_close(ours, theirs)

@@ -23,6 +23,7 @@ from train import build_module
 ROOT = Path(__file__).parent.parent
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))]
+DEBUGS = [path.stem for path in sorted((ROOT / "conf" / "debug").glob("*.yaml"))]
 SWEEPS = [path.stem for path in sorted((ROOT / "conf" / "sweep").glob("*.yaml"))]
 
 
@@ -84,13 +85,26 @@ def test_enwik8_experiment_has_the_size_and_length_of_the_predecessor():
     assert (config.seq_len, config.tokens_per_step, config.max_steps) == (1024, 16 * 1024, 100_000)
 
 
-@pytest.mark.parametrize("name", [*(f"experiment/{e}" for e in EXPERIMENTS), *(f"sweep/{s}" for s in SWEEPS)])
+NAMED = {"experiment": EXPERIMENTS, "debug": DEBUGS, "sweep": SWEEPS}
+
+
+@pytest.mark.parametrize("name", [f"{group}/{option}" for group, options in NAMED.items() for option in options])
 def test_experiments_and_sweeps_say_their_command_and_only_override(name):
     text = (ROOT / "conf" / f"{name}.yaml").read_text()
     group, option = name.split("/")
     assert f"{group}={option}" in text.splitlines()[1]
     known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, "sweep"}  # sweep: what the file refers to itself
     assert set(OmegaConf.create(text)) <= known
+
+
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+def test_debugging_goes_with_every_experiment(experiment):
+    chosen = [f"experiment={experiment}"] if experiment else []
+    fast = validate(configure(*chosen, "debug=fast"))
+    assert (fast.max_steps, fast.model.width, fast.model.seq_len, fast.run_root) == (4, 32, 64, "runs/debug")
+    assert fast.data._target_.endswith("pystdlib") and fast.trainer.val_bytes == 2048
+    larger = validate(configure(*chosen, "debug=fast", "model=small", "max_steps=9", "norm=post"))
+    assert (larger.max_steps, larger.model.tied_head) == (9, False) and larger.norm._target_.endswith("PostNormBlock")
 
 
 @pytest.mark.parametrize("attention", ["cosine", "regular"])

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_cosine_sim_attention import plain_cosine_sim_attention
+import models.attention
+from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention
 from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
+from models.callbacks import largest_logits
 from models.gpt import GPT
 
 BLOCKS = [PreNormBlock, PostNormBlock]
@@ -144,20 +146,48 @@ def test_regular_attention_scales_by_the_root_of_head_dim():
         RegularAttention(2, 16)(q[:, :, :3], k, v)
 
 
+@pytest.mark.parametrize("at_once", [1, 500, 2**22])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_the_largest_logit_is_that_of_all_visible_pairs(monkeypatch, num_kv_heads, at_once):
+    monkeypatch.setattr(models.attention, "PRODUCTS_AT_ONCE", at_once)
+    q, k = torch.randn(1, 4, 33, 16), torch.randn(1, num_kv_heads, 33, 16)
+    k[:, :, 20] = 9 * q[:, :1, 3]  # most alike, but that query does not see this key
+    hidden = torch.ones(33, 33, dtype=torch.bool).triu(1)
+    every = k.repeat_interleave(4 // num_kv_heads, dim=1)
+    regular = (q @ every.mT / 4).masked_fill(hidden, 0).abs().amax()
+    torch.testing.assert_close(RegularAttention(4, 16).largest_logit(q, k), regular)
+    cosine = attention_of("cosine", groups=2)(num_heads=4, head_dim=16)
+    with torch.no_grad():
+        cosine.log_scale.copy_(torch.tensor([1.0, 2.0, 20.0, 0.5]).log())
+    unit_q, unit_k = l2norm_tensors(q, every, groups=2)
+    logits = (unit_q @ unit_k.mT).masked_fill(hidden, 0) * cosine.scale().view(-1, 1, 1)
+    torch.testing.assert_close(cosine.largest_logit(q, k), logits.abs().amax())
+    fixed = attention_of("cosine", learned_scale=False)(num_heads=4, head_dim=16)
+    assert 0 < fixed.largest_logit(q, k) <= 12.0001
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_measuring_logits_leaves_the_model_as_it_was(kind):
+    gpt = randomise_head(build(kind, dropout=0.5)).train()
+    state = torch.get_rng_state()
+    layers = largest_logits(gpt, torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(0)))
+    assert len(layers) == 2 and min(layers) > 0
+    assert gpt.training and torch.equal(state, torch.get_rng_state())
+    assert not any(block.attention.inner._forward_pre_hooks for block in gpt.blocks)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("residual, dtype", [("float32", torch.float32), ("autocast", torch.bfloat16)])
-def test_the_stream_between_blocks_is_kept_as_asked(block, residual, dtype):
-    gpt = randomise_head(build("cosine", block, residual=residual))
+def test_the_stream_between_blocks_stays_in_the_weights_dtype_under_autocast(block):
+    gpt = randomise_head(build("cosine", block))
     seen = []
     for module in gpt.blocks:
         module.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].dtype))
     gpt.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
     tokens = torch.randint(0, 256, (2, 33))
     exact = gpt(tokens[:, :-1], tokens[:, 1:])
-    assert seen == [torch.float32] * 3  # without autocast there is nothing to follow
     with torch.autocast("cpu", torch.bfloat16):
         loss = gpt(tokens[:, :-1], tokens[:, 1:])
-    assert seen[3:] == [dtype] * 3
+    assert seen == [torch.float32] * 6
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
     loss.backward()
     assert {parameter.grad.dtype for parameter in gpt.parameters()} == {torch.float32}
@@ -240,6 +270,22 @@ def test_flops_of_a_token_count_every_matrix_product():
     assert gpt.flops_per_token(64) - attention == counter.get_total_flops() / (2 * 64)
 
 
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_a_model_built_on_the_meta_device_and_loaded_is_the_same_model(way):
+    gpt = randomise_head(build())
+    tokens = torch.randint(0, 256, (1, 20))
+    with torch.device("meta"):
+        other = build()
+        assert other(tokens.to("meta")).is_meta
+    if way == "to_empty":
+        other.to_empty(device="cpu")
+        other.blocks[0].attention.rotary.cos.fill_(7.0)  # whatever the memory held
+        other.to_empty(device="cpu")
+    other.load_state_dict(gpt.state_dict(), assign=way == "assign")
+    assert torch.equal(other(tokens), gpt(tokens))
+    assert torch.equal(other.double()(tokens), gpt.double()(tokens))
+
+
 def test_tied_head_shares_the_embedding():
     tied, untied = build(tied_head=True), build()
     assert tied.head.weight is tied.embedding.weight
@@ -259,7 +305,6 @@ def test_sizes_of_the_predecessor():
         ({"num_kv_heads": 3}, "model.num_kv_heads must divide model.num_heads = 4, got 3"),
         ({"num_layers": 0}, "model.num_layers must be at least 1, got 0"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
-        ({"residual": "bfloat16"}, "model.residual must be float32 or autocast, got 'bfloat16'"),
         ({"positions": "alibi"}, "model.positions must be rotary or learned, got 'alibi'"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), got 1.0"),
         ({"width": 48, "num_heads": 4}, "multiple of 8 up to 256, got 12"),

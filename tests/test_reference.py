@@ -368,7 +368,13 @@ ERRORS = [
     (ValueError, "must be at most 60, got 61.0", {"scale": Temperature(torch.tensor(61.0))}),
     (TypeError, "scale must be a number or a tensor, got bool", {"scale": True}),
     (ValueError, "must be at most 60, got nan", {"scale": math.nan}),
-    (ValueError, "must be at most 60, got 100.0", {"scale": torch.tensor([1.0, 2.0, -100.0, 3.0])}),
+    (ValueError, "must be at most 60, got 100.0", {"scale": torch.tensor([1.0, 2.0, 100.0, 3.0])}),
+    (ValueError, "must be at most 60, got nan", {"scale": torch.tensor([1.0, 2.0, math.nan, 3.0])}),
+    (ValueError, "scale must be positive, got 0", {"scale": 0}),
+    (ValueError, "scale must be positive, got -8.0", {"scale": -8.0}),
+    (ValueError, "scale must be positive, got -1e-300", {"scale": -1e-300}),
+    (ValueError, "scale must be positive, got 0.0", {"scale": torch.zeros(())}),
+    (ValueError, "scale must be positive, got -2.0", {"scale": torch.tensor([1.0, -2.0, 3.0, 4.0])}),
     (TypeError, "scale must be a number or a tensor, got str", {"scale": "8"}),
     (TypeError, "floating dtype, got torch.int64", {"scale": torch.tensor(8)}),
     (ValueError, r"shape \(\) or \(num_heads = 4,\), got \(3,\)", {"scale": torch.ones(3)}),
@@ -413,3 +419,14 @@ def test_reference_takes_any_head_dim():
     q, k, v = inputs(head_dim=12)
     plain_cosine_sim_attention(q, k, v, groups=3)
     flash_cosine_sim_attention(q, k, v, groups=3, backend="reference")
+
+
+def test_nothing_has_a_direction_in_no_dimensions():
+    q, k, v = inputs(head_dim=0)
+    for function in (plain_cosine_sim_attention, flash_cosine_sim_attention):
+        with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+            function(q, k, v)
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        flash_cosine_sim_attention(q, k, v, backend="reference", l2norm_qk=False)
+    with pytest.raises(ValueError, match=r"a last dimension of at least 1, got \(2, 4, 13, 0\)"):
+        l2norm_tensors(q)

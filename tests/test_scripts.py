@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 
 import numpy as np
@@ -357,6 +358,26 @@ def test_load_model_refuses_what_it_cannot_load(run, tmp_path, capsys):
     for content, named in damages.items():
         (other / "config.yaml").write_text(content)
         assert named in refusal(capsys, generate, other, "--checkpoint", "last")
+
+
+def test_a_run_of_before_a_key_was_removed_still_loads_unless_it_asks_for_what_is_gone(run, capsys):
+    old = variant(run, "old", config={"model": {"residual": "float32"}})
+    gpt, config = load_model(old)
+    assert "residual" not in config.model
+    weights = load_model(run)[0].state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in gpt.state_dict().items())
+    assert refusal(capsys, generate, variant(run, "other", config={"model": {"residual": "autocast"}})).endswith(
+        "config.yaml': model.residual was removed and means float32 everywhere, got 'autocast'"
+    )
+
+
+def test_the_lines_for_a_notebook_load_a_run_and_generate(trained, capsys):
+    page = (CONF.parent / "docs" / "training.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "runs/NAME" in code)
+    names = {}
+    exec(code.replace("runs/NAME", str(trained)), names)
+    assert capsys.readouterr().out.startswith("def ")
+    assert names["new"].shape == (1, 100) and names["logits"].shape == (1, 4, 256)
 
 
 # ---------------------------------------------------------------- evaluate

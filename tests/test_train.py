@@ -23,11 +23,11 @@ from test_config import configure
 from conf.registry import BUILDERS
 from conf.schema import validate
 from models import checkpoints
-from models.callbacks import decode, peak_flops
+from models.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
 from models.checkpoints import Checkpoints, read_checkpoint
 from models.gpt import GPT
 from models.lightning import DivergedError, GPTModule
-from models.loggers import CSVLogger
+from models.loggers import CSVLogger, read_samples, wandb_mode
 from models.report import read_results
 from models.runs import default_name, is_owned
 from scripts import benchmark_training
@@ -854,6 +854,97 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
     assert rates[3] > 256 / 5  # a validation lies just before
 
 
+def debug(name, root, *changes):
+    """Trains by conf/debug/ as it is, with its own small corpus; returns the run's folder."""
+    given = ["trainer.accelerator=cpu", "trainer.progress_bar=false", "name=run", f"run_root={root}"]
+    train(validate(configure(f"debug={name}", *given, *changes)), choices={})
+    return Path(root) / "run"
+
+
+def test_debug_fast_goes_through_everything(tmp_path):
+    folder = debug("fast", tmp_path)
+    results = read_results(folder)
+    assert results.status == "finished" and results.series("train/loss")[0] == [1, 2, 3, 4]
+    assert results.series("val/bpc")[0] == [2, 4]
+    assert [step for step, _ in read_samples(folder / "samples.txt")] == [2, 4]
+    assert (folder / "checkpoints/best.ckpt").is_file() and (folder / "checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("attention", ["cosine", "regular"])
+def test_debug_overfit_learns_one_batch_by_heart(tmp_path, attention):
+    results = read_results(debug("overfit", tmp_path, f"attention={attention}"))
+    losses = results.series("train/loss")[1]
+    assert losses[0] > 2 and losses[-1] < 0.1
+
+
+def test_debug_profile_prints_a_table_and_writes_a_trace(tmp_path, capsys):
+    small = ["model=tiny", "seq_len=64", "tokens_per_step=256", "micro_batch_tokens=128"]
+    folder = debug("profile", tmp_path, *small)
+    out = capsys.readouterr().out
+    assert "Self CPU time total" in out and "profile of 5 steps" in out
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 5
+    assert read_results(folder).last("step") == 16
+    shorter = debug("profile", tmp_path / "short", *small, "max_steps=3")
+    assert (shorter / "trace.json").is_file()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_learned_scales_are_logged_at_every_step_and_are_those_of_the_model(text, tmp_path, norm):
+    changes = ["model.num_layers=2", "lr=0.1", "attention.scale=39", f"norm={norm}"]
+    folder = fit(text, tmp_path, *changes)
+    results = read_results(folder)
+    state = weights(folder)["state_dict"]
+    layers = [state[f"gpt.blocks.{i}.attention.inner.log_scale"].exp() for i in range(2)]
+    every = torch.cat(layers)
+    assert results.last("scale/clamped") == (every > 40).float().mean()
+    for name, values in (("scale", every), ("scale/layer0", layers[0]), ("scale/layer1", layers[1])):
+        held = values.clamp(max=40)
+        expected = [held.mean(), held.min(), held.max()]
+        found = [results.last(f"{name}/{column}") for column in ("mean", "min", "max")]
+        assert found == pytest.approx([value.item() for value in expected], rel=1e-6)
+        assert results.series(f"{name}/mean")[0] == [2, 4, 6, 8]
+    assert results.series("logit/max")[0] == [4, 8] and 0 < results.last("logit/layer1/max") <= 40.001
+    columns = metrics(fit(text, tmp_path / "regular", "attention=regular", "max_steps=4"))[-1]
+    assert not any(column.startswith("scale") for column in columns) and float(columns["logit/max"]) > 0
+
+
+def test_a_held_scale_counts_as_clamped(text, tmp_path):
+    gpt = build_module(validate(configure(*overrides(text, tmp_path, "model.num_layers=2")))).gpt
+    with torch.no_grad():
+        gpt.blocks[1].attention.inner.log_scale.copy_(torch.tensor([41.0, 20.0]).log())
+    scales = LearnedScales.of(gpt)
+    columns = scales.summary(torch.cat(scales.values).tolist())
+    assert columns["scale/clamped"] == 0.25
+    assert columns["scale/max"] == columns["scale/layer1/max"] == 40
+    assert columns["scale/layer1/mean"] == pytest.approx(30) and columns["scale/layer0/max"] == pytest.approx(12)
+
+
+def test_measuring_attention_changes_no_weight_and_waits_for_the_device_no_more_often(text, tmp_path, monkeypatch):
+    reads = []
+    for name in ("item", "tolist"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, read=read: (reads.append(1), read(*a))[1])
+    report = TrainingMetrics._report
+
+    def count(self, trainer, module):
+        reads.clear()
+        report(self, trainer, module)
+        counts.append(len(reads))
+
+    monkeypatch.setattr(TrainingMetrics, "_report", count)
+    folders, counts = [], []
+    for measured in (True, False):
+        if not measured:
+            monkeypatch.setattr(LearnedScales, "of", lambda _: LearnedScales([], []))
+            monkeypatch.setattr(LogitMetrics, "on_validation_end", lambda *_: None)
+        folders.append(fit(text, tmp_path / str(measured)))
+    assert "scale/mean" in metrics(folders[0])[-1] and "scale/mean" not in metrics(folders[1])[-1]
+    first, second = (weights(folder)["state_dict"] for folder in folders)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert len(set(counts)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
@@ -913,23 +1004,36 @@ def test_two_processes_resume_as_one_run(text, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(text, tmp_path):
-    changes = ["name=run", "logger=wandb", "max_steps=4", "compressors=true"]
-    first = command(text, tmp_path, *changes)
+@pytest.fixture(scope="module")
+def resumed_with_wandb(text, tmp_path_factory):
+    """A run of 8 steps that was resumed at its fourth; the clock stepped back before that."""
+    root = tmp_path_factory.mktemp("wandb")
+    changes = ["name=run", "logger=wandb", "max_steps=4", "logger.notes=said", "logger.job_type=trial"]
+    first = command(text, root, *changes, "compressors=true", "logger.tags=[a,b]", "logger.group=mine")
     assert first.returncode == 0, first.stderr
-    second = command(text, tmp_path, *changes, "resume=auto", "max_steps=8")
+    (folder,) = (root / "run/wandb").glob("offline-run-*")
+    later = folder.with_name(re.sub(r"run-\d{8}_", "run-29991231_", folder.name))
+    folder.rename(later)
+    second = command(text, root, *changes, "compressors=true", "resume=auto", "max_steps=8")
     assert second.returncode == 0, second.stderr
-    offline = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
-    assert len(offline) == 2 and len({path.name.split("-", 3)[3] for path in offline}) == 1
-    assert logged_steps(offline[0]) == {2, 4}
-    assert logged_steps(offline[1]) == {2, 4, 6, 8}  # whole: the server replaces what it has of the id
-    assert [row["step"] for row in metrics(tmp_path / "run")] == ["2", "4", "6", "8"]
+    (newest,) = (path for path in (root / "run/wandb").glob("offline-run-*") if path != later)
+    return root / "run", later, newest, first, second
+
+
+def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(resumed_with_wandb):
+    run, before, newest, first, second = resumed_with_wandb
+    assert before.name.split("-", 3)[3] == newest.name.split("-", 3)[3]
+    assert logged_steps(before) == {2, 4}
+    assert logged_steps(newest) == {2, 4, 6, 8}  # whole: the server replaces what it has of the id
+    assert [row["step"] for row in metrics(run)] == ["2", "4", "6", "8"]
     for expected in ("wandb sync", "gzip -9", "xz -9e", "loss_and_memory.png", "a sample after step 8", "finished"):
         assert expected in second.stdout, expected
-    assert offline[1].name in second.stdout and "WARNING" not in first.stdout + first.stderr
+    assert "WARNING" not in first.stdout + first.stderr
+    lines = " ".join(second.stdout.split())  # the folder of this start, though the other's name is a later one
+    assert f"wandb sync {run}/wandb/{newest.name}" in lines and before.name not in lines
 
 
-def test_every_job_of_a_sweep_has_its_own_wandb_run(text, tmp_path):
+def test_a_secret_of_a_sweep_is_in_no_file(text, tmp_path):
     secret = "hunter2" * 6
     changes = ["logger=wandb", "seed=0,1", "max_steps=4", f"+hydra.job.env_set.WANDB_API_KEY={secret}"]
     swept = command(text, tmp_path, *changes, flags=["-m"])
@@ -937,6 +1041,103 @@ def test_every_job_of_a_sweep_has_its_own_wandb_run(text, tmp_path):
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not kept
     assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
+
+
+def test_the_newest_wandb_folder_has_the_samples_of_the_whole_run(resumed_with_wandb):
+    run, _, newest, _, _ = resumed_with_wandb
+    tables = [json.loads(path.read_text())["data"] for path in newest.glob("files/media/table/sample_*.json")]
+    samples = read_samples(run / "samples.txt")
+    assert [step for step, _ in samples] == [4, 8]
+    assert sorted(row for table in tables for row in table) == [list(sample) for sample in samples]
+
+
+def test_wandb_gets_group_job_type_tags_and_notes(resumed_with_wandb):
+    _, before, newest, _, _ = resumed_with_wandb
+    started = run_record(before)
+    assert (started.run_group, started.job_type, started.notes) == ("mine", "trial", "said")
+    assert list(started.tags) == ["a", "b"]
+    assert run_record(newest).run_group == ""  # a single run has none unless it is given one
+
+
+def test_every_job_of_a_sweep_has_its_own_wandb_run_and_they_share_a_group(text, tmp_path):
+    jobs = ["logger=wandb", "seed=0,1", "max_steps=4", "trainer.sample_bytes=0"]
+    swept = command(text, tmp_path, *jobs, flags=["-m"])
+    assert swept.returncode == 0, swept.stderr
+    folders = list(tmp_path.glob("*/wandb/offline-run-*"))
+    first, second = (run_record(folder).run_group for folder in folders)
+    assert first == second and re.fullmatch(r"sweep_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", first)
+    again = command(text, tmp_path, *jobs, "resume=auto", flags=["-m"])
+    assert again.returncode == 0, again.stderr
+    groups = {run_record(folder).run_group for folder in tmp_path.glob("*/wandb/offline-run-*")}
+    assert groups == {first}  # that of its first start
+
+
+@pytest.mark.parametrize(
+    ("variable", "offline", "mode"),
+    [
+        (None, True, "offline"),
+        (None, False, "online"),
+        ("", True, "offline"),
+        ("offline", False, "offline"),
+        ("online", True, "online"),
+        ("disabled", True, "disabled"),
+        ("dryrun", False, "offline"),
+    ],
+)
+def test_wandb_mode_counts_where_it_is_set(monkeypatch, variable, offline, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_mode(offline=offline) == mode
+
+
+def test_wandb_mode_disabled_writes_the_csv_alone_and_a_wrong_one_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ValueError, match="WANDB_MODE must be online, offline or disabled, got 'ofline'"):
+        fit(text, tmp_path, "logger=wandb")
+    assert not list(tmp_path.glob("*/run.json"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    folder = fit(text, tmp_path, "logger=wandb", "max_steps=4")
+    assert [row["step"] for row in metrics(folder)] == ["2", "4"] and not (folder / "wandb").exists()
+
+
+def test_wandb_mode_overrules_the_configuration_in_a_run(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = fit(text, tmp_path, "logger=wandb", "logger.offline=false", "max_steps=4")
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    assert os.environ["WANDB_MODE"] == "offline"
+
+
+def test_none_is_the_runs_own_record_alone(text, tmp_path):
+    folder = fit(text, tmp_path, "logger=none", "max_steps=4")
+    assert [row["step"] for row in metrics(folder)] == ["2", "4"]
+    assert not (folder / "wandb").exists() and not (folder / "tensorboard").exists()
+
+
+def test_tensorboard_has_every_step_once_however_the_run_ended(text, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = ["name=run", "logger=tensorboard", "max_steps=12"]
+    killed = command(text, tmp_path, *changes, code=killed_in("sample of step 8"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command(text, tmp_path, *changes, "resume=auto", "test=true")
+    assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), purge_orphaned_data=False).Reload()
+    rows = metrics(tmp_path / "run")
+    for column in ("train/loss", "val/bpc", "test/bpc"):
+        expected = [(int(row["step"]), pytest.approx(float(row[column]))) for row in rows if row[column]]
+        assert [(event.step, event.value) for event in events.Scalars(column)] == expected
+    samples = events.Tensors("sample/text_summary")
+    assert [event.step for event in samples] == [step for step, _ in read_samples(tmp_path / "run/samples.txt")]
+    assert [event.step for event in samples] == [4, 8, 12]
+
+
+def run_record(folder):
+    """What an offline run's own file says of the run."""
+    from wandb.proto import wandb_internal_pb2
+
+    read = map(wandb_internal_pb2.Record.FromString, records(next(folder.glob("*.wandb")).read_bytes()))
+    return next(record.run for record in read if record.WhichOneof("record_type") == "run")
 
 
 def logged_steps(folder):

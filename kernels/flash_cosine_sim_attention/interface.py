@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reference import check_groups, compute_dtype, reference_attention
+from .reference import check_groups, compute_dtype, has_readable_values, reference_attention
 from .sdpa import sdpa_attention
 
 BACKENDS = ("auto", "cuda", "sdpa", "reference")
@@ -54,8 +54,8 @@ def flash_cosine_sim_attention(
             (batch, num_heads, seq_len_q, seq_len_k), or (batch * num_heads, seq_len_q, seq_len_k) if merged.
             Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
-            differentiable and kept in float32. scale * groups bounds the logits without a bias: above 60 is
-            a ValueError, and the documented range is scale * groups + max |attn_bias| <= 40 (a bias may be
+            differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
+            above 60 are a ValueError, and the documented range is scale * groups + max |attn_bias| <= 40 (a bias may be
             as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
             logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
             that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
@@ -259,11 +259,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool) -> None:
         raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v)}")
     if kv_head_dim != head_dim:
         raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(q, k, v)}")
-    if not any_head_dim and (head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM):
-        raise ValueError(
-            f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {_shapes(q, k, v)}; "
-            "backend='reference' takes any"
-        )
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        if head_dim < 1:  # nothing has a direction there
+            raise ValueError(f"head_dim must be at least 1, got {head_dim} {_shapes(q, k, v)}")
+        if not any_head_dim:
+            raise ValueError(
+                f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {_shapes(q, k, v)}; "
+                "backend='reference' takes any"
+            )
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -334,22 +337,19 @@ def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: 
         raise ValueError(f"a scale tensor must be of shape () or ({heads},), got {tuple(scale.shape)}")
     if scale.device != q.device:
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
-    if not torch.compiler.is_compiling() and _has_readable_values(scale):
-        _check_range(scale.detach().abs().max().item(), groups)
+    if not torch.compiler.is_compiling() and has_readable_values(scale):
+        for value in scale.reshape(-1).tolist():
+            _check_range(value, groups)
     scale = scale.to(compute_dtype(q.dtype))
     return scale if scale.ndim == 1 else scale.reshape(1)
 
 
-def _has_readable_values(tensor: Tensor) -> bool:
-    """On the CPU, as reading from the GPU would wait for it, and neither fake nor wrapped by torch.func."""
-    is_data = tensor.is_cpu and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
 def _check_range(scale: float, groups: int) -> None:
-    bound = abs(scale) * groups
-    if not bound <= MAX_LOGIT:  # NaN too
-        raise ValueError(
-            f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
-            "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
-        )
+    if 0 < scale * groups <= MAX_LOGIT:
+        return
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}: 0 would forget the keys, less seek the least similar")
+    raise ValueError(  # NaN too
+        f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
+        "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
+    )

@@ -281,7 +281,16 @@ def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: in
                 "(or plain_cosine_sim_attention), which is plain PyTorch"
             )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Differentiable.apply(*inputs[:num_inputs])
+            try:
+                return Differentiable.apply(*inputs[:num_inputs])
+            except RuntimeError as error:
+                if "functorch transforms" not in str(error):
+                    raise
+                raise NotImplementedError(
+                    "flash_cosine_sim_attention's operators have no gradient under torch.func's grad, vjp, jacrev and "
+                    "hessian (torch.autograd's and torch.vmap they have); use backend='sdpa', or 'reference', which "
+                    "has every derivative"
+                ) from error
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)
 

@@ -38,6 +38,8 @@ def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
             raise TypeError(f"l2norm_tensors accepts tensors of a floating dtype, got {got}")
         if tensor.ndim == 0:
             raise ValueError("l2norm_tensors normalises the last dimension, got a tensor without one")
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"l2norm_tensors needs a last dimension of at least 1, got {tuple(tensor.shape)}")
         check_groups(groups, tensor.shape[-1], "the last dimension")
     return tuple(l2norm(tensor, groups).to(tensor.dtype) for tensor in tensors)
 
@@ -57,6 +59,12 @@ def l2norm(x: Tensor, groups: int) -> Tensor:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of all intermediate results: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """On the CPU, as reading from the GPU would wait for it, and neither fake nor wrapped by torch.func."""
+    is_data = tensor.is_cpu and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def reference_attention(

@@ -18,11 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .reference import compute_dtype, expand_kv_heads, l2norm, reference_attention, visible_keys
+from .reference import (
+    compute_dtype,
+    expand_kv_heads,
+    has_readable_values,
+    l2norm,
+    reference_attention,
+    visible_keys,
+)
 
 # One block's mask is 512 x seq_len_k values per head: 1/16 of the whole at 8192 queries, while 512 rows still
 # give SDPA's kernels (tiles of 64 to 128 rows) enough to do per head.
 ROWS_PER_BLOCK = 512
+
+_INSTEAD = "use backend='reference' (or plain_cosine_sim_attention), which is plain PyTorch"
+NO_FORWARD_MODE = f"backend='sdpa' has no forward-mode derivative: PyTorch's fused attention has none; {_INSTEAD}"
+NO_DOUBLE_BACKWARD = f"backend='sdpa' has no double backward: PyTorch's fused attention has none; {_INSTEAD}"
 
 
 def sdpa_attention(
@@ -103,9 +114,56 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
         enable_gqa = attn_mask is None and q.dtype in (torch.float16, torch.bfloat16)
         if not enable_gqa:
             k, v = expand_kv_heads(k, num_heads), expand_kv_heads(v, num_heads)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa
-    )
+    try:
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa
+        )
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise NotImplementedError(NO_FORWARD_MODE) from error
+    if not torch.compiler.is_compiling() and o.grad_fn is not None:  # compiled, PyTorch refuses it in words of its own
+        o.grad_fn.register_hook(_differentiable_once)
+    return o if q.is_cuda else _nan_where_logits_are(o, q, k, is_causal=is_causal, masked=attn_mask is not None)
+
+
+def _differentiable_once(grad_inputs: tuple[Tensor | None, ...], _grad_outputs) -> tuple[Tensor | None, ...] | None:
+    """A hook behind SDPA's backward pass: where PyTorch cannot differentiate that, says what can."""
+    if not torch.is_grad_enabled():  # no create_graph
+        return None
+    once = (grad is not None and type(grad.grad_fn).__name__ == "NotImplemented" for grad in grad_inputs)
+    return tuple(_DifferentiableOnce.apply(g) if is_once else g for g, is_once in zip(grad_inputs, once, strict=True))
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(_ctx, _grad: Tensor):
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+
+def _nan_where_logits_are(o: Tensor, q: Tensor, k: Tensor, *, is_causal: bool, masked: bool) -> Tensor:
+    """Puts NaN into the rows of o that softmax would.
+
+    The CPU kernel takes the largest of few logits by a comparison, which passes NaN by: a row of nothing else looks
+    like one without a key, and becomes zeros.
+    """
+    if not torch.compiler.is_compiling() and has_readable_values(o) and not (o.select(-1, 0) == 0).any():
+        return o
+    lost = q.isnan().any(-1, keepdim=True)  # (batch, num_heads, seq_len_q, 1)
+    if not masked:  # a masked key may be anything
+        keys = expand_kv_heads(k.isnan().any(-1, keepdim=True), q.shape[1])
+        lost = lost | (keys.cumsum(-2) > 0 if is_causal else keys.any(-2, keepdim=True))
+    return o.masked_fill(lost, math.nan)
 
 
 def _in_row_blocks(
