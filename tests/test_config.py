@@ -102,9 +102,9 @@ def test_debugging_goes_with_every_experiment(experiment):
     chosen = [f"experiment={experiment}"] if experiment else []
     fast = validate(configure(*chosen, "debug=fast"))
     assert (fast.max_steps, fast.model.width, fast.model.seq_len, fast.run_root) == (4, 32, 64, "runs/debug")
-    assert fast.data._target_.endswith("pystdlib") and fast.trainer.val_bytes == 2048
+    assert fast.data.kind == "pystdlib" and fast.trainer.val_bytes == 2048
     larger = validate(configure(*chosen, "debug=fast", "model=small", "max_steps=9", "norm=post"))
-    assert (larger.max_steps, larger.model.tied_head) == (9, False) and larger.norm._target_.endswith("PostNormBlock")
+    assert (larger.max_steps, larger.model.tied_head) == (9, False) and larger.norm.kind == "post"
 
 
 @pytest.mark.parametrize("attention", ["cosine", "regular"])
