@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conf.legacy import answer_flags
+from models.started import follow_the_first
 from models.tables import show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
+    follow_the_first()
     show_any_character()
     answer_flags(sys.argv[1:])
 
@@ -36,11 +38,11 @@ from models.checkpoints import BEST_CHECKPOINT, FOLDER
 from models.lightning import DivergedError, GPTModule
 from models.load import build_gpt, load_weights
 from models.loggers import finish, offline_folder, sweep_group, wandb_mode
-from models.processes import find_processes, join
+from models.processes import end_started, find_processes, join
 from models.progress import ProgressReport
 from models.report import conclude, read_results
 from models.runs import Run, open_run
-from models.stopping import Stopping, stopping
+from models.stopping import Interrupted, Stopping, stopping
 from models.trainer import (
     build_trainer,
     check_trainer,
@@ -99,7 +101,7 @@ def train(
     if not processes.is_first:
         logging.getLogger().setLevel(logging.ERROR)  # each would say what the first one says
     with (
-        stopping() as stop,
+        stopping(follows=processes.is_started_by_first) as stop,
         open_run(config, choices, overrides, processes=processes, keep_failed=keep_failed) as run,
     ):
         try:
@@ -130,7 +132,11 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     log.info(opening_line(config, run))
     with loggers_of(config, run) as loggers:
         trainer = trainer_of(config, run, data, accumulate, stop, loggers)
-        trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        except BaseException as error:
+            end_started(trainer, patience_s=20 if isinstance(error, Interrupted) else 2)
+            raise
         bits_per_byte = trainer.callback_metrics["val/bpc"].item()
         if config.test:
             best = run.folder / FOLDER / BEST_CHECKPOINT

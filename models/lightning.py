@@ -119,10 +119,13 @@ class GPTModule(lightning.LightningModule):
         # Lightning counts micro-batches and goes on from its count: a step that is cut into other pieces now would
         # begin in its middle, and validations move. The count is also one short in a checkpoint between validations.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            counts.update(dict.fromkeys(counts, batches))
-        progress["is_last_batch"] = False
+        loops = checkpoint["loops"]["fit_loop"]
+        # A validation that was stopped is begun again, not gone on with: its sums are lost.
+        for loop, count in (("epoch_loop", batches), ("epoch_loop.val_loop", 0)):
+            progress = loops[f"{loop}.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts.update(dict.fromkeys(counts, count))
+            progress["is_last_batch"] = False
 
     def on_validation_epoch_start(self) -> None:
         self._nats = torch.zeros((), dtype=torch.float64, device=self.device)

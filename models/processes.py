@@ -5,9 +5,12 @@ scheduler's variables say otherwise is not believed: several runs may be packed 
 """
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -17,8 +20,8 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.utilities import rank_zero_only
 
-# Set by the first process of a run for those that it starts, which join its folder.
-RUN_VARIABLE = "FLASH_COSINE_SIM_RUN"
+from models.started import RUN_VARIABLE
+
 # What Lightning, at import or later, takes a process's place in a run from.
 PLACE_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -122,3 +125,22 @@ def join(processes: Processes, *, cuda: bool) -> None:
         "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=processes.rank, world_size=processes.world_size
     )
     processes.joined = True
+
+
+def end_started(trainer: lightning.Trainer, *, patience_s: float) -> None:
+    """Sees the processes end that a trainer has started, and kills those that do not in time.
+
+    One that waits for this process would wait on when it is gone. Lightning watches them and, where one is gone, kills
+    this process, which has yet to say how the run ended: its watch is over.
+    """
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._run = lambda: True
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and any(process.poll() is None for process in started):
+        time.sleep(0.05)
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

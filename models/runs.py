@@ -22,7 +22,8 @@ from conf.stored import read_stored
 from models.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
 from models.environment import environment
 from models.lightning import DivergedError
-from models.processes import RUN_VARIABLE, Processes
+from models.processes import Processes
+from models.started import RUN_VARIABLE
 from models.stopping import Interrupted, exit_code
 
 CONFIG_FILE = "config.yaml"

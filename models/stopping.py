@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT: a flag in the handler, a checkpoint and an orderly end at the next step, on all ranks alike."""
 
-import logging
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +7,6 @@ from types import FrameType
 
 import torch
 import torch.distributed
-
-log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,13 +24,16 @@ class Stopping:
 
     While training runs, the first signal is only noted; outside of it, it ends the process at once: SIGTERM as
     SystemExit, SIGINT as KeyboardInterrupt. A second SIGINT always does: who presses Ctrl-C twice will not wait.
+
+    Args:
+        follows: another process started this one, and decides about the run's end: signals are noted, whenever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, follows: bool = False) -> None:
         self.signal: int | None = None
+        self._follows = follows
         self._training = False
         self._group: torch.distributed.ProcessGroup | None = None
-        self._before: dict[int, object] = {}
 
     def begin(self, world_size: int) -> None:
         """Training begins: signals are noted from here on."""
@@ -42,7 +41,6 @@ class Stopping:
         if world_size > 1 and self._group is None:
             # Gloo, whatever the gradients go by: its sums are the CPU's, and no GPU is waited for.
             self._group = torch.distributed.new_group(backend="gloo")
-        self._take_over()  # Lightning's own handler, set meanwhile, would wait for ranks from within the handler
 
     def end(self) -> None:
         """Training is over."""
@@ -64,7 +62,7 @@ class Stopping:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        if self._training and (self.signal is None or signum == signal.SIGTERM):
+        if self._follows or (self._training and (self.signal is None or signum == signal.SIGTERM)):
             self.signal = self.signal or signum
             return
         self.signal = signum
@@ -74,14 +72,13 @@ class Stopping:
 
 
 @contextmanager
-def stopping() -> Iterator[Stopping]:
+def stopping(*, follows: bool) -> Iterator[Stopping]:
     """Handles the signals until the end of the block, then as before; elsewhere than in the main thread, not at all."""
-    state = Stopping()
+    state = Stopping(follows=follows)
     try:
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         state._take_over()
     except ValueError:  # not the main thread
-        state._take_over = lambda: None
         before = {}
     try:
         yield state
@@ -98,8 +95,3 @@ def exit_code(stopped: BaseException) -> int:
         return 128 + signal.SIGINT
     code = getattr(stopped, "code", None)
     return code or 128 + signal.SIGTERM
-
-
-def is_launched_child() -> bool:
-    """Whether this process was started by the first one of its run, which reports for all."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0

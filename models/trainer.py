@@ -169,6 +169,8 @@ def build_trainer(
     # Before every micro-batch Lightning asks all processes for a SIGTERM and waits for the GPU to read the answer.
     # Checkpoints asks once a step, by the CPU.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    # Its handler of SIGTERM waits for the other processes from within the handler, wherever these are: for ever.
+    trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
 

@@ -113,13 +113,21 @@ def _train(keys: list[str]) -> int:
     return 0
 
 
+def half_written(root: Path) -> set[str]:
+    """The names of checkpoints that are being written, or were when their writer was killed."""
+    try:
+        return {name for name in os.listdir(root / "run" / "checkpoints") if name.endswith(".tmp") and "step" in name}
+    except OSError:
+        return set()
+
+
 def disturb(root: Path, text: Path, case: Case, signum: signal.Signals, longest_s: float, rng: random.Random) -> str:
     """Runs until the signal, and sees the run end. Returns what became of it."""
     process = Training(root, text, case.devices)
     deadline = time.monotonic() + PATIENCE_S
     if case.while_writing:
-        earlier = set((root / "run" / "checkpoints").glob(".*.tmp"))
-        while process.poll() is None and not set((root / "run" / "checkpoints").glob(".*.tmp")) - earlier:
+        earlier = half_written(root)
+        while process.poll() is None and not half_written(root) - earlier:
             if time.monotonic() > deadline:
                 raise RuntimeError("no checkpoint was written")
             time.sleep(0.0005)

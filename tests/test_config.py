@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
-from conf.schema import GROUPS, ConfigError, builder, keys_of, options_of, validate
+from conf.schema import GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
 from models.processes import find_processes
 from models.stopping import Stopping
 from models.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
@@ -212,7 +212,7 @@ REFUSED = {
     "experiment=quickstart data.path=x": "data.path is a key of data=enwik8 and data=file",
     "data.subset=full": "data.subset is a key of data=pystdlib; the chosen option has data.path",
     "logger=csv logger.project=x": "logger.project is a key of logger=wandb",
-    "logger=null": "logger must be one of csv, wandb, got null",
+    "logger=null": "logger must be one of csv, none, tensorboard, wandb, got null",
     "model=null": "model must be one of base, small, tiny, got null",
     "~model": "model must be one of base, small, tiny, got null",
     "model=huge": "model must be one of base, small, tiny, got 'huge'",
@@ -284,7 +284,7 @@ def test_help_says_what_every_key_of_every_option_means():
     meanings = command_line.described("config.yaml")
     for key, _, meaning in meanings:
         assert meaning and key in lines, key
-    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, "experiment", "sweep"} - {"defaults", "hydra"}
+    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, *OVERRIDING} - {"defaults", "hydra"}
     assert {key for key, _, _ in meanings} == known
     said = {}
     for group, option in OPTIONS:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PRIVATE = {
     "trainer.fit_loop.epoch_loop._should_accumulate": "models/callbacks.py: whether a micro-batch ends a step",
     "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor": "models/trainer.py: replaced, as it waits for the GPU",
+    "trainer._signal_connector": "models/trainer.py: its register_signal_handlers is replaced, as its handler waits",
     "logger._wandb_init": "models/loggers.py: an argument that wandb warns of is taken out",
 }
 
@@ -27,7 +28,14 @@ def missing(name, purpose):
     return f"Lightning {lightning.__version__} has no {name}, which is used in {purpose}; find what took its place"
 
 
-@pytest.mark.parametrize("name", [name for name in PRIVATE if name.startswith("trainer.")])
+def test_lightning_still_registers_its_handlers_where_that_is_replaced(trainer):
+    connector = getattr(trainer, "_signal_connector", None)
+    register = getattr(connector, "register_signal_handlers", None)
+    assert callable(register), missing("trainer._signal_connector", PRIVATE["trainer._signal_connector"])
+    assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(lightning.Trainer._run)
+
+
+@pytest.mark.parametrize("name", [name for name in PRIVATE if name.startswith("trainer.fit_loop")])
 def test_lightning_still_has_what_is_used_of_its_trainer(trainer, name):
     *path, private = name.split(".")[1:]
     owner = trainer
@@ -45,6 +53,15 @@ def test_lightning_asks_for_a_sigterm_where_it_is_replaced():
         f"Lightning {lightning.__version__} no longer calls _broadcast_sigterm_tensor(): replacing it has no effect, "
         "and what took its place may wait for the GPU at every micro-batch"
     )
+
+
+def test_lightning_watches_the_processes_that_it_starts_by_a_method_that_can_be_replaced():
+    from lightning.fabric.strategies.launchers import subprocess_script
+
+    observer = subprocess_script._ChildProcessObserver(main_pid=0, child_processes=[])
+    said = f"Lightning {lightning.__version__} watches processes another way: see end_started in models/processes.py"
+    assert observer.name == "child-process-observer" and callable(getattr(observer, "_run", None)), said
+    assert "self._run()" in inspect.getsource(subprocess_script._ChildProcessObserver.run), said
 
 
 def test_lightning_still_keeps_wandbs_arguments(tmp_path):

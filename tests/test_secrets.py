@@ -10,6 +10,7 @@ from conf.registry import BUILDERS
 from conf.schema import validate
 from conf.secrets import redact, redact_tree, redact_words, redacted_command_line
 from models.environment import environment
+from models.processes import find_processes
 from models.runs import Run
 
 SECRET = "hunter2"
@@ -74,6 +75,12 @@ def recording(run_dir, resume_step, wandb_id):
     return [Recording(run_dir, resume_step, wandb_id)]
 
 
+def begun(config, folder, **record):
+    """A run that has its folder."""
+    processes = find_processes(devices=1, num_nodes=1)
+    return Run(config, "run", processes, folder=folder, record={"wandb_id": "x", **record})
+
+
 def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
     words = ["train.py", "lr=1e-3", f"+hydra.job.env_set.WANDB_API_KEY={SECRET}", "seed=1"]
     monkeypatch.setattr(sys, "argv", words)
@@ -81,7 +88,7 @@ def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
     config = validate(configure("logger=csv", "data=file", f"data.path=https://me:{SECRET}@host.org/x"))
     record = environment()
     assert record["command"] == "train.py lr=1e-3 +hydra.job.env_set.WANDB_API_KEY=*** seed=1"
-    run = Run(tmp_path, None, None, {"wandb_id": "x", "command": record["command"], "error": f"token={SECRET}"})
+    run = begun(config, tmp_path, command=record["command"], error=f"token={SECRET}")
     with train.loggers_of(config, run) as (logger,):
         assert SECRET not in repr(logger.command) + repr(logger.values)
         assert logger.values["data"]["path"] == "https://***@host.org/x" and logger.values["lr"] == 1e-3
@@ -96,7 +103,7 @@ def test_a_logger_that_does_not_start_says_so_in_one_line(tmp_path, monkeypatch)
     config = validate(configure("logger=csv"))
     with (
         pytest.raises(ValueError, match="^logger=csv does not start: no account$"),
-        train.loggers_of(config, Run(tmp_path, None, None, {"wandb_id": "x"})),
+        train.loggers_of(config, begun(config, tmp_path)),
     ):
         pass
 

@@ -246,7 +246,7 @@ def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_
     fit_by_sgd()
     state = weights(tmp_path / "run")["optimizer_states"][0]
     assert state["param_groups"][0]["momentum"] == 0.5 and "betas" not in state["param_groups"][0]
-    fit_by_sgd(resume="auto", max_steps=12, lr=0.05, momentum=0.25)
+    fit_by_sgd(resume=str(tmp_path / "run"), max_steps=12, lr=0.05, momentum=0.25)
     resumed = weights(tmp_path / "run")
     group = resumed["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["momentum"], resumed["global_step"]) == (0.05, 0.25, 12)
@@ -805,7 +805,7 @@ def test_benchmark_training_measures_what_it_was_told(monkeypatch, arguments, ex
         return {}
 
     monkeypatch.setattr(benchmark_training, "measure", measure)
-    monkeypatch.setattr(benchmark_training, "instantiate", lambda _: None)
+    monkeypatch.setattr(benchmark_training, "builder", lambda *_: lambda: None)
     monkeypatch.setattr(benchmark_training, "table", lambda rows, _: rows)
     monkeypatch.setattr(benchmark_training, "show", lambda *_, **__: None)
     assert benchmark_training.main(arguments) == 0
