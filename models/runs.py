@@ -389,13 +389,14 @@ def is_owned(folder: Path) -> bool:
 
 
 def _left_nothing(folder: Path) -> bool:
-    """Whether there is nothing worth keeping, and nobody at work: a run that failed before its first step."""
+    """Whether there is nothing worth keeping, and nobody at work: a run that ended before its first step."""
     try:
-        record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
-    except ValueError:
+        status = read_record(folder).get("status") if (folder / RECORD_FILE).is_file() else None
+        left = {path.name for path in folder.iterdir()} - {LOCK_FILE, "train.log"}
+    except (ValueError, OSError):
         return False
-    recorded = (folder / "metrics.csv").exists() or (folder / FOLDER).exists()
-    return not recorded and record.get("status") in ("failed", "interrupted") and not is_owned(folder)
+    recorded = "metrics.csv" in left or FOLDER in left
+    return (not left or (not recorded and status in ("failed", "interrupted"))) and not is_owned(folder)
 
 
 def _empty(folder: Path) -> None:

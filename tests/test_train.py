@@ -323,6 +323,17 @@ def test_auto_takes_up_a_folder_that_has_no_checkpoint_yet(text, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2", "4", "6", "8"]
 
 
+def test_a_folder_in_which_nothing_was_begun_is_taken(text, tmp_path):
+    (tmp_path / "run").mkdir()  # as a run leaves it that is killed at once
+    (tmp_path / "run" / ".lock").write_text("process 1 on nowhere")
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "notes").write_text("somebody's")
+    assert fit(text, tmp_path, "max_steps=1") == tmp_path / "run"
+    assert read_results(tmp_path / "run").last("step") == 1
+    fit(text, tmp_path, "max_steps=1")
+    assert read_results(tmp_path / "run-3").last("step") == 1 and len(list((tmp_path / "run-2").iterdir())) == 1
+
+
 def test_one_process_owns_a_run(text, tmp_path):
     folder = fit(text, tmp_path, "max_steps=4")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
