@@ -11,12 +11,12 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from omegaconf import OmegaConf
 from test_config import configure
 
@@ -79,20 +79,16 @@ def fit(text, root, *changes):
 
 def command(text, root, *changes, flags=(), code=None):
     """The same in a process of its own, as a user starts it; code runs before it."""
-    process = Popen(text, root, *changes, flags=flags, code=code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=600)
+    process = Popen(text, root, *changes, flags=flags, code=code)
+    out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def Popen(text, root, *changes, flags=(), code=None, variables=None, **options):
+def Popen(text, root, *changes, flags=(), code=None, variables=None):
     """That process, started."""
-    start = (
-        ["-c", code + "\nimport sys; sys.argv[0] = 'train.py'; import train; train.main()"] if code else ["train.py"]
-    )
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root), **(variables or {})}
-    command = [sys.executable, *start, *flags, *overrides(text, root, *changes)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root), **(variables or {})}
+    return Forked([*flags, *overrides(text, root, *changes)], environment, code)
 
 
 def metrics(folder):
@@ -404,7 +400,7 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(text, tmp_path, uncut, cut):
     same(losses(tmp_path / "run"), uncut)
 
 
-@pytest.mark.parametrize("before, after", [("whole", "quarters"), ("quarters", "whole"), ("quarters", "ranks")])
+@pytest.mark.parametrize("before, after", [("whole", "quarters"), ("quarters", "ranks")])
 def test_a_run_goes_on_with_its_steps_cut_another_way(text, tmp_path, uncut, before, after):
     killed = command(text, tmp_path, *CUT, *CUTS[before], code=killed_in("step 7"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -523,8 +519,7 @@ def test_a_moved_run_keeps_its_best_score(text, tmp_path):
     assert weights(moved)["callbacks"]["Checkpoints"]["best"] <= score
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent, devices", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
 def test_a_signal_keeps_the_step_and_says_how_to_go_on(text, tmp_path, sent, devices):
     """The first process alone is signalled: the others learn of it."""
     code = killed_in("step 7").replace("SIGKILL", sent.name)
