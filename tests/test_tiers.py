@@ -77,9 +77,11 @@ def test_help_lists_every_target_that_is_explained():
 
 
 def make(*arguments, cwd, **options):
+    # a make of its own, also where these tests run under another, which would have it name its folders
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     if not shutil.which("make"):
         pytest.skip("needs make")
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=True, **options)
+    return subprocess.run(["make", *arguments], cwd=cwd, env=alone, capture_output=True, text=True, check=True, **options)
 
 
 # In place of .venv/bin/python: notes its arguments, and is a pip that has or lacks what it is asked for.
