@@ -81,7 +81,8 @@ def make(*arguments, cwd, **options):
     alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     if not shutil.which("make"):
         pytest.skip("needs make")
-    return subprocess.run(["make", *arguments], cwd=cwd, env=alone, capture_output=True, text=True, check=True, **options)
+    options = {"env": alone, "capture_output": True, "text": True, "check": True} | options
+    return subprocess.run(["make", *arguments], cwd=cwd, **options)
 
 
 # In place of .venv/bin/python: notes its arguments, and is a pip that has or lacks what it is asked for.
