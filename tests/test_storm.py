@@ -1,4 +1,4 @@
-"""A few cases of the storm over training, tests/storm.py; docs/storm.txt is the log of all of them."""
+"""A few cases of the storm over training, tests/storm.py."""
 
 import os
 import subprocess
