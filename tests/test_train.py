@@ -875,9 +875,8 @@ def test_debug_fast_goes_through_everything(tmp_path):
     assert (folder / "checkpoints/best.ckpt").is_file() and (folder / "checkpoints/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("attention", ["cosine", "regular"])
-def test_debug_overfit_learns_one_batch_by_heart(tmp_path, attention):
-    results = read_results(debug("overfit", tmp_path, f"attention={attention}"))
+def test_debug_overfit_learns_one_batch_by_heart(tmp_path):
+    results = read_results(debug("overfit", tmp_path))
     losses = results.series("train/loss")[1]
     assert losses[0] > 2 and losses[-1] < 0.1
 
@@ -993,22 +992,6 @@ def test_a_sample_cannot_steer_the_terminal():
     assert decode(b"a\x1b[2J\x00b\r\n\tc \xc3\xa9 \xff") == "a\ufffd[2J\ufffdb\ufffd\n\tc é \ufffd"
 
 
-def test_two_processes_resume_as_one_run(text, tmp_path):
-    changes = [*RESUMED, "trainer.devices=2"]
-    whole = command(text, tmp_path / "whole", *changes)
-    assert whole.returncode == 0, whole.stderr
-    killed = command(text, tmp_path / "killed", *changes, code=killed_in("step 7"))
-    assert killed.returncode == -signal.SIGKILL
-    resumed = command(text, tmp_path / "killed", *changes, "resume=auto")
-    assert resumed.returncode == 0, resumed.stderr
-    first, second = tmp_path / "whole/run", tmp_path / "killed/run"
-    assert all(
-        torch.equal(value, weights(second)["state_dict"][name]) for name, value in weights(first)["state_dict"].items()
-    )
-    losses = [[(row["step"], row["train/loss"], row["val/bpc"]) for row in metrics(run)] for run in (first, second)]
-    assert losses[0] == losses[1]
-
-
 @pytest.fixture(scope="module")
 def resumed_with_wandb(text, tmp_path_factory):
     """A run of 8 steps that was resumed at its fourth; the clock stepped back before that."""
@@ -1038,16 +1021,6 @@ def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(resume
     assert f"wandb sync {run}/wandb/{newest.name}" in lines and before.name not in lines
 
 
-def test_a_secret_of_a_sweep_is_in_no_file(text, tmp_path):
-    secret = "hunter2" * 6
-    changes = ["logger=wandb", "seed=0,1", "max_steps=4", f"+hydra.job.env_set.WANDB_API_KEY={secret}"]
-    swept = command(text, tmp_path, *changes, flags=["-m"])
-    assert swept.returncode == 0, swept.stderr
-    kept = [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    assert not kept
-    assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
-
-
 def test_the_newest_wandb_folder_has_the_samples_of_the_whole_run(resumed_with_wandb):
     run, _, newest, _, _ = resumed_with_wandb
     tables = [json.loads(path.read_text())["data"] for path in newest.glob("files/media/table/sample_*.json")]
@@ -1065,9 +1038,12 @@ def test_wandb_gets_group_job_type_tags_and_notes(resumed_with_wandb):
 
 
 def test_every_job_of_a_sweep_has_its_own_wandb_run_and_they_share_a_group(text, tmp_path):
+    secret = "hunter2" * 6
     jobs = ["logger=wandb", "seed=0,1", "max_steps=4", "trainer.sample_bytes=0"]
+    jobs.append(f"+hydra.job.env_set.WANDB_API_KEY={secret}")
     swept = command(text, tmp_path, *jobs, flags=["-m"])
     assert swept.returncode == 0, swept.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     folders = list(tmp_path.glob("*/wandb/offline-run-*"))
     first, second = (run_record(folder).run_group for folder in folders)
     assert first == second and re.fullmatch(r"sweep_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", first)
