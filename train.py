@@ -126,7 +126,7 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     run.find(corpus.provenance["sha256"])
     if config.init_from is not None and run.checkpoint is None:
         start_from(module, config.init_from)
-    if run.resume_step == config.max_steps:
+    if run.resume_step == run.validated_step == config.max_steps:
         return repeat(config, run, module, data, accumulate, stop), corpus
     run.start(choices, **describe(module, data))
     log.info(opening_line(config, run))

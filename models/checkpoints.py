@@ -108,7 +108,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The step and the weights of a checkpoint as train.py writes it; mapped, so that only what is used is read.
+    """What a checkpoint of train.py holds of a run's progress; mapped, so that only what is used is read.
+
+    Returns:
+        global_step, state_dict, and validated_step: the step that was validated last.
 
     Raises:
         ValueError: the file is cut short, damaged, or something else.
@@ -116,7 +119,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {key: checkpoint[key] for key in ("global_step", "state_dict")}
+        step = checkpoint["global_step"]
+        saved = (checkpoint.get("callbacks") or {}).get(Checkpoints.__qualname__, {})
+        return {
+            "global_step": step,
+            "validated_step": saved.get("validated_step", step),  # earlier versions saved after validations alone
+            "state_dict": checkpoint["state_dict"],
+        }
     except (
         *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, NotImplementedError),
         *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
@@ -235,10 +244,13 @@ class Checkpoints(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del module
         self.stopping.begin(world_size=trainer.world_size)
+        # Lightning does not begin at all with the last step, where the validation after it may be missing still.
+        trainer.fit_loop.epoch_loop.max_steps = -1
 
     def on_train_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del module
         self._saved_at = time.monotonic()
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         step = trainer.global_step
         if step and self._validation_follows(step) and self.validated_step != step:
             # stopped between a step and the validation that follows it

@@ -84,6 +84,7 @@ class Run:
         folder: where everything of the run is written; None until ``find``.
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
+        validated_step: the step that was validated last before it, or None.
         record: what is stored in run.json.
         started: whether ``start`` was called; before it, a resumed run's files are as they were.
     """
@@ -94,6 +95,7 @@ class Run:
     folder: Path | None = None
     checkpoint: Path | None = None
     resume_step: int | None = None
+    validated_step: int | None = None
     record: dict[str, Any] = field(default_factory=dict)
     started: bool = False
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
@@ -127,7 +129,8 @@ class Run:
         self.folder, self.checkpoint = Path(folder), Path(checkpoint) if checkpoint else None
         if self.checkpoint is not None:
             self.record = read_record(self.folder)
-            self.resume_step = read_checkpoint(self.checkpoint)["global_step"]
+            progress = read_checkpoint(self.checkpoint)
+            self.resume_step, self.validated_step = progress["global_step"], progress["validated_step"]
             if self.resume_step > self.config.max_steps:
                 raise ValueError(
                     f"max_steps must be at least {self.resume_step}, the steps that {str(self.checkpoint)!r} has, "

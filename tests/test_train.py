@@ -532,7 +532,8 @@ def test_a_signal_keeps_the_step_and_says_how_to_go_on(text, tmp_path, sent, dev
     assert weights(tmp_path / "run")["global_step"] == 7
 
 
-def test_a_signal_during_validation_ends_it_and_the_resumed_run_validates(text, tmp_path, uninterrupted):
+@pytest.mark.parametrize("at", [8, 12])  # the last step, too
+def test_a_signal_during_validation_ends_it_and_the_resumed_run_validates(at, text, tmp_path, uninterrupted):
     code = f"""
 import os, signal
 from models.lightning import GPTModule
@@ -540,13 +541,14 @@ original, seen = GPTModule.validation_step, []
 def step(module, *args):
     original(module, *args)
     seen.append(1)
-    if module.global_step == 8 and len(seen) == {2 * 5 - 2}:
+    if module.global_step == {at} and len(seen) == {at // 4 * 5 - 2}:
         os.kill(os.getpid(), signal.SIGTERM)
 GPTModule.validation_step = step
 """
     stopped = command(text, tmp_path, *RESUMED, code=code)
     assert stopped.returncode == 143, stopped.stderr
-    assert weights(tmp_path / "run")["global_step"] == 8 and read_results(tmp_path / "run").series("val/bpc")[0] == [4]
+    assert weights(tmp_path / "run")["global_step"] == at
+    assert read_results(tmp_path / "run").series("val/bpc")[0] == [step for step in (4, 8) if step < at]
     resumed = command(text, tmp_path, *RESUMED, "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
     equal_runs(uninterrupted, tmp_path / "run")
