@@ -145,7 +145,7 @@ class TrainingMetrics(lightning.Callback):
             **_memory(module.device),
             **scales.summary(values),
         }
-        module.report(metrics, progress_bar=("train/bpc", "throughput/tokens_per_s"))
+        module.report(metrics, watched="train/bpc")
         self._elapsed_s, self._timed_steps = 0.0, 0
         if not math.isfinite(loss):
             raise DivergedError(f"the training loss is {loss} at step {trainer.global_step}")

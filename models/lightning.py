@@ -155,20 +155,21 @@ class GPTModule(lightning.LightningModule):
         nats = self.trainer.strategy.reduce(self._nats, reduce_op="sum")
         scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum")
         bits_per_byte = (nats / (scored * math.log(2))).item()
-        self.report({f"{split}/bpc": bits_per_byte} | ({"train/tokens": self.tokens} if split == "val" else {}))
+        name = f"{split}/bpc"
+        self.report({name: bits_per_byte} | ({"train/tokens": self.tokens} if split == "val" else {}), watched=name)
         if not math.isfinite(bits_per_byte):  # before a sample is drawn from these weights, or a checkpoint written
             raise DivergedError(f"{split}/bpc is {bits_per_byte} at step {self.global_step}")
 
-    def report(self, metrics: dict[str, float], progress_bar: tuple[str, ...] = ("val/bpc",)) -> None:
-        """Sends metrics to the loggers, at the number of finished optimizer steps, and some to the progress bar.
+    def report(self, metrics: dict[str, float], watched: str) -> None:
+        """Sends metrics to the loggers, at the number of finished optimizer steps.
 
-        Lightning's own route counts steps from 0 and costs host time at every step, logged or not.
+        Lightning's own route counts steps from 0, and what it is told costs it host time then and after every
+        micro-batch, logged or not: it is told one metric, watched, which its callback_metrics then have.
         """
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step)
-        for key, value in metrics.items():
-            # A CPU tensor: Lightning reads it after every micro-batch, and one on the GPU would make the host wait.
-            self.log(key, torch.tensor(float(value)), logger=False, prog_bar=key in progress_bar)
+        # A CPU tensor: Lightning reads it after every micro-batch, and one on the GPU would make the host wait.
+        self.log(watched, torch.tensor(float(metrics[watched])), logger=False)
 
 
 def _never_stop_compiling() -> None:
