@@ -13,10 +13,10 @@ PACKAGE := --no-build-isolation -e ".[train,test]"
 
 # Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
 PYTEST := $(RUN) -m pytest
-WORKERS := -n logical --maxprocesses 8
-TEST := not gpu and not emulated
-QUICK := $(TEST) and not nvcc and not training and not slow
-EMULATE := emulated and not gpu
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+TEST := not gpu and not emulated and not nvcc
+QUICK := $(TEST) and not training and not slow
+EMULATE := (emulated or nvcc) and not gpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,10 +34,10 @@ train: native-kernels  ## train: make train ARGS="experiment=enwik8 seq_len=8192
 quick: lint  ## lint, and the tests that take seconds: neither nvcc nor training
 	$(PYTEST) -m "$(QUICK)" $(WORKERS) $(ARGS)
 
-test: lint  ## lint, and every test that needs no GPU but those of the emulated kernels
+test: lint  ## lint, and every test that needs neither a GPU nor nvcc
 	$(PYTEST) -m "$(TEST)" $(WORKERS) $(ARGS)
 
-emulate: $(INSTALLED)  ## run the CUDA kernels on the CPU, in an emulator (needs nvcc, no GPU)
+emulate: $(INSTALLED)  ## compile the CUDA kernels, and run them on the CPU in an emulator (needs nvcc, no GPU)
 	$(PYTEST) -m "$(EMULATE)" $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff

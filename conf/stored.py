@@ -8,8 +8,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.earlier import brought_up_to_date
 from conf.registry import BUILDERS, FORMER_TARGETS
-from conf.removed import drop_removed
 from conf.schema import ConfigError, shown
 
 
@@ -36,7 +36,7 @@ def read_stored(path: Path) -> DictConfig:
         for group in BUILDERS:
             if isinstance(values.get(group), dict) and "_target_" in values[group]:
                 values[group] = _translate(group, values[group])
-        return drop_removed(OmegaConf.create(values))
+        return brought_up_to_date(OmegaConf.create(values))
     except ValueError as error:
         raise ConfigError(f"{str(path)!r}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -13,12 +14,14 @@ import torch
 from conf.secrets import redact_words
 from flash_cosine_sim_attention.identity import DISTRIBUTION, __version__
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def environment() -> dict[str, Any]:
     """What a result depends on beyond the configuration."""
     packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy")
     return {
-        "command": " ".join([sys.argv[0], *redact_words(sys.argv[1:])]),
+        "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -31,6 +34,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """The line that started this process, for a shell, from the repository's root; secrets are masked."""
+    try:
+        program = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    except ValueError:  # a program of somewhere else
+        started = [sys.argv[0]]
+    else:
+        module = ".".join(program.with_suffix("").parts)
+        started = ["python", "-m", module] if program.parts[0] == "scripts" else ["python", str(program)]
+    return shlex.join([*started, *redact_words(sys.argv[1:])])
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -41,10 +56,9 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    root = Path(__file__).parent
     try:
         return subprocess.run(
-            ("git", *arguments), cwd=root, capture_output=True, text=True, check=True, timeout=10
+            ("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None  # not a checkout, or no git: the record says null

@@ -453,7 +453,7 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """The resolved configuration of a run, without the keys that were removed since."""
+    """The resolved configuration of a run, with the keys of today."""
     return read_stored(file_of_run(folder, CONFIG_FILE))
 
 

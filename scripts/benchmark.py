@@ -20,6 +20,9 @@ output.
 
 Large GPUs lower their clock after tens of milliseconds of such work, to stay within their power limit. --sustained
 measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
+
+A call takes the host some time, more than a short one takes the GPU. --graphs times the replays of a CUDA graph of each
+forward pass instead, as a server that captures its decoding step has them.
 """
 
 import argparse
@@ -245,13 +248,19 @@ def _send_errors(sender: Connection, stderr: str, folder: Path, name: str, case:
 
 
 def measure(
-    contender: Contender, case: Case, timer: Timer, directions: set[str], host: bool, sustained: bool = False
+    contender: Contender,
+    case: Case,
+    timer: Timer,
+    directions: set[str],
+    host: bool,
+    sustained: bool = False,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
     result = {}
     try:
         with contender.setting():
-            _measure(result, contender, case, timer, directions, host, sustained)
+            _measure(result, contender, case, timer, directions, host, sustained, graphs)
     except torch.OutOfMemoryError:
         result["error"] = "out of memory"
     except Exception as error:  # other people's code: whatever it raises
@@ -262,7 +271,14 @@ def measure(
 
 
 def _measure(
-    result: dict, contender: Contender, case: Case, timer: Timer, directions: set[str], host: bool, sustained: bool
+    result: dict,
+    contender: Contender,
+    case: Case,
+    timer: Timer,
+    directions: set[str],
+    host: bool,
+    sustained: bool,
+    graphs: bool,
 ) -> None:
     inputs = contender.prepared(make_inputs(case, timer.device)).leaf()
     detached, leaves = inputs.detached(), inputs.leaves()
@@ -282,7 +298,7 @@ def _measure(
         result["host_us_grad"] = timer.host_us(attend)
     if "forward_ms" in directions:
         with torch.no_grad():
-            result["forward_ms"] = timer.median_ms(attend_detached)
+            result["forward_ms"] = timer.median_ms(captured(attend_detached) if graphs else attend_detached)
     if "backward_ms" in directions:
         o = attend()
         result["backward_ms"] = timer.median_ms(lambda: torch.autograd.grad(o, leaves, inputs.do, retain_graph=True))
@@ -296,6 +312,23 @@ def _measure(
             result["sustained_forward_ms"], result["forward_ghz"] = timer.sustained_ms(attend_detached)
     if sustained and "both_ms" in directions:
         result["sustained_both_ms"], result["both_ghz"] = timer.sustained_ms(both)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A call of a GPU that launches again, as one CUDA graph, all that this one launches."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what compiles or asks for workspaces does so before the capture
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        o = call()
+
+    def replay() -> object:
+        graph.replay()
+        return o  # kept: the graph writes it
+
+    return replay
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -357,6 +390,8 @@ def _batch_and_heads(arguments: argparse.Namespace, seq_len: int) -> tuple[int, 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, times, prints, writes."""
     device = choose_device(arguments.device)
+    if arguments.graphs and not (device.type == "cuda" and arguments.only_forwards):
+        raise ValueError("--graphs needs a GPU and --only-forwards: it times CUDA graphs of forward passes")
     problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
     candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q))
     candidates = picked(candidates, arguments.contenders)
@@ -419,7 +454,7 @@ def _compare(
     for case in listed:
         host = arguments.host and case is smallest
         measured = {
-            contender: measure(contender, case, timer, directions, host, arguments.sustained)
+            contender: measure(contender, case, timer, directions, host, arguments.sustained, arguments.graphs)
             for contender in candidates
             if contender.name not in refused
         }
@@ -646,6 +681,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
     parser.add_argument("--sustained", action="store_true", help="also measure under continuous load, with the clock")
+    parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of forward passes: no host")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
     parser.add_argument("--plot", type=Path, help="draw TFLOP/s against length into this PNG")

@@ -85,11 +85,9 @@ def comparison(folder: str, seq_len: str | None = None) -> str:
     return markdown(("seq_len", "attention", "norm", "peak lr", "n", "val bpc", "tokens/s", "peak GiB"), rows)
 
 
-def learning_rates(folder: str) -> str:
-    """Validation loss of seed 0 at every learning rate tried, at the shortest length."""
-    arms = _arms(folder)
-    shortest = min(arm.settings["seq_len"] for arm in arms)
-    arms = [arm for arm in arms if arm.settings["seq_len"] == shortest]
+def learning_rates(folder: str, seq_len: str) -> str:
+    """Validation loss of seed 0 at every learning rate tried at one length."""
+    arms = [arm for arm in _arms(folder) if arm.settings["seq_len"] == int(seq_len)]
     rates = sorted({arm.settings["lr"] for arm in arms})
     rows: dict[tuple[str, str], list[str]] = {}
     for arm in arms:

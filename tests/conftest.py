@@ -5,10 +5,12 @@ import traceback
 
 import pytest
 
-# Before any test imports torch: workers of pytest-xdist that each take every core slow each other down.
+# Before any test imports torch: workers of pytest-xdist that each take every core slow each other down, small products
+# a thousandfold. They inherit what their parent, who comes through here too, has set for itself: that does not count.
+_given = os.environ.setdefault("OMP_NUM_THREADS_GIVEN", os.environ.get("OMP_NUM_THREADS", ""))
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(_cores // _workers, 4))))
+os.environ["OMP_NUM_THREADS"] = _given or str(max(1, min(_cores // _workers, 4)))
 
 
 @pytest.fixture(scope="session")

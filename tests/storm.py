@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     sys.path[:0] = path.split(os.pathsep)
     import train  # noqa: F401 (once, for all the processes that are forked)
+    from models.environment import environment
 
     rng = random.Random(arguments.seed)
     lines = []
@@ -236,6 +237,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.log:
             arguments.log.write_text("\n".join(lines) + "\n")
 
+    about = environment()
+    commit = f"commit {about['git_commit']}{' with changes' if about['git_dirty'] else ''}"
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "lightning"))
+    say(f"{about['command'].replace('python tests/storm.py', 'python -m tests.storm')}; {about['started']}")
+    say(f"{commit}; {about['device']}; Python {about['python']}, {versions}")
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)

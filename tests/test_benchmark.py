@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend
 
 import flash_cosine_sim_attention
 from scripts import benchmark
-from scripts.benchmark import Timer, check, main
-from scripts.contenders import Case, Contender, cache_normalised_keys, contenders, is_absent
+from scripts.benchmark import Timer, captured, check, main
+from scripts.contenders import Case, Contender, cache_normalised_keys, contenders, is_absent, make_inputs
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "1", "--heads", "2", "--head-dim", "16", "--num-times", "2", "--device", "cpu"]
@@ -192,6 +192,19 @@ def test_on_a_gpu_compiled_norms_are_right_and_in_one_compilation(dtype):
         assert not [reason for reason in refused.values() if reason.startswith("wrong")]
 
 
+@pytest.mark.gpu
+def test_a_graph_replays_what_was_captured():
+    device = torch.device("cuda")
+    one_query = case(head_dim=64, dtype="bfloat16", seq_len_q=1)
+    for contender in contenders(["cuda"], device, decoding=True)[0]:
+        inputs = contender.prepared(make_inputs(one_query, device)).detached()
+        with contender.setting(), torch.no_grad():
+            expected = contender.attend(inputs, one_query)
+            replay = captured(lambda c=contender, i=inputs: c.attend(i, one_query))
+            replay().zero_()
+            torch.testing.assert_close(replay(), expected)
+
+
 def test_a_contender_that_fails_at_a_length_stops_no_other(tmp_path, monkeypatch, capsys):
     first = contenders(["sdpa"], CPU)[0][:2]
 
@@ -322,6 +335,11 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 def test_few_queries_are_not_causal(capsys):
     assert main([*SMALL, "--seq-len-q", "1", "--causal"]) == 2
     assert "--seq-len-q takes no --causal" in capsys.readouterr().err
+
+
+def test_graphs_need_a_gpu(capsys):
+    assert main([*SMALL, "--only-forwards", "--graphs"]) == 2
+    assert "--graphs needs a GPU and --only-forwards" in capsys.readouterr().err
 
 
 def test_the_preset_refuses_what_does_not_divide(capsys):

@@ -10,7 +10,10 @@ from urllib.parse import unquote
 
 import pytest
 
+from models.report import read_results
+from models.runs import read_record, recorded_identity
 from scripts import results
+from scripts.arms import arms_of
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = results.documents()
@@ -71,3 +74,13 @@ def test_the_python_in_the_documents_runs(code):
     names = "import torch\nq, k, v = torch.randn(3, 1, 2, 16, 64).unbind(0)\n"  # what a lone call refers to
     run = subprocess.run([sys.executable, "-c", names + code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+
+
+def test_runs_of_two_commits_that_compute_the_same_are_one_arm():
+    folder = results.RESULTS / "first_comparison" / "runs"
+    runs = [folder / f"regular-post-small-file-len1024-lr0.00025-seed0{again}" for again in ("", "-2")]
+    assert len({read_record(run)["git_commit"] for run in runs}) == 2
+    first, second = (recorded_identity(run) for run in runs)
+    assert first == second
+    (arm,) = arms_of([read_results(run) for run in runs])
+    assert arm.finished[0].folder == runs[1]  # the later one counts

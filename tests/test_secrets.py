@@ -12,6 +12,7 @@ from conf.secrets import redact, redact_tree, redact_words, redacted_command_lin
 from models.environment import environment
 from models.processes import find_processes
 from models.runs import Run
+from scripts import benchmark
 
 SECRET = "hunter2"
 
@@ -81,13 +82,21 @@ def begun(config, folder, **record):
     return Run(config, "run", processes, folder=folder, record={"wandb_id": "x", **record})
 
 
+def test_a_command_is_one_that_a_shell_takes(monkeypatch):
+    words = [benchmark.__file__, "--contenders", "ours", "SDPA cudnn, no norm"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert environment()["command"] == "python -m scripts.benchmark --contenders ours 'SDPA cudnn, no norm'"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "a b"])
+    assert environment()["command"] == "/usr/bin/pytest 'a b'"
+
+
 def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
-    words = ["train.py", "lr=1e-3", f"+hydra.job.env_set.WANDB_API_KEY={SECRET}", "seed=1"]
+    words = [train.__file__, "lr=1e-3", f"+hydra.job.env_set.WANDB_API_KEY={SECRET}", "seed=1"]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setitem(BUILDERS["logger"], "csv", "test_secrets.recording")
     config = validate(configure("logger=csv", "data=file", f"data.path=https://me:{SECRET}@host.org/x"))
     record = environment()
-    assert record["command"] == "train.py lr=1e-3 +hydra.job.env_set.WANDB_API_KEY=*** seed=1"
+    assert record["command"] == "python train.py lr=1e-3 '+hydra.job.env_set.WANDB_API_KEY=***' seed=1"
     run = begun(config, tmp_path, command=record["command"], error=f"token={SECRET}")
     with train.loggers_of(config, run) as (logger,):
         assert SECRET not in repr(logger.command) + repr(logger.values)

@@ -50,9 +50,9 @@ def test_the_collected_tests_are_in_the_tiers_that_they_belong_to():
     tiers = {name: {test for test in tests if in_tier(name, tests[test])} for name in ("QUICK", "TEST", "EMULATE")}
     without_gpu = {test for test in tests if "gpu" not in tests[test]}
     assert tiers["TEST"] | tiers["EMULATE"] == without_gpu and not tiers["TEST"] & tiers["EMULATE"]
-    assert tiers["EMULATE"] == {test for test in tests if test.startswith("tests/test_emulation.py")}
-    for file in ("test_compile", "test_train"):
-        assert not any(test.startswith(f"tests/{file}.py") for test in tiers["QUICK"])
+    files = {name: {test.split("::")[0].removeprefix("tests/") for test in tests} for name, tests in tiers.items()}
+    assert files["EMULATE"] == {"test_emulation.py", "test_compile.py", "test_packaging.py"}
+    assert files["TEST"] - files["QUICK"] >= {"test_train.py", "test_storm.py"}
     for name, least in (("QUICK", 600), ("TEST", 800), ("EMULATE", 600)):
         assert len(tiers[name]) >= least, (name, len(tiers[name]))
 
@@ -60,13 +60,26 @@ def test_the_collected_tests_are_in_the_tiers_that_they_belong_to():
 def test_the_targets_run_the_tiers():
     for target, tier in (("quick", "QUICK"), ("test", "TEST"), ("emulate", "EMULATE")):
         printed = make("-n", target, cwd=ROOT).stdout
-        assert f'pytest -m "{expanded(tier)}"' in printed
+        assert f'pytest -m "{expanded(tier)}"' in without_parentheses(printed)
     assert re.search(r"^exec make lint test emulate$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 
 def expanded(tier):
-    """The expression as make writes it: without parentheses."""
-    return expression(tier).replace("(", "").replace(")", "")
+    return without_parentheses(expression(tier))
+
+
+def without_parentheses(text):
+    return text.replace("(", "").replace(")", "")
+
+
+def test_workers_share_the_cores():
+    import torch
+
+    if os.environ["OMP_NUM_THREADS_GIVEN"]:
+        pytest.skip("OMP_NUM_THREADS was given")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert torch.get_num_threads() <= max(1, cores // workers)
 
 
 def test_help_lists_every_target_that_is_explained():

@@ -1,0 +1,38 @@
+"""What the config.yaml of an earlier run has that is no longer, and lacks that came since."""
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+# Each with the value that says what is now the only behaviour.
+REMOVED = {"model.residual": "float32"}
+# Keys that change what a run computes, each with the value that says what was done before there was the key: with them
+# an earlier run and one of today that compute the same are the same.
+ADDED = {"init_from": None, "trainer.overfit": False, "trainer.num_nodes": 1}
+
+
+def brought_up_to_date(config: DictConfig) -> DictConfig:
+    """A stored configuration without the keys that were removed, and with those that came since.
+
+    Raises:
+        ValueError: a removed key asks for what there no longer is.
+    """
+    for key, left in REMOVED.items():
+        holder, name = _holder(config, key)
+        if holder is None or name not in holder:
+            continue
+        if holder[name] != left:
+            raise ValueError(f"{key} was removed and means {left} everywhere, got {holder[name]!r}")
+        with open_dict(holder):
+            del holder[name]
+    for key, before in ADDED.items():
+        holder, name = _holder(config, key)
+        if holder is not None and name not in holder:
+            with open_dict(holder):
+                holder[name] = before
+    return config
+
+
+def _holder(config: DictConfig, key: str) -> tuple[DictConfig | None, str]:
+    """The group that has or would have a key, and the key's name in it."""
+    group, _, name = key.rpartition(".")
+    holder = OmegaConf.select(config, group) if group else config
+    return (holder if isinstance(holder, DictConfig) else None), name
