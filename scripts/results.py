@@ -156,7 +156,7 @@ def speed(*arguments: str) -> str:
 
 
 def attention(*paths: str) -> str:
-    """Times with TFLOP/s of every row of some benchmarks, and the others' times over ours; also under steady load."""
+    """Times with TFLOP/s of every row of some benchmarks, and the others' times over ours."""
     others = [FA4, CUDNN, NORM_CUDNN, COMPILED_CUDNN]
     measured = [(results, results[OURS]) for path in paths for results in _measured(path).values()]
     others = [name for name in others if any(name in results for results, _ in measured)]
@@ -166,17 +166,22 @@ def attention(*paths: str) -> str:
         for key in ("forward_ms", "both_ms"):
             cells.append(f"**{ours[key]:.3f}** ({_tflops(ours, key):.0f})")
             cells += [_ratio(results.get(name), ours, key) for name in others]
-        if "sustained_both_ms" in ours:
-            fa4 = results[FA4]
-            keys = ("sustained_forward_ms", "sustained_both_ms")
-            cells.append(", ".join(_ratio(fa4, ours, key) for key in keys))
-            cells.append(f"{ours['both_ghz']:.2f}, {fa4['both_ghz']:.2f}")
         rows.append(cells)
     names = [SHORT[name].replace(", no norm", "") for name in others]
-    heads = ["head dim", "seq_len", "", "forward", *names, "forward + backward", *names]
-    if any("sustained_both_ms" in ours for _, ours in measured):
-        heads += ["sustained: FlashAttention-4", "GHz ours, FlashAttention-4"]
-    return markdown(heads, rows)
+    return markdown(["head dim", "seq_len", "", "forward", *names, "forward + backward", *names], rows)
+
+
+def sustained(*paths: str) -> str:
+    """Under continuous load: times of ours, FlashAttention-4's over ours, and both clocks in forward + backward."""
+    rows = []
+    for results in (results for path in paths for results in _measured(path).values()):
+        ours, fa4 = results[OURS], results[FA4]
+        cells = [str(ours["head_dim"]), str(ours["seq_len"]), _kind(ours)]
+        for key in ("sustained_forward_ms", "sustained_both_ms"):
+            cells += [f"{ours[key]:.3f}", _ratio(fa4, ours, key)]
+        rows.append([*cells, f"{ours['both_ghz']:.2f}", f"{fa4['both_ghz']:.2f}"])
+    times = ["forward, ms", "FlashAttention-4", "forward + backward, ms", "FlashAttention-4"]
+    return markdown(["head dim", "seq_len", "", *times, "GHz, ours", "FlashAttention-4"], rows)
 
 
 def short(*paths: str) -> str:
@@ -252,7 +257,7 @@ def training(*paths: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (comparison, learning_rates, speed, attention, short, predecessor, decoding, training)
+    for function in (comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training)
 }
 
 
