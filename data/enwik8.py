@@ -124,7 +124,12 @@ def _download(url: str, cache_dir: Path, num_bytes: int, sha256: str | None) -> 
             np.concatenate([corpus.train, corpus.val, corpus.test]).tofile(unpacked)
             os.replace(unpacked, cache_dir / "enwik8")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise ConnectionError(
-            f"could not download enwik8 from {url}: {error}\nNothing was kept. {HOW_TO_SUPPLY}"
-        ) from error
+        reason = _reason(error)
+        raise ConnectionError(f"could not download enwik8 from {url} ({reason}). {HOW_TO_SUPPLY}") from error
     return corpus
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the pool, the retries and the objects in between that requests names."""
+    innermost = getattr(error.args[0], "reason", error) if error.args else error
+    return re.sub(r"^\w+\(host=.*?\): ", "", str(innermost).split("\n", 1)[0])

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: a flag in the handler, a checkpoint and an orderly end at the next step, on all ranks alike."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,11 @@ import torch
 import torch.distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A step may take minutes: that the signal was heard is said at once.
+NOTED = {
+    signal.SIGTERM: b"\nSIGTERM: the run ends when this step is finished and kept\n",
+    signal.SIGINT: b"\nCtrl-C: the run ends when this step is finished and kept; once more ends it at once\n",
+}
 
 
 class Interrupted(Exception):
@@ -63,6 +69,8 @@ class Stopping:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         del frame
         if self._follows or (self._training and (self.signal is None or signum == signal.SIGTERM)):
+            if self.signal is None and not self._follows:
+                os.write(2, NOTED[signum])  # not by logging, in whose midst this may be
             self.signal = self.signal or signum
             return
         self.signal = signum

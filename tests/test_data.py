@@ -379,6 +379,14 @@ def test_failed_download_leaves_nothing_behind(tmp_path, mirror, name, reason):
     assert all(part in str(failure.value) for part in (f"{mirror}/{name}", "data.path=", "data=pystdlib"))
 
 
+def test_a_host_that_is_not_found_is_said_in_one_line(tmp_path):
+    with pytest.raises(ConnectionError) as failure:
+        enwik8(cache_dir=str(tmp_path), url="http://host.invalid/enwik8.zip", **HEAD)
+    message = str(failure.value)
+    assert message.startswith("could not download enwik8 from http://host.invalid/enwik8.zip (Failed to resolve")
+    assert "\n" not in message and "Pool" not in message and "object at" not in message
+
+
 def test_interrupted_download_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(_self, _url, output_file, _pooch):
         Path(output_file).write_bytes(b"half")
