@@ -116,11 +116,9 @@ class TrainingMetrics(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            loss = trainer.callback_metrics.get("train/bpc", math.nan)
-            log.info(
-                "step %d of %d: train %.4f, val %.4f bits per byte",
-                trainer.global_step, self.max_steps, loss, trainer.callback_metrics["val/bpc"],
-            )  # fmt: skip
+            seen = trainer.callback_metrics  # without a training loss where a resumed run begins with its validation
+            losses = [f"{name} {seen[f'{name}/bpc']:.4f}" for name in ("train", "val") if f"{name}/bpc" in seen]
+            log.info("step %d of %d: %s bits per byte", trainer.global_step, self.max_steps, ", ".join(losses))
         del module
 
     def _lap(self) -> None:

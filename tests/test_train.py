@@ -553,6 +553,7 @@ GPTModule.validation_step = step
     assert read_results(tmp_path / "run").series("val/bpc")[0] == [step for step in (4, 8) if step < at]
     resumed = command(text, tmp_path, *RESUMED, "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
+    assert re.search(rf"step {at} of 12: val \d\.\d+ bits per byte", resumed.stdout) and "nan" not in resumed.stdout
     equal_runs(uninterrupted, tmp_path / "run")
 
 
