@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -33,7 +34,7 @@ def run_script(parser: Parser, action: Callable[[argparse.Namespace], None], arg
     """Parses argv (None: the command line), runs action, and returns the exit code.
 
     An error that the user can mend (a ValueError, an OSError, a key that config.yaml lacks) is written to
-    stderr without its traceback, and the code is 2.
+    stderr without its traceback, and the code is 2. Ctrl-C ends without one, too, and with 130.
     """
     show_any_character()
     try:
@@ -43,6 +44,9 @@ def run_script(parser: Parser, action: Callable[[argparse.Namespace], None], arg
     except (ValueError, OSError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -360,6 +360,15 @@ def test_load_model_refuses_what_it_cannot_load(run, tmp_path, capsys):
         assert named in refusal(capsys, generate, other, "--checkpoint", "last")
 
 
+def test_ctrl_c_ends_a_script_without_a_traceback(run, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load_model", interrupted)
+    assert generate.main([str(run), "--prompt", "a"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_a_run_of_before_a_key_was_removed_still_loads_unless_it_asks_for_what_is_gone(run, capsys):
     old = variant(run, "old", config={"model": {"residual": "float32"}})
     gpt, config = load_model(old)
