@@ -4,11 +4,14 @@ docs/log/kernel_notes.tsv lists the numbers of docs/kernel_notes.md, which these
 paragraph and row by row, with the documents in which they are now.
 """
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from scripts import results
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -102,6 +105,20 @@ def test_the_design_says_how_things_are_and_not_when_they_became_so(page):
     assert not re.search(r"20\d\d-\d\d-\d\d|used to |no longer|at present", text) and not COMMIT.search(text)
 
 
+def test_the_design_names_only_what_the_sources_have():
+    """Identifiers in code font; words without an underscore or a capital inside may be anything."""
+    sources = [path for folder in ("kernels", "tests", "scripts") for path in (ROOT / folder).rglob("*.*")]
+    known = {
+        name
+        for path in sources
+        if path.suffix in {".py", ".h", ".cuh", ".cu", ".cpp"} and path != Path(__file__)
+        for name in re.findall(r"\w+", path.read_text())
+    }
+    pages = "".join(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL) for page in DESIGN.glob("*.md"))
+    named = {name.split("::")[-1] for name in re.findall(r"`([A-Za-z_][\w:]*(?:_|[a-z][A-Z])[\w:]*)`", pages)}
+    assert named and not named - known
+
+
 def test_the_design_can_be_read_in_twenty_minutes():
     words = sum(
         bool(re.search(r"[A-Za-z0-9]", word))
@@ -109,3 +126,21 @@ def test_the_design_can_be_read_in_twenty_minutes():
         for word in (DESIGN / f"{name}.md").read_text().split()
     )
     assert words <= 5200
+
+
+def test_an_aim_is_met_where_every_row_reaches_it(tmp_path, monkeypatch):
+    def report(ours, other):
+        rows = [{"contender": name, "seq_len": 8, "ms": ms} for name, ms in ((results.OURS, ours), ("other", other))]
+        return {"rows": rows, "git_commit": "0123456789", "started": "2026-11-29T11:00:00"}
+
+    aim = {"what": "speed", "case": "8", "key": "ms", "over": "other", "at_least": 1.1, "seq_lens": [8]}
+    files = {"fast": report(1.0, 1.2), "slow": report(1.0, 1.0)}
+    wanted = {"fast": "met | 1.20", "slow": "missed, 9 % short | 1.00"}
+    wanted["fast slow"] = "met in 1 of 2, 9 % short | 1.20, 1.00"
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "_report", lambda path: files[Path(path).name])
+    for names, cells in wanted.items():
+        paths = [f"attention/{name}" for name in names.split()]
+        (tmp_path / "aims.json").write_text(json.dumps([{**aim, "files": paths}]))
+        row = results.aims("aims.json").splitlines()[-1]
+        assert row.startswith(f"| speed | 8 | 1.10 | {cells} | [attention]"), row
