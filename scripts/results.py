@@ -255,9 +255,67 @@ def training(*paths: str) -> str:
     return markdown(("model", "seq_len", "", "tokens/s", "ms a step", "peak GiB", "speed of nanoGPT's"), rows)
 
 
+# What was aimed at.
+
+
+def aims(path: str) -> str:
+    """Every aim of a JSON file, whether what was measured last reaches it, and where that was measured.
+
+    An aim has what and case (its names), at_least, key, files and seq_lens: every row of these files and lengths has to
+    reach it. What is compared is ``over``'s ``key`` over ours, or, without ``over``, a training's ``key``.
+    """
+    rows = []
+    for aim in json.loads((RESULTS / path).read_text()):
+        reports = [_report(name) for name in aim["files"]]
+        values = [value for report in reports for value in _values(report, aim)]
+        names = aim["what"], aim["case"], _number(aim["at_least"])
+        rows.append([*names, _verdict(values, aim["at_least"]), _range(values), _source(aim["files"], reports)])
+    return markdown(("what", "case", "at least", "", "measured", "where"), rows)
+
+
+def _values(report: dict[str, Any], aim: dict[str, Any]) -> list[float]:
+    by_length: dict[int, dict[str, dict[str, Any]]] = {seq_len: {} for seq_len in aim["seq_lens"]}
+    for row in report["rows"]:
+        by_length.get(row["seq_len"], {})[row["contender"]] = row
+    return [_reached(results, aim) for results in by_length.values()]
+
+
+def _reached(results: dict[str, dict[str, Any]], aim: dict[str, Any]) -> float:
+    key = aim["key"]
+    return round(results[aim["over"]][key] / results[OURS][key], 2) if "over" in aim else results["lightning"][key]
+
+
+def _verdict(values: Sequence[float], at_least: float) -> str:
+    met = [value >= at_least for value in values]
+    if all(met):
+        return "met"
+    missing = max(1.0, 100 * (1 - min(values) / at_least))
+    return f"{f'met in {sum(met)} of {len(met)}' if any(met) else 'missed'}, {missing:.0f} % short"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def _range(values: Sequence[float]) -> str:
+    lowest, highest = _number(min(values)), _number(max(values))
+    if lowest == highest:
+        return lowest
+    return ", ".join(map(_number, values)) if len(values) == 2 else f"{lowest} to {highest}"
+
+
+def _source(paths: Sequence[str], reports: Sequence[dict[str, Any]]) -> str:
+    folder = Path(paths[0]).parent
+    commits = dict.fromkeys(f"{report['started'][:10]} `{report['git_commit'][:7]}`" for report in reports)
+    return f"[{folder}](../results/{folder}/README.md) {', '.join(commits)}"
+
+
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training)
+    for function in (
+        *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
+        aims,
+    )
 }
 
 

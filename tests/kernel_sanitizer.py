@@ -1,4 +1,4 @@
-"""Every CUDA kernel once, on a few tiles, for compute-sanitizer to watch: see docs/kernel_tests.md.
+"""Every CUDA kernel once, on a few tiles, for compute-sanitizer to watch: see docs/design/testing.md.
 
     export PYTHONPATH=kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernel_sanitizer.py --quick --tool memcheck
@@ -234,7 +234,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no CUDA GPU")
     if arguments.tool in ("memcheck", "initcheck") and not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        raise SystemExit(f"{arguments.tool} needs PYTORCH_NO_CUDA_MEMORY_CACHING=1: see docs/kernel_tests.md")
+        raise SystemExit(f"{arguments.tool} needs PYTORCH_NO_CUDA_MEMORY_CACHING=1: see docs/design/testing.md")
 
     failures = 0
     start = time.monotonic()

@@ -2,7 +2,7 @@
 
 The specification in float64 and "sdpa", whose errors the kernels may not exceed, run on the same GPU. The file
 takes a minute or two. Its random cases: FUZZ_SEED=7 FUZZ_CASES=1000 pytest tests/test_kernels.py -k random
-docs/kernel_tests.md tells how compute-sanitizer is run on the kernels.
+docs/design/testing.md tells how compute-sanitizer is run on the kernels.
 """
 
 import functools
