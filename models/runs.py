@@ -395,9 +395,12 @@ def _left_nothing(folder: Path) -> bool:
     """Whether there is nothing worth keeping, and nobody at work: a run that ended before its first step."""
     try:
         status = read_record(folder).get("status") if (folder / RECORD_FILE).is_file() else None
-        left = {path.name for path in folder.iterdir()} - {LOCK_FILE, "train.log"}
+        names = {path.name for path in folder.iterdir()}
     except (ValueError, OSError):
         return False
+    left = {name for name in names - {LOCK_FILE, "train.log"} if not (name.startswith(".") and name.endswith(".tmp"))}
+    if LOCK_FILE in names and left == {CONFIG_FILE}:  # killed between its configuration and its record
+        left = set()
     recorded = "metrics.csv" in left or FOLDER in left
     return (not left or (not recorded and status in ("failed", "interrupted"))) and not is_owned(folder)
 

@@ -320,11 +320,13 @@ def test_auto_takes_up_a_folder_that_has_no_checkpoint_yet(text, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2", "4", "6", "8"]
 
 
-def test_a_folder_in_which_nothing_was_begun_is_taken(text, tmp_path):
-    (tmp_path / "run").mkdir()  # as a run leaves it that is killed at once
-    (tmp_path / "run" / ".lock").write_text("process 1 on nowhere")
+@pytest.mark.parametrize("more", [[], ["train.log", ".config.yaml.7.tmp"], ["config.yaml", ".run.json.7.tmp"]])
+def test_a_folder_in_which_nothing_was_begun_is_taken(text, tmp_path, more):
+    (tmp_path / "run").mkdir()  # as a run leaves it that is killed before it has its record
+    for name in (".lock", *more):
+        (tmp_path / "run" / name).write_text("process 1 on nowhere")
     (tmp_path / "run-2").mkdir()
-    (tmp_path / "run-2" / "notes").write_text("somebody's")
+    (tmp_path / "run-2" / "config.yaml").write_text("somebody's")
     assert fit(text, tmp_path, "max_steps=1") == tmp_path / "run"
     assert read_results(tmp_path / "run").last("step") == 1
     fit(text, tmp_path, "max_steps=1")
