@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conf.legacy import answer_flags
-from models.started import follow_the_first
-from models.tables import show_any_character
+from models.training.started import follow_the_first
+from models.training.tables import show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
     follow_the_first()
@@ -33,17 +33,17 @@ from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteCorpus, ByteDataModule
 from flash_cosine_sim_attention import flash_cosine_sim_attention
-from models.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
-from models.checkpoints import BEST_CHECKPOINT, FOLDER
-from models.lightning import DivergedError, GPTModule
-from models.load import build_gpt, load_weights
-from models.loggers import finish, offline_folder, sweep_group, wandb_mode
-from models.processes import end_started, find_processes, join
-from models.progress import ProgressReport
-from models.report import conclude, read_results
-from models.runs import Run, open_run
-from models.stopping import Interrupted, Stopping, stopping
-from models.trainer import (
+from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
+from models.training.checkpoints import BEST_CHECKPOINT, FOLDER
+from models.training.load import build_gpt, load_weights
+from models.training.loggers import finish, offline_folder, sweep_group, wandb_mode
+from models.training.module import DivergedError, GPTModule
+from models.training.processes import end_started, find_processes, join
+from models.training.progress import ProgressReport
+from models.training.report import conclude, read_results
+from models.training.runs import Run, open_run
+from models.training.stopping import Interrupted, Stopping, stopping
+from models.training.trainer import (
     build_trainer,
     check_trainer,
     choose_precision,

@@ -14,12 +14,12 @@ BUILDERS = {
     "norm": {"pre": "models.blocks.PreNormBlock", "post": "models.blocks.PostNormBlock"},
     "model": {"gpt": "models.gpt.GPT"},
     "data": {"enwik8": "data.enwik8.enwik8", "file": "data.files.file", "pystdlib": "data.pystdlib.pystdlib"},
-    "optimizer": {"adamw": "models.optimizer.AdamW"},
+    "optimizer": {"adamw": "models.training.optimizer.AdamW"},
     "logger": {
-        "csv": "models.loggers.csv_only",
-        "none": "models.loggers.csv_only",
-        "tensorboard": "models.loggers.tensorboard_and_csv",
-        "wandb": "models.loggers.wandb_and_csv",
+        "csv": "models.training.loggers.csv_only",
+        "none": "models.training.loggers.csv_only",
+        "tensorboard": "models.training.loggers.tensorboard_and_csv",
+        "wandb": "models.training.loggers.wandb_and_csv",
     },
 }
 # Their arguments that the program supplies itself: no keys of the configuration.

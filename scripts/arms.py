@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.schema import GROUPS
-from models.report import Results
-from models.runs import INCIDENTAL, flat, is_one_of, load_config
+from models.training.report import Results
+from models.training.runs import INCIDENTAL, flat, is_one_of, load_config
 
 # Resolved copies of a key above them, which would be shown twice.
 COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")

@@ -47,12 +47,12 @@ from torch import Tensor, nn
 from conf.command_line import check
 from conf.schema import CONF, builder, validate
 from data.bytes import ByteCorpus
-from models.callbacks import GIB
-from models.environment import environment
 from models.gpt import VOCABULARY
-from models.report import MEMORY_COLUMNS, read_results
-from models.tables import show
-from models.trainer import choose_precision, compiles_by_default, uses_cuda
+from models.training.callbacks import GIB
+from models.training.environment import environment
+from models.training.report import MEMORY_COLUMNS, read_results
+from models.training.tables import show
+from models.training.trainer import choose_precision, compiles_by_default, uses_cuda
 from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train

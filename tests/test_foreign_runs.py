@@ -17,7 +17,7 @@ from test_config import configure
 from conf.registry import FORMER_TARGETS
 from conf.schema import validate
 from conf.stored import read_stored
-from models.load import build_gpt
+from models.training.load import build_gpt
 from scripts import compare, evaluate, generate
 
 TEXT = bytes(range(97, 107)) * 40

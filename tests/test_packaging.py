@@ -242,7 +242,7 @@ def test_version_has_one_source(metadata):
 def test_name_has_one_source(metadata):
     name = package_constant("DISTRIBUTION")
     assert metadata["Name"] == name
-    for file in ["setup.py", "pyproject.toml", "models/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
+    for file in ["setup.py", "pyproject.toml", "models/training/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
         assert name not in (ROOT / file).read_text(), file
 
 

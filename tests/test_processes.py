@@ -8,8 +8,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.utilities import rank_zero_only
 from test_train import Popen, fit, losses, metrics, read_results, same, text, weights  # noqa: F401 (text is a fixture)
 
-from models.processes import PLACE_VARIABLES, find_processes
-from models.started import RUN_VARIABLE
+from models.training.processes import PLACE_VARIABLES, find_processes
+from models.training.started import RUN_VARIABLE
 
 pytestmark = pytest.mark.training
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}

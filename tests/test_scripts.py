@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 import train
 from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
-from models.load import load_model
-from models.report import HEADINGS, PLOT_FILE, Results, read_results
+from models.training.load import load_model
+from models.training.report import HEADINGS, PLOT_FILE, Results, read_results
 from scripts import arms, compare, evaluate, generate
 from scripts.compare import RATES_FILE
 from scripts.evaluate import SlidingBatches, score_batches

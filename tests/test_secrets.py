@@ -9,9 +9,9 @@ import train
 from conf.registry import BUILDERS
 from conf.schema import validate
 from conf.secrets import redact, redact_tree, redact_words, redacted_command_line
-from models.environment import environment
-from models.processes import find_processes
-from models.runs import Run
+from models.training.environment import environment
+from models.training.processes import find_processes
+from models.training.runs import Run
 from scripts import benchmark
 
 SECRET = "hunter2"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from models import report, tables
-from models.report import Results
+from models.training import report, tables
+from models.training.report import Results
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = [40, 60, 80, 120, None]  # None: a file or a pipe
@@ -147,7 +147,7 @@ ENCODINGS = {
 }
 CODE = """
 import sys
-from models.tables import print_line, show_any_character
+from models.training.tables import print_line, show_any_character
 show_any_character()
 print("a\\ufffdb \\u4e2d\\xe9")
 print_line("1 \\xb1 2")

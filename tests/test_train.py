@@ -22,14 +22,14 @@ from test_config import configure
 
 from conf.registry import BUILDERS
 from conf.schema import validate
-from models import checkpoints
-from models.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
-from models.checkpoints import Checkpoints, read_checkpoint
 from models.gpt import GPT
-from models.lightning import DivergedError, GPTModule
-from models.loggers import CSVLogger, read_samples, wandb_mode
-from models.report import read_results
-from models.runs import default_name, is_owned
+from models.training import checkpoints
+from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
+from models.training.checkpoints import Checkpoints, read_checkpoint
+from models.training.loggers import CSVLogger, read_samples, wandb_mode
+from models.training.module import DivergedError, GPTModule
+from models.training.report import read_results
+from models.training.runs import default_name, is_owned
 from scripts import benchmark_training
 from train import build_module, train
 
@@ -138,7 +138,7 @@ def killed_in(place):
     owner, name, condition = KILL_IN[place]
     return f"""
 import os, signal
-import models.callbacks as callbacks, models.checkpoints as checkpoints
+import models.training.callbacks as callbacks, models.training.checkpoints as checkpoints
 original = {owner}.{name}
 def writes_step_8(args):
     return "step-8.ckpt" in os.readlink(f"/proc/self/fd/{{args[0]}}")
@@ -346,7 +346,8 @@ def test_one_process_owns_a_run(text, tmp_path):
 
 
 def test_runs_of_one_name_that_start_at_once_get_folders_of_their_own(text, tmp_path):
-    code = "import models.runs as r, time; own = r.Run._own; r.Run._own = lambda *a: (time.sleep(0.2), own(*a))[1]"
+    code = "import time\nfrom models.training.runs import Run\nown = Run._own\n"
+    code += "Run._own = lambda *arguments: (time.sleep(0.2), own(*arguments))[1]"
     started = [Popen(text, tmp_path, "name=run", "max_steps=2", code=code) for _ in range(3)]
     assert [process.wait(300) for process in started] == [0, 0, 0]
     for name in ("run", "run-2", "run-3"):
@@ -536,7 +537,7 @@ def test_a_signal_keeps_the_step_and_says_how_to_go_on(text, tmp_path, sent, dev
 def test_a_signal_during_validation_ends_it_and_the_resumed_run_validates(at, text, tmp_path, uninterrupted):
     code = f"""
 import os, signal
-from models.lightning import GPTModule
+from models.training.module import GPTModule
 original, seen = GPTModule.validation_step, []
 def step(module, *args):
     original(module, *args)

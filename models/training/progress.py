@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from models.lightning import GPTModule
+from models.training.module import GPTModule
 
 log = logging.getLogger(__name__)
 

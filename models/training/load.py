@@ -6,9 +6,9 @@ import torch
 from omegaconf import DictConfig
 
 from conf.schema import builder, check_stored
-from models.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.gpt import GPT
-from models.runs import CONFIG_FILE, file_of_run, load_config
+from models.training.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
+from models.training.runs import CONFIG_FILE, file_of_run, load_config
 
 
 def build_gpt(config: DictConfig) -> GPT:

@@ -22,8 +22,8 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from models.lightning import DivergedError, GPTModule
-from models.stopping import Interrupted, Stopping
+from models.training.module import DivergedError, GPTModule
+from models.training.stopping import Interrupted, Stopping
 
 FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"

@@ -19,12 +19,12 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.stored import read_stored
-from models.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
-from models.environment import environment
-from models.lightning import DivergedError
-from models.processes import Processes
-from models.started import RUN_VARIABLE
-from models.stopping import Interrupted, exit_code
+from models.training.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
+from models.training.environment import environment
+from models.training.module import DivergedError
+from models.training.processes import Processes
+from models.training.started import RUN_VARIABLE
+from models.training.stopping import Interrupted, exit_code
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
-from models.loggers import METRICS_FILE, read_csv
-from models.runs import RECORD_FILE, Run, is_owned, read_record
-from models.tables import console, print_line, show
+from models.training.loggers import METRICS_FILE, read_csv
+from models.training.runs import RECORD_FILE, Run, is_owned, read_record
+from models.training.tables import console, print_line, show
 
 PLOT_FILE = "loss_and_memory.png"
 MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.bytes import IGNORE_INDEX
 from models.gpt import GPT
-from models.optimizer import AdamW
+from models.training.optimizer import AdamW
 
 
 class DivergedError(RuntimeError):

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from models.gpt import GPT
-from models.lightning import DivergedError, GPTModule
-from models.loggers import SAMPLES_FILE, log_sample, read_samples
+from models.training.loggers import SAMPLES_FILE, log_sample, read_samples
+from models.training.module import DivergedError, GPTModule
 
 log = logging.getLogger(__name__)
 

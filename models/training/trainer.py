@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from models.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints
-from models.processes import Processes
-from models.stopping import Stopping
+from models.training.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints
+from models.training.processes import Processes
+from models.training.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def build_trainer(
         logger=loggers,
         callbacks=[*callbacks, checkpoints],
         enable_checkpointing=False,  # Lightning's own, beside ours
-        enable_progress_bar=False,  # Lightning's: models/progress.py has one
+        enable_progress_bar=False,  # Lightning's: models/training/progress.py has one
         enable_model_summary=False,
         use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
         deterministic=options.deterministic,
