@@ -33,8 +33,10 @@ from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteCorpus, ByteDataModule
 from flash_cosine_sim_attention import flash_cosine_sim_attention
+from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
-from models.training.checkpoints import BEST_CHECKPOINT, FOLDER
+from models.training.checkpoint_files import BEST_CHECKPOINT, FOLDER
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.load import build_gpt, load_weights
 from models.training.loggers import finish, offline_folder, sweep_group, wandb_mode
 from models.training.module import DivergedError, GPTModule
@@ -43,15 +45,7 @@ from models.training.progress import ProgressReport
 from models.training.report import conclude, read_results
 from models.training.runs import Run, open_run
 from models.training.stopping import Interrupted, Stopping, stopping
-from models.training.trainer import (
-    build_trainer,
-    check_trainer,
-    choose_precision,
-    compiles_by_default,
-    default_micro_batch_tokens,
-    micro_batches,
-    uses_cuda,
-)
+from models.training.trainer import build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
 

@@ -81,5 +81,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context that computes in precision, named as ``models.training.trainer.choose_precision`` does."""
+    """A context that computes in precision, named as ``models.training.devices.choose_precision`` does."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.schema import GROUPS
+from models.training.identity import INCIDENTAL, flat, is_one_of
 from models.training.report import Results
-from models.training.runs import INCIDENTAL, flat, is_one_of, load_config
+from models.training.run_files import load_config
 
 # Resolved copies of a key above them, which would be shown twice.
 COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")

@@ -49,10 +49,10 @@ from conf.schema import CONF, builder, validate
 from data.bytes import ByteCorpus
 from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.environment import environment
 from models.training.report import MEMORY_COLUMNS, read_results
 from models.training.tables import show
-from models.training.trainer import choose_precision, compiles_by_default, uses_cuda
 from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train

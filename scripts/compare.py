@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from models.training.report import PLOT_FILE, Results, markdown, read_results, table
-from models.training.runs import RECORD_FILE, load_config
+from models.training.run_files import RECORD_FILE, load_config
 from models.training.tables import print_line, show
 from scripts import Parser, arms, non_negative, run_script
 

@@ -29,10 +29,11 @@ from torch import Tensor
 from conf.schema import builder
 from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
 from models.gpt import GPT
+from models.training.batching import default_micro_batch_tokens
+from models.training.devices import choose_precision
 from models.training.load import find_checkpoint, load_model
-from models.training.runs import read_record
+from models.training.run_files import read_record
 from models.training.tables import print_line, show
-from models.training.trainer import choose_precision, default_micro_batch_tokens
 from scripts import Parser, autocast, choose_device, integer, run_script
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest

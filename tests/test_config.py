@@ -15,9 +15,11 @@ from omegaconf import OmegaConf, open_dict
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
 from conf.schema import GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
+from models.training.batching import micro_batches
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.processes import find_processes
 from models.training.stopping import Stopping
-from models.training.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
+from models.training.trainer import build_trainer
 from train import build_module
 
 ROOT = Path(__file__).parent.parent

@@ -24,12 +24,16 @@ from conf.registry import BUILDERS
 from conf.schema import validate
 from models.gpt import GPT
 from models.training import checkpoints
-from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
-from models.training.checkpoints import Checkpoints, read_checkpoint
-from models.training.loggers import CSVLogger, read_samples, wandb_mode
+from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics
+from models.training.checkpoint_files import read_checkpoint
+from models.training.checkpoints import Checkpoints
+from models.training.devices import peak_flops
+from models.training.identity import default_name
+from models.training.loggers import CSVLogger, wandb_mode
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
-from models.training.runs import default_name, is_owned
+from models.training.run_files import is_owned, read_samples
+from models.training.tables import decode
 from scripts import benchmark_training
 from train import build_module, train
 

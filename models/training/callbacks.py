@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,59 +14,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from models.gpt import GPT
-from models.training.loggers import SAMPLES_FILE, log_sample, read_samples
+from models.training.devices import peak_flops
+from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
+from models.training.run_files import SAMPLES_FILE, read_samples
+from models.training.tables import decode
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 
-# Dense bf16 tensor-core peaks in FLOP/s, with float32 sums, by the very name that torch.cuda.get_device_name gives:
-# a variant of the same silicon (PCIe, NVL, Ti, D, Laptop) has other clocks or units, so a part of a name will not do.
-# From NVIDIA's data sheets, whose figure with sparsity is twice that without: of H100, H200, H20, GH200, HGX B200,
-# HGX B300 and GB200 NVL72 (a GPU's share), A100, A800, A40, A30, A10, L40S, L40, L4 and RTX A6000; of GeForce from the
-# architectures' white papers. The RTX PRO 6000's gives its AI TOPS, FP4 with sparsity: 8 times dense bf16. H800 and
-# A800 have the H100's and the A100's units and slower links.
-PEAK_BF16_FLOPS = {
-    "NVIDIA GB300": 2500e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA B300 SXM6 AC": 2250e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GH200 144G HBM3e": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H800": 989e12,
-    "NVIDIA H800 PCIe": 756e12,
-    "NVIDIA H20": 148e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A800-SXM4-80GB": 312e12,
-    "NVIDIA A800 80GB PCIe": 312e12,
-    "NVIDIA A40": 149.7e12,
-    "NVIDIA A30": 165e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L40": 181e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 500e12,
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition": 500e12,
-    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 439e12,
-    "NVIDIA RTX A6000": 154.8e12,
-    "NVIDIA GeForce RTX 5090": 209.5e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None when it is not known (and for a CPU)."""
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class TrainingMetrics(lightning.Callback):
@@ -348,8 +304,3 @@ class TextSample(lightning.Callback):
 
 def _section(step: int, text: str) -> str:
     return f"--- step {step} ---\n{text}\n"
-
-
-def decode(text: bytes) -> str:
-    """Bytes as text; what is not UTF-8, or would steer a terminal, shows as the replacement character."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.decode("utf-8", errors="replace"))

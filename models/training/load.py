@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 
 from conf.schema import builder, check_stored
 from models.gpt import GPT
-from models.training.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
-from models.training.runs import CONFIG_FILE, file_of_run, load_config
+from models.training.checkpoint_files import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
+from models.training.run_files import CONFIG_FILE, file_of_run, load_config
 
 
 def build_gpt(config: DictConfig) -> GPT:

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from data.bytes import ByteCorpus
 from data.compressors import compressor_bits_per_byte
-from models.training.loggers import METRICS_FILE, read_csv
-from models.training.runs import RECORD_FILE, Run, is_owned, read_record
+from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, read_csv, read_record
+from models.training.runs import Run
 from models.training.tables import console, print_line, show
 
 PLOT_FILE = "loss_and_memory.png"
