@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ROOT, fit, overrides, text  # noqa: F401 (a fixture)
+from support import ROOT
+from support.training import fit, overrides
 
 from models.training import progress
 from models.training.progress import ProgressReport, duration

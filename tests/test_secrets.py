@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from test_config import configure
+from support.configuration import configure
 
 import train
 from conf.registry import BUILDERS

@@ -1,6 +1,5 @@
 """Whole trainings on a CPU: every combination, exact resume after SIGKILL, divergence, sweeps, several processes."""
 
-import csv
 import errno
 import fcntl
 import json
@@ -10,15 +9,14 @@ import random
 import re
 import signal
 import struct
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked
 from omegaconf import OmegaConf
-from test_config import configure
+from support.configuration import configure
+from support.training import Popen, command, fit, losses, metrics, overrides, same, weights
 
 from conf.registry import BUILDERS
 from conf.schema import validate
@@ -38,70 +36,6 @@ from scripts import benchmark_training
 from train import build_module, train
 
 pytestmark = pytest.mark.training
-
-ROOT = Path(__file__).parent.parent
-# Small enough for seconds; dropout and accumulation on, because resuming must restore both.
-TINY = [
-    "model=tiny",
-    "model.num_layers=1",
-    "model.width=32",
-    "model.num_heads=2",
-    "model.dropout=0.1",
-    "data=file",
-    "trainer.accelerator=cpu",
-    "trainer.progress_bar=false",
-    "trainer.val_bytes=600",
-    "trainer.sample_bytes=8",
-    "trainer.log_every=2",
-    "trainer.val_every=4",
-    "logger=csv",
-    "seq_len=32",
-    "tokens_per_step=256",
-    "micro_batch_tokens=128",
-    "max_steps=8",
-]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text"
-    words = b"the cat sat on the mat and the dog lay by the log while it rained "
-    path.write_bytes(b"".join(words[i % 60 :] for i in range(1000)))
-    return path
-
-
-def overrides(text, root, *changes):
-    return [*TINY, f"data.path={text}", f"run_root={root}", *changes]
-
-
-def fit(text, root, *changes):
-    """Trains in this process; returns the run's folder."""
-    config = validate(configure(*overrides(text, root, "name=run", *changes)))
-    train(config, choices={"attention": "cosine"})
-    return Path(root) / "run"
-
-
-def command(text, root, *changes, flags=(), code=None):
-    """The same in a process of its own, as a user starts it; code runs before it."""
-    process = Popen(text, root, *changes, flags=flags, code=code)
-    out, err = process.communicate(timeout=1800)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def Popen(text, root, *changes, flags=(), code=None, variables=None):
-    """That process, started."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root), **(variables or {})}
-    return Forked([*flags, *overrides(text, root, *changes)], environment, code)
-
-
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -387,15 +321,6 @@ def uncut(text, tmp_path_factory):
     root = tmp_path_factory.mktemp("uncut")
     assert command(text, root, *CUT, *CUTS["whole"]).returncode == 0
     return losses(root / "run")
-
-
-def losses(folder):
-    return [(int(row["step"]), float(row["train/loss"]), row["val/bpc"] != "") for row in metrics(folder)]
-
-
-def same(found, expected):
-    assert [(step, validated) for step, _, validated in found] == [(step, val) for step, _, val in expected]
-    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", ["quarters", "ranks"])

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 
 
-
 class TrainingMetrics(lightning.Callback):
     """Every ``log_every`` steps: loss, learning rate, gradient norm, throughput and memory of the interval.
 

@@ -17,7 +17,6 @@ from models.training.stopping import Stopping
 log = logging.getLogger(__name__)
 
 
-
 def check_trainer(options: DictConfig) -> None:
     """Raises ValueError for a value of conf/trainer/ that cannot be, before anything is written."""
     least = {"val_every": 1, "log_every": 1, "sample_bytes": 0, "devices": 1}

@@ -6,7 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train", "models.training.progress", "lightning.pytorch.strategies.ddp"])
 
