@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf.command_line import of_job
 from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
-from data.bytes import ByteCorpus, ByteDataModule
+from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
@@ -107,7 +107,7 @@ def train(
     return bits_per_byte
 
 
-def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, ByteCorpus]:
+def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, Corpus]:
     """Trains an open run to its last step. Returns the last val/bpc, and the bytes."""
     lightning.seed_everything(config.seed, verbose=False)
     check_trainer(config.trainer)
@@ -192,7 +192,7 @@ def build_module(config: DictConfig) -> GPTModule:
     )
 
 
-def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, int]:
+def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]:
     """The windows of the corpus, and how many micro-batches make a step."""
     largest = config.micro_batch_tokens
     if largest is None:

@@ -22,6 +22,14 @@ BUILDERS = {
         "wandb": "models.training.loggers.wandb_and_csv",
     },
 }
+# By group: what the thing built must offer, with its shapes; tests/test_protocols.py holds every kind to it. The other
+# groups have no protocol: GPT is the one model, and loggers are Lightning's.
+PROTOCOLS = {
+    "attention": "models.attention.InnerAttention",
+    "norm": "models.blocks.Block",
+    "data": "data.bytes.Corpus",
+    "optimizer": "models.training.optimizer.OptimizerBuilder",
+}
 # Their arguments that the program supplies itself: no keys of the configuration.
 GIVEN_BY_CODE = {
     "attention": ("num_heads", "head_dim"),
@@ -49,5 +57,14 @@ FORMER_TARGETS = {
 
 def find(group: str, kind: str) -> Callable[..., Any]:
     """The class or function of a kind that stands in BUILDERS."""
-    module, _, name = BUILDERS[group][kind].rpartition(".")
+    return _named(BUILDERS[group][kind])
+
+
+def protocol_of(group: str) -> type:
+    """The protocol of a group that stands in PROTOCOLS."""
+    return _named(PROTOCOLS[group])
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)

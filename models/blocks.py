@@ -1,6 +1,7 @@
 """Transformer blocks: where the normalisation sits, how the residual is scaled, how the weights start."""
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,32 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, n, width) -> (batch, n, width)."""
         return self.dropout(self.down(self.activation(self.up(x))))
+
+
+class Block(Protocol):
+    """A layer of the model: an nn.Module, built from width, num_layers, attention and mlp, which it initialises.
+
+    The residual stream is (batch, n, width), in the dtype of the weights. It is handed on in two parts whose sum it is,
+    so that a block may leave its last addition to the norm that reads it.
+
+    Attributes:
+        attention: the block's attention, whose ``inner`` is measured while training.
+    """
+
+    attention: SelfAttention
+
+    @staticmethod
+    def final_norm(width: int) -> nn.Module:
+        """What the stream, (batch, n, width), goes through after the last block; of the same shape behind it."""
+
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """The stream x + branch, branch None for zero, before and after the block.
+
+        Args:
+            x: (batch, n, width).
+            branch: the same, possibly in a lower dtype, or None.
+            cache: keys and values of the positions before these n, which join it; None to start at position 0.
+        """
 
 
 class PreNormBlock(nn.Module):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KVCache, SelfAttention
-from models.blocks import MLP
+from models.attention import InnerAttention, KVCache, SelfAttention
+from models.blocks import MLP, Block
 from models.rotary import Rotary
 
 VOCABULARY = 256  # one token a byte
@@ -36,8 +36,8 @@ class GPT(nn.Module):
         num_heads: int,
         num_kv_heads: int | None,
         seq_len: int,
-        attention: Callable[..., nn.Module],
-        block: Callable[..., nn.Module],
+        attention: Callable[..., InnerAttention],
+        block: Callable[..., Block],
         positions: str,
         tied_head: bool,
         dropout: float,
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         rotary = Rotary(head_dim, seq_len) if positions == "rotary" else None
         self.dropout = nn.Dropout(dropout)
 
-        def layer() -> nn.Module:
+        def layer() -> Block:
             inner = attention(num_heads=num_heads, head_dim=head_dim)
             around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
             return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from conf.command_line import check
 from conf.schema import CONF, builder, validate
-from data.bytes import ByteCorpus
+from data.bytes import Corpus
 from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
@@ -130,7 +130,7 @@ def _compiles(config: DictConfig) -> bool:
     return compiles_by_default(cuda=cuda) if config.compile is None else config.compile
 
 
-def bare_loop(build: Build, config: DictConfig, corpus: ByteCorpus, *, profiled: bool) -> dict[str, Any]:
+def bare_loop(build: Build, config: DictConfig, corpus: Corpus, *, profiled: bool) -> dict[str, Any]:
     """Trains config.max_steps steps in plain PyTorch.
 
     Returns:
@@ -303,7 +303,7 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
 
 
 def measure(
-    builders: dict[str, Build | None], config: DictConfig, corpus: ByteCorpus, rounds: int, *, profiled: bool
+    builders: dict[str, Build | None], config: DictConfig, corpus: Corpus, rounds: int, *, profiled: bool
 ) -> dict[str, dict[str, Any]]:
     """The results of all contenders, which take turns."""
     results: dict[str, dict[str, Any]] = {}

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from conf.schema import builder
-from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
+from data.bytes import IGNORE_INDEX, Corpus, EvalBatches
 from models.gpt import GPT
 from models.training.batching import default_micro_batch_tokens
 from models.training.devices import choose_precision
@@ -110,7 +110,7 @@ def window(seq_len: int | None, stride: int | None, trained_seq_len: int) -> tup
     return seq_len, stride
 
 
-def rebuild_corpus(run: str | Path, config: DictConfig) -> ByteCorpus:
+def rebuild_corpus(run: str | Path, config: DictConfig) -> Corpus:
     """The corpus of the run's configuration, if it still is the bytes that the run was trained on.
 
     Raises:

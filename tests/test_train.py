@@ -153,22 +153,8 @@ def test_a_resumed_run_says_and_does_what_changed(text, tmp_path, caplog):
     assert (group["weight_decay"], tuple(group["betas"])) == (0.2, (0.8, 0.9))
 
 
-class Momentum:
-    """SGD, whose settings are others than AdamW's."""
-
-    def __init__(self, lr: float, momentum: float):
-        self.lr, self.momentum = lr, momentum
-
-    def build(self, model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-    def lr_at(self, _step):
-        return self.lr
-
-
 def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_path, monkeypatch):
-    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "test_train.Momentum")
+    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "support.optimizers.Momentum")
 
     def fit_by_sgd(**changes):
         settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
@@ -183,8 +169,31 @@ def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_
     fit_by_sgd(resume=str(tmp_path / "run"), max_steps=12, lr=0.05, momentum=0.25)
     resumed = weights(tmp_path / "run")
     group = resumed["optimizer_states"][0]["param_groups"][0]
-    assert (group["lr"], group["momentum"], resumed["global_step"]) == (0.05, 0.25, 12)
+    assert (group["lr"], group["momentum"]) == (pytest.approx(0.05 * 0.99**12), 0.25) and resumed["global_step"] == 12
     assert read_results(tmp_path / "run").last("val/bpc") < 8
+
+
+def test_another_optimizer_is_an_entry_and_a_file_and_resumes_bit_for_bit(text, tmp_path):
+    """Its file in a folder of options, its entry in the registry; what it remembers is in the checkpoints."""
+    options = tmp_path / "options" / "optimizer"
+    options.mkdir(parents=True)
+    (options / "sgd.yaml").write_text("kind: sgd\nlr: ${lr}\nmomentum: 0.9\n")
+    entry = "from conf.registry import BUILDERS\nBUILDERS['optimizer']['sgd'] = 'support.optimizers.Momentum'\n"
+    line = [*RESUMED, "optimizer=sgd", "lr=0.05"]
+
+    def run(root, *changes, code=""):
+        return command(text, root, *line, *changes, flags=["--config-dir", str(options.parent)], code=entry + code)
+
+    whole = run(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = run(tmp_path / "killed", code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run(tmp_path / "killed", "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continues at step 4" in resumed.stdout
+    equal_runs(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+    (state, *_) = weights(tmp_path / "killed" / "run")["optimizer_states"][0]["state"].values()
+    assert state["momentum_buffer"].abs().sum() > 0
 
 
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from data.bytes import ByteCorpus
+from data.bytes import Corpus
 from data.compressors import compressor_bits_per_byte
 from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, read_csv, read_record
 from models.training.runs import Run
@@ -175,7 +175,7 @@ def _legend(run: Results) -> str:
     return run.name if run.status == "finished" else f"{run.name} ({run.status})"
 
 
-def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
+def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
     """Prints the summary of a finished run and where everything is, and draws its plot."""
     if config.compressors:
         run.update(compressors_val_bpc=compressor_bits_per_byte(corpus, "val"))

@@ -56,7 +56,7 @@ def command(text, root, *changes, flags=(), code=None):
 
 def Popen(text, root, *changes, flags=(), code=None, variables=None):
     """That process, started."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "tests"))
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root), **(variables or {})}
     return Forked([*flags, *overrides(text, root, *changes)], environment, code)
 
