@@ -51,7 +51,7 @@ from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.environment import environment
-from models.training.report import MEMORY_COLUMNS, read_results
+from models.training.report import read_results
 from models.training.tables import show
 from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
@@ -177,7 +177,7 @@ def lightning_loop(config: DictConfig) -> dict[str, Any]:
         with contextlib.redirect_stdout(io.StringIO()):  # the summary names files that are gone with the folder
             train(config, choices={})
         results = read_results(Path(root) / "run")
-    peaks = results.series(MEMORY_COLUMNS[0])[1][1:]
+    peaks = results.series("memory/peak_allocated_gib")[1][1:]
     rates = results.series("throughput/tokens_per_s")[1][1:]
     return {"rates": rates, "peak_gib": max(peaks) if peaks else None}
 

@@ -65,7 +65,7 @@ def test_the_table_of_runs_loses_nothing(shown, width):
     for number in ("100000", "1.2345", "1.3456", "2,016,827", "45.7%", "123.45"):
         assert words(text).count(number) >= len(runs), number
     assert words(text).count("finished") == len(runs)
-    assert all(word in words(text) for heading in report.HEADINGS[1:] for word in heading.split())
+    assert all(word in words(text) for heading in report.headings()[1:] for word in heading.split())
     for name in NAMES:
         assert name in text or any(
             line.startswith("run: ") and all(part in name for part in line.removeprefix("run: ").split("*"))

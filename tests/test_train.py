@@ -28,6 +28,7 @@ from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name
 from models.training.loggers import CSVLogger, wandb_mode
+from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
 from models.training.run_files import is_owned, read_samples
@@ -49,6 +50,7 @@ def test_every_combination_learns_and_records(text, tmp_path, attention, norm):
     assert results.series("val/bpc")[0] == [4, 8, 12, 16, 20, 24, 28, 30]  # every four steps, and at the end
     assert results.last("val/bpc") < 6 < results.series("train/bpc")[1][0]
     assert results.last("test/bpc") < 6
+    assert all(metric_of(column) for row in results.rows for column in row)
     for row in results.rows:
         assert row["train/bpc"] == pytest.approx(row["train/loss"] / math.log(2))
         assert row["train/tokens"] == row["step"] * 256
@@ -204,10 +206,10 @@ def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
     fit(text, tmp_path, "resume=auto", "test=true")
     results = read_results(folder)
-    assert results.status == "finished" and results.test_bpc() < 8 and results.series("test/bpc")[0] == [8]
+    assert results.status == "finished" and results.current("test/bpc") < 8 and results.series("test/bpc")[0] == [8]
     assert all(path.read_bytes() == content for path, content in before.items() if path.suffix != ".csv")
     fit(text, tmp_path, "resume=auto", "max_steps=12")
-    assert read_results(folder).last("test/bpc") and read_results(folder).test_bpc() is None  # of step 8
+    assert read_results(folder).last("test/bpc") and read_results(folder).current("test/bpc") is None  # of step 8
 
 
 def test_fewer_steps_than_there_are_is_refused(text, tmp_path):
@@ -475,6 +477,7 @@ def test_a_signal_keeps_the_step_and_says_how_to_go_on(text, tmp_path, sent, dev
 def test_a_signal_during_validation_ends_it_and_the_resumed_run_validates(at, text, tmp_path, uninterrupted):
     code = f"""
 import os, signal
+from models.training.metrics import metric_of
 from models.training.module import GPTModule
 original, seen = GPTModule.validation_step, []
 def step(module, *args):

@@ -28,13 +28,8 @@ GIB = 2**30
 class TrainingMetrics(lightning.Callback):
     """Every ``log_every`` steps: loss, learning rate, gradient norm, throughput and memory of the interval.
 
-    Columns: train/loss (nats a byte), train/bpc (bits a byte), train/lr, train/grad_norm (before clipping),
-    train/tokens, throughput/tokens_per_s, throughput/model_tflops_per_s, throughput/mfu (of the dense bf16 peak,
-    where that is known), memory/peak_allocated_gib and memory/peak_reserved_gib (GPU) or memory/rss_gib (CPU).
+    Columns: train/, throughput/, memory/ and, with a learned scale, scale/; metrics.py says what each means.
     Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
-
-    With a learned scale also scale/mean, scale/min, scale/max over all heads of all layers, and scale/clamped, the
-    share of heads whose scale is held at its bound; and for every layer scale/layer0/mean and so on.
     """
 
     def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
@@ -174,8 +169,8 @@ def _memory(device: torch.device) -> dict[str, float]:
 class LogitMetrics(lightning.Callback):
     """At each validation the largest |logit| that one window of the validation split makes.
 
-    Columns: logit/max, and logit/layer0/max and so on: scale * |cos(q, k)|, or |q k| / sqrt(head_dim) with regular
-    attention, over the heads and the pairs of a query and a key that it sees.
+    Columns: logit/. A logit is scale * cos(q, k), or q k / sqrt(head_dim) with regular attention; counted are all
+    heads, and the pairs of a query and a key that it sees.
 
     Args:
         window: the bytes, at most the model's seq_len.

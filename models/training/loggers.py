@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from models.training.metrics import METRICS
 from models.training.run_files import METRICS_FILE, SAMPLES_FILE, read_csv, read_samples
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,8 @@ def wandb_and_csv(
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and wandb warns of it each time
     # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
-    logger.experiment.define_metric("val/bpc", step_metric="trainer/global_step", summary="min")
+    for name in (name for name, metric in METRICS.items() if any(number.of == "best" for number in metric.numbers)):
+        logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="min")
     if mode == "offline":
         # wandb sync replaces what the server has of this id: the newest offline folder must hold the whole run
         csv_logger.replay(logger)
