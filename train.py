@@ -35,7 +35,7 @@ from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
-from models.training.checkpoint_files import BEST_CHECKPOINT, FOLDER
+from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.load import build_gpt, load_weights
 from models.training.loggers import finish, offline_folder, sweep_group, wandb_mode
@@ -133,7 +133,7 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
             raise
         bits_per_byte = trainer.callback_metrics["val/bpc"].item()
         if config.test:
-            best = run.folder / FOLDER / BEST_CHECKPOINT
+            best = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     return bits_per_byte, corpus
 
@@ -150,7 +150,7 @@ def repeat(
     if config.test:
         with loggers_of(config, run) as loggers:
             trainer = trainer_of(config, run, data, accumulate, stop, loggers)
-            checkpoint = run.folder / FOLDER / BEST_CHECKPOINT
+            checkpoint = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
                 run.resume_step  # what the test is logged at
             )
@@ -274,7 +274,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
 def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
     with redacted_command_line():
-        loggers = _start_loggers(config, run)
+        loggers = _open_loggers(config, run)
     run.update(wandb_folder=offline_folder(loggers))
     for logger in loggers:
         logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
@@ -286,13 +286,13 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
         finish(loggers, failed=failed)
 
 
-def _start_loggers(config: DictConfig, run: Run) -> list[Logger]:
-    start, options = builder(config, "logger"), {}
+def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
+    open_loggers, options = builder(config, "logger"), {}
     if "group" in config.logger:
         run.record.setdefault("wandb_group", sweep_group())  # the same when it is resumed
         options["group"] = config.logger.group or run.record["wandb_group"]
     try:
-        return start(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
+        return open_loggers(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
     except Exception as error:  # a service's own errors: no account, no network
         raise ValueError(f"logger={config.logger.kind} does not start: {error}") from error
 

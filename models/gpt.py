@@ -62,10 +62,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(layer() for _ in range(num_layers))
         self.norm = self.blocks[0].final_norm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self._start(tied_head)
+        self._init_weights(tied_head)
         self.register_load_state_dict_post_hook(_fill_tables)
 
-    def _start(self, tied_head: bool) -> None:
+    def _init_weights(self, tied_head: bool) -> None:
         # The stream starts with variance 1. GPT-2's 0.02 makes narrow models learn far slower, and DeepNorm
         # implementations that start at 1e-5 live on LayerNorm's epsilon in the first block.
         nn.init.normal_(self.embedding.weight)

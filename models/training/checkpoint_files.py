@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-FOLDER = "checkpoints"
+CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
 INDEX_FILE = "index.json"

@@ -18,7 +18,7 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from models.training.checkpoint_files import (
-    FOLDER,
+    CHECKPOINT_FOLDER,
     LAST_CHECKPOINT,
     also_named,
     newest_good,
@@ -123,7 +123,7 @@ class Run:
             if recorded_identity(folder) != identity:
                 continue
             self._own(folder)
-            self.checkpoint, wrong = newest_good(folder / FOLDER)
+            self.checkpoint, wrong = newest_good(folder / CHECKPOINT_FOLDER)
             for sentence in wrong:
                 log.warning("resume=auto: %s", sentence)
             if self.checkpoint is None and wrong:
@@ -309,7 +309,7 @@ def _left_nothing(folder: Path) -> bool:
         left = {path.name for path in folder.iterdir()} - {LOCK_FILE, "train.log"}
     except (ValueError, OSError):
         return False
-    recorded = "metrics.csv" in left or FOLDER in left
+    recorded = "metrics.csv" in left or CHECKPOINT_FOLDER in left
     return (not left or (not recorded and status in ("failed", "interrupted"))) and not is_owned(folder)
 
 
@@ -339,7 +339,7 @@ def _make_last(checkpoint: Path) -> Path:
 def _checkpoint_at(path: Path) -> tuple[Path, Path]:
     """The run's folder and the checkpoint that a path, to a run or to a checkpoint in it, stands for."""
     if path.is_dir() and (path / RECORD_FILE).is_file():
-        checkpoint, wrong = newest_good(path / FOLDER)
+        checkpoint, wrong = newest_good(path / CHECKPOINT_FOLDER)
         for sentence in wrong:
             log.warning("resume: %s", sentence)
         if checkpoint is not None:

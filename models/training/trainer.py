@@ -8,7 +8,7 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from models.training.checkpoint_files import FOLDER
+from models.training.checkpoint_files import CHECKPOINT_FOLDER
 from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import choose_precision, uses_cuda
 from models.training.processes import Processes
@@ -56,7 +56,7 @@ def build_trainer(
     cuda = uses_cuda(options.accelerator)
     _silence_known_lines()
     checkpoints = Checkpoints(
-        run_dir / FOLDER,
+        run_dir / CHECKPOINT_FOLDER,
         stopping=stopping,
         val_every=options.val_every,
         max_steps=max_steps,
