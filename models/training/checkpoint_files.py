@@ -105,6 +105,7 @@ def also_named(path: Path, name: str) -> Path:
 
 
 def note_crc32(path: Path, crc: str) -> None:
+    """Writes into the index which CRC-32 the checkpoint at path has, or will have once it is replaced."""
     # Both the old file's and the new one's, until it is replaced: a kill in between leaves the old file verified.
     index = {name: known for name, known in read_index(path.parent).items() if (path.parent / name).exists()}
     before = index.get(path.name)

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import itertools
-import logging
 import math
 import shlex
 from pathlib import Path
@@ -23,8 +22,6 @@ from models.training.tables import console, print_line, show
 PLOT_FILE = "loss_and_memory.png"
 NAMES = ("run", "status")  # the columns of a table of runs before its numbers
 STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red"}
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)

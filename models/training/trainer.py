@@ -14,8 +14,6 @@ from models.training.devices import choose_precision, uses_cuda
 from models.training.processes import Processes
 from models.training.stopping import Stopping
 
-log = logging.getLogger(__name__)
-
 
 def check_trainer(options: DictConfig) -> None:
     """Raises ValueError for a value of conf/trainer/ that cannot be, before anything is written."""
