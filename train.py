@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conf.legacy import answer_flags
-from models.started import follow_the_first
-from models.tables import show_any_character
+from models.training.started import follow_the_first
+from models.training.tables import show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
     follow_the_first()
@@ -31,27 +31,21 @@ from omegaconf import DictConfig, OmegaConf
 from conf.command_line import of_job
 from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
-from data.bytes import ByteCorpus, ByteDataModule
+from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
-from models.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
-from models.checkpoints import BEST_CHECKPOINT, FOLDER
-from models.lightning import DivergedError, GPTModule
-from models.load import build_gpt, load_weights
-from models.loggers import finish, offline_folder, sweep_group, wandb_mode
-from models.processes import end_started, find_processes, join
-from models.progress import ProgressReport
-from models.report import conclude, read_results
-from models.runs import Run, open_run
-from models.stopping import Interrupted, Stopping, stopping
-from models.trainer import (
-    build_trainer,
-    check_trainer,
-    choose_precision,
-    compiles_by_default,
-    default_micro_batch_tokens,
-    micro_batches,
-    uses_cuda,
-)
+from models.training.batching import default_micro_batch_tokens, micro_batches
+from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
+from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.load import build_gpt, load_weights
+from models.training.loggers import finish, offline_folder, sweep_group, wandb_mode
+from models.training.module import DivergedError, GPTModule
+from models.training.processes import end_started, find_processes, join
+from models.training.progress import ProgressReport
+from models.training.report import conclude, read_results
+from models.training.runs import Run, open_run
+from models.training.stopping import Interrupted, Stopping, stopping
+from models.training.trainer import build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +107,7 @@ def train(
     return bits_per_byte
 
 
-def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, ByteCorpus]:
+def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, Corpus]:
     """Trains an open run to its last step. Returns the last val/bpc, and the bytes."""
     lightning.seed_everything(config.seed, verbose=False)
     check_trainer(config.trainer)
@@ -139,7 +133,7 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
             raise
         bits_per_byte = trainer.callback_metrics["val/bpc"].item()
         if config.test:
-            best = run.folder / FOLDER / BEST_CHECKPOINT
+            best = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     return bits_per_byte, corpus
 
@@ -156,7 +150,7 @@ def repeat(
     if config.test:
         with loggers_of(config, run) as loggers:
             trainer = trainer_of(config, run, data, accumulate, stop, loggers)
-            checkpoint = run.folder / FOLDER / BEST_CHECKPOINT
+            checkpoint = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
                 run.resume_step  # what the test is logged at
             )
@@ -198,7 +192,7 @@ def build_module(config: DictConfig) -> GPTModule:
     )
 
 
-def build_data(config: DictConfig, corpus: ByteCorpus) -> tuple[ByteDataModule, int]:
+def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]:
     """The windows of the corpus, and how many micro-batches make a step."""
     largest = config.micro_batch_tokens
     if largest is None:
@@ -280,7 +274,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
 def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
     with redacted_command_line():
-        loggers = _start_loggers(config, run)
+        loggers = _open_loggers(config, run)
     run.update(wandb_folder=offline_folder(loggers))
     for logger in loggers:
         logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
@@ -292,13 +286,13 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
         finish(loggers, failed=failed)
 
 
-def _start_loggers(config: DictConfig, run: Run) -> list[Logger]:
-    start, options = builder(config, "logger"), {}
+def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
+    open_loggers, options = builder(config, "logger"), {}
     if "group" in config.logger:
         run.record.setdefault("wandb_group", sweep_group())  # the same when it is resumed
         options["group"] = config.logger.group or run.record["wandb_group"]
     try:
-        return start(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
+        return open_loggers(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
     except Exception as error:  # a service's own errors: no account, no network
         raise ValueError(f"logger={config.logger.kind} does not start: {error}") from error
 

@@ -14,13 +14,21 @@ BUILDERS = {
     "norm": {"pre": "models.blocks.PreNormBlock", "post": "models.blocks.PostNormBlock"},
     "model": {"gpt": "models.gpt.GPT"},
     "data": {"enwik8": "data.enwik8.enwik8", "file": "data.files.file", "pystdlib": "data.pystdlib.pystdlib"},
-    "optimizer": {"adamw": "models.optimizer.AdamW"},
+    "optimizer": {"adamw": "models.training.optimizer.AdamW"},
     "logger": {
-        "csv": "models.loggers.csv_only",
-        "none": "models.loggers.csv_only",
-        "tensorboard": "models.loggers.tensorboard_and_csv",
-        "wandb": "models.loggers.wandb_and_csv",
+        "csv": "models.training.loggers.csv_only",
+        "none": "models.training.loggers.csv_only",
+        "tensorboard": "models.training.loggers.tensorboard_and_csv",
+        "wandb": "models.training.loggers.wandb_and_csv",
     },
+}
+# By group: what the thing built must offer, with its shapes; tests/test_protocols.py holds every kind to it. The other
+# groups have no protocol: GPT is the one model, and loggers are Lightning's.
+PROTOCOLS = {
+    "attention": "models.attention.InnerAttention",
+    "norm": "models.blocks.Block",
+    "data": "data.bytes.Corpus",
+    "optimizer": "models.training.optimizer.OptimizerBuilder",
 }
 # Their arguments that the program supplies itself: no keys of the configuration.
 GIVEN_BY_CODE = {
@@ -49,5 +57,14 @@ FORMER_TARGETS = {
 
 def find(group: str, kind: str) -> Callable[..., Any]:
     """The class or function of a kind that stands in BUILDERS."""
-    module, _, name = BUILDERS[group][kind].rpartition(".")
+    return _named(BUILDERS[group][kind])
+
+
+def protocol_of(group: str) -> type:
+    """The protocol of a group that stands in PROTOCOLS."""
+    return _named(PROTOCOLS[group])
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,6 +11,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 IGNORE_INDEX = -100  # the default ignore_index of torch.nn.functional.cross_entropy
+
+
+@runtime_checkable
+class Corpus(Protocol):
+    """What is trained on, and where it is from: what data=OPTION builds.
+
+    Attributes:
+        name: in messages and in the run's record.
+        train, val, test: the splits, each a 1-D array of uint8, a memmap too; longer than the context.
+        provenance: JSON-able; at least sha256, which changes with any byte of a split, and bytes, their number.
+    """
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    provenance: dict[str, str | int]
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: == on arrays has no single truth value
@@ -23,11 +41,7 @@ class ByteCorpus:
     provenance: dict[str, str | int]
 
     def __post_init__(self) -> None:
-        for split in ("train", "val", "test"):
-            data = getattr(self, split)
-            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
-                got = f"{data.dtype}, {data.ndim}-D" if isinstance(data, np.ndarray) else type(data).__name__
-                raise TypeError(f"{split} must be a 1-D numpy array of uint8, got {got}")
+        _check_arrays(self)
 
     @classmethod
     def cut(
@@ -74,7 +88,7 @@ class ByteDataModule(LightningDataModule):
 
     def __init__(
         self,
-        corpus: ByteCorpus,
+        corpus: Corpus,
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -239,9 +253,18 @@ def _copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _check_splits(corpus: ByteCorpus, seq_len: int) -> None:
-    if not isinstance(corpus, ByteCorpus):
-        raise TypeError(f"corpus must be a ByteCorpus, got {type(corpus).__name__}")
+def _check_arrays(corpus: Corpus) -> None:
+    for split in ("train", "val", "test"):
+        data = getattr(corpus, split)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
+            got = f"{data.dtype}, {data.ndim}-D" if isinstance(data, np.ndarray) else type(data).__name__
+            raise TypeError(f"{split} must be a 1-D numpy array of uint8, got {got}")
+
+
+def _check_splits(corpus: Corpus, seq_len: int) -> None:
+    if not isinstance(corpus, Corpus):
+        raise TypeError(f"corpus must have name, train, val, test and provenance, got {type(corpus).__name__}")
+    _check_arrays(corpus)
     for split in ("train", "val", "test"):
         num_bytes = len(getattr(corpus, split))
         if seq_len >= num_bytes:

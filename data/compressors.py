@@ -4,13 +4,13 @@ import lzma
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-from data.bytes import ByteCorpus
+from data.bytes import Corpus
 
 GZIP_WINDOW = 1 << 15  # deflate refers back at most 32 KiB
 XZ_WINDOW = 64 << 20  # the dictionary of preset 9
 
 
-def compressor_bits_per_byte(corpus: ByteCorpus, split: str = "val") -> dict[str, float]:
+def compressor_bits_per_byte(corpus: Corpus, split: str = "val") -> dict[str, float]:
     """Return bits per byte of `split` ("val" or "test") under gzip -9 and xz -9e, alone and given train.
 
     Keys: gzip_9, gzip_9_given_train, xz_9e, xz_9e_given_train. "Given train", the fair bar for a model

@@ -1,1 +1,1 @@
-"""The GPT and its training: attention, blocks, model, Lightning module, callbacks, run folders."""
+"""The GPT: embedding, blocks, attention, rotary positions, norms. Its training is in models/training/."""

@@ -5,6 +5,7 @@ q, k, v into o. A new variant of attention is one more inner module and one file
 """
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,24 @@ from models.rotary import Rotary
 MAX_LOGIT = 40.0
 MAX_HEAD_DIM = 256
 PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
+
+
+class InnerAttention(Protocol):
+    """What turns q, k and v into o inside ``SelfAttention``: an nn.Module, built from num_heads and head_dim.
+
+    q is (batch, num_heads, seq_len_q, head_dim), k and v are (batch, num_kv_heads, seq_len_k, head_dim), of one dtype;
+    num_kv_heads divides num_heads, and each key head serves num_heads / num_kv_heads query heads in a row.
+    Attention is causal: the last query sees every key, the one before it every key but the last.
+
+    One that learns its scale also has log_scale, the logarithms (num_heads,), and max_scale, their common bound: both
+    are logged while training.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """o, of the shape and dtype of q; seq_len_q is seq_len_k, or 1 when keys come from a cache."""
+
+    def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
+        """The largest magnitude that a visible pair of a query and a key brings to the softmax, a float32 scalar."""
 
 
 class CosineAttention(nn.Module):
@@ -158,7 +177,7 @@ class SelfAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         *,
-        inner: nn.Module,
+        inner: InnerAttention,
         rotary: Rotary | None,
         dropout: float,
     ):

@@ -1,6 +1,7 @@
-"""Transformer blocks: where the normalisation sits, how the residual is scaled, how the weights start."""
+"""Transformer blocks: where the normalisation sits, how the residual is scaled, how the weights are initialised."""
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,38 @@ class MLP(nn.Module):
         return self.dropout(self.down(self.activation(self.up(x))))
 
 
+class Block(Protocol):
+    """A layer of the model: an nn.Module, built from width, num_layers, attention and mlp, which it initialises.
+
+    The residual stream is (batch, n, width), in the dtype of the weights. It is handed on in two parts whose sum it is,
+    so that a block may leave its last addition to the norm that reads it.
+
+    Attributes:
+        attention: the block's attention, whose ``inner`` is measured while training.
+    """
+
+    attention: SelfAttention
+
+    @staticmethod
+    def final_norm(width: int) -> nn.Module:
+        """What the stream, (batch, n, width), goes through after the last block; of the same shape behind it."""
+
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """The stream x + branch, branch None for zero, before and after the block.
+
+        Args:
+            x: (batch, n, width).
+            branch: the same, possibly in a lower dtype, or None.
+            cache: keys and values of the positions before these n, which join it; None to start at position 0.
+        """
+
+
 class PreNormBlock(nn.Module):
     """x + f(norm(x)) for attention and MLP.
 
-    Weights start with variance 1 / fan_in, whatever the width; the projections back into the residual stream smaller
-    by sqrt(2 num_layers), so that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
+    Weights are initialised with variance 1 / fan_in, whatever the width; the projections back into the residual stream
+    smaller by sqrt(2 num_layers), so that the stream's variance does not grow with depth (Radford et al. 2019,
+    section 2.3).
     """
 
     def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
@@ -56,14 +84,14 @@ class PreNormBlock(nn.Module):
         self.attention = attention
         self.mlp_norm = AddNorm(width)
         self.mlp = mlp
-        self._start(num_layers)
+        self._init_weights(num_layers)
 
     @staticmethod
     def final_norm(width: int) -> nn.Module:
         """The norm between the last block and the head: the stream itself is never normalised before it."""
         return nn.LayerNorm(width, bias=False)
 
-    def _start(self, num_layers: int) -> None:
+    def _init_weights(self, num_layers: int) -> None:
         for linear in (self.attention.qkv, self.mlp.up):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.attention.out, self.mlp.down):
@@ -81,8 +109,8 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
     """norm(alpha x + f(x)) for attention and MLP: DeepNorm (Wang et al. 2022, arXiv:2203.00555, section 4).
 
-    For a decoder of N layers alpha = (2N)^(1/4) and the weights of values, outputs and MLP start as Xavier with
-    gain beta = (8N)^(-1/4); queries and keys with gain 1.
+    For a decoder of N layers alpha = (2N)^(1/4), and Xavier initialisation has gain beta = (8N)^(-1/4) for the weights
+    of values, outputs and MLP, and gain 1 for those of queries and keys.
     """
 
     def __init__(self, width: int, num_layers: int, *, attention: SelfAttention, mlp: MLP):
@@ -92,7 +120,7 @@ class PostNormBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.mlp = mlp
         self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self._start(num_layers)
+        self._init_weights(num_layers)
 
     @staticmethod
     def final_norm(width: int) -> nn.Module:
@@ -100,7 +128,7 @@ class PostNormBlock(nn.Module):
         del width
         return nn.Identity()
 
-    def _start(self, num_layers: int) -> None:
+    def _init_weights(self, num_layers: int) -> None:
         beta = (8 * num_layers) ** -0.25
         q, k, v = self.attention.qkv.weight.detach().split(self.attention.sizes)  # views of the fused weight
         for weight, gain in ((q, 1.0), (k, 1.0), (v, beta)):

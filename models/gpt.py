@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KVCache, SelfAttention
-from models.blocks import MLP
+from models.attention import InnerAttention, KVCache, SelfAttention
+from models.blocks import MLP, Block
 from models.rotary import Rotary
 
 VOCABULARY = 256  # one token a byte
@@ -36,8 +36,8 @@ class GPT(nn.Module):
         num_heads: int,
         num_kv_heads: int | None,
         seq_len: int,
-        attention: Callable[..., nn.Module],
-        block: Callable[..., nn.Module],
+        attention: Callable[..., InnerAttention],
+        block: Callable[..., Block],
         positions: str,
         tied_head: bool,
         dropout: float,
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         rotary = Rotary(head_dim, seq_len) if positions == "rotary" else None
         self.dropout = nn.Dropout(dropout)
 
-        def layer() -> nn.Module:
+        def layer() -> Block:
             inner = attention(num_heads=num_heads, head_dim=head_dim)
             around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
             return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))
@@ -62,10 +62,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(layer() for _ in range(num_layers))
         self.norm = self.blocks[0].final_norm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self._start(tied_head)
+        self._init_weights(tied_head)
         self.register_load_state_dict_post_hook(_fill_tables)
 
-    def _start(self, tied_head: bool) -> None:
+    def _init_weights(self, tied_head: bool) -> None:
         # The stream starts with variance 1. GPT-2's 0.02 makes narrow models learn far slower, and DeepNorm
         # implementations that start at 1e-5 live on LayerNorm's epsilon in the first block.
         nn.init.normal_(self.embedding.weight)

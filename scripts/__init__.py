@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-from models.tables import show_any_character
+from models.training.tables import show_any_character
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,5 +85,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context that computes in precision, named as ``models.trainer.choose_precision`` does."""
+    """A context that computes in precision, named as ``models.training.devices.choose_precision`` does."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.schema import GROUPS
-from models.report import Results
-from models.runs import INCIDENTAL, flat, is_one_of, load_config
+from models.training import metrics
+from models.training.identity import INCIDENTAL, flat, is_one_of
+from models.training.report import Results
+from models.training.run_files import load_config
 
 # Resolved copies of a key above them, which would be shown twice.
 COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")
-NUMBERS: dict[str, tuple[Callable[[Results], float | None], str]] = {
-    "val bpc": (lambda run: run.last("val/bpc"), "{:.4f}"),
-    "tokens/s": (lambda run: run.median("throughput/tokens_per_s"), "{:,.0f}"),
-    "peak GiB": (lambda run: run.peak_memory_gib(), "{:.2f}"),
-}
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,13 @@ class Arm:
         return list({seed: run for seed, run in pairs if run.status == "finished"}.values())
 
     def values(self, number: str) -> list[float]:
-        """One of NUMBERS of every finished run that has it."""
-        found = (NUMBERS[number][0](run) for run in self.finished)
+        """What stands under a heading of the numbers that are compared, of every finished run that has it."""
+        found = (run.number(number) for run in self.finished)
         return [value for value in found if value is not None and math.isfinite(value)]
 
     def cell(self, number: str) -> str:
         """Mean and, of two seeds or more, the sample standard deviation."""
-        values, form = self.values(number), NUMBERS[number][1]
+        values, form = self.values(number), metrics.form_of(number)
         if not values:
             return "-"
         mean = form.format(statistics.mean(values))
@@ -104,23 +101,21 @@ def differing(arms: Sequence[Arm]) -> list[str]:
 
 def headings(arms: Sequence[Arm]) -> list[str]:
     """Those of the table of arms."""
-    return [*differing(arms), "n", *NUMBERS]
+    return [*differing(arms), "n", *metrics.headings(compared=True)]
 
 
 def rows(arms: Sequence[Arm]) -> list[list[str]]:
     """The cells under headings()."""
-    keys = differing(arms)
-    return [
-        [*(str(arm.settings.get(key, "-")) for key in keys), arm.ends(), *(arm.cell(number) for number in NUMBERS)]
-        for arm in arms
-    ]
+    keys, numbers = differing(arms), metrics.headings(compared=True)
+    return [[*(str(arm.settings.get(key, "-")) for key in keys), arm.ends(), *map(arm.cell, numbers)] for arm in arms]
 
 
 def table(arms: Sequence[Arm]) -> Table:
     """One line an arm, for a terminal."""
     columns = Table(title="mean ± standard deviation over seeds")
+    numbers = metrics.headings(compared=True)
     for heading in headings(arms):
-        columns.add_column(heading, justify="right" if heading in NUMBERS else "left")
+        columns.add_column(heading, justify="right" if heading in numbers else "left")
     for cells in rows(arms):
         columns.add_row(*map(escape, cells))
     return columns
@@ -161,7 +156,10 @@ def plot(arms: Sequence[Arm], path: Path) -> None:
     colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
     shown = [(arm, label(arm, keys), colors[index % len(colors)]) for index, arm in enumerate(arms)]
     height = max(4.2, 0.22 * len(arms) + 1.5)
-    figure, axes = pyplot.subplots(1, 5, figsize=(21, height), width_ratios=(3, 3, 2, 2, 2), layout="constrained")
+    numbers = metrics.headings(compared=True)
+    ratios = (3, 3, *(2 for _ in numbers))
+    width = 1.75 * sum(ratios)
+    figure, axes = pyplot.subplots(1, len(ratios), figsize=(width, height), width_ratios=ratios, layout="constrained")
     whole, end, *bars = axes
     lines = {}
     for arm, name, color in shown:
@@ -171,7 +169,7 @@ def plot(arms: Sequence[Arm], path: Path) -> None:
     whole.set(xlabel="tokens (bytes)", ylabel="bits per byte", title="training loss, every seed a line")
     end.set(xlabel="tokens (bytes)", title="its last third, and validation (dots)")
     _limit(whole, end, [run for arm in arms for run in arm.runs])
-    for axis, number in zip(bars, NUMBERS, strict=True):
+    for axis, number in zip(bars, numbers, strict=True):
         for index, (arm, _, color) in enumerate(shown):
             values = arm.values(number)
             axis.scatter(values, [index] * len(values), s=18, color=color, alpha=0.7)

@@ -48,8 +48,8 @@ from rich.table import Table
 from torch import Tensor
 
 from flash_cosine_sim_attention.ops import kernels_error
-from models.environment import environment
-from models.tables import print_line, show
+from models.training.environment import environment
+from models.training.tables import print_line, show
 from scripts import Parser, choose_device, integer, run_script
 from scripts.contenders import (
     DTYPES,

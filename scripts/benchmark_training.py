@@ -46,13 +46,13 @@ from torch import Tensor, nn
 
 from conf.command_line import check
 from conf.schema import CONF, builder, validate
-from data.bytes import ByteCorpus
-from models.callbacks import GIB
-from models.environment import environment
+from data.bytes import Corpus
 from models.gpt import VOCABULARY
-from models.report import MEMORY_COLUMNS, read_results
-from models.tables import show
-from models.trainer import choose_precision, compiles_by_default, uses_cuda
+from models.training.callbacks import GIB
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.environment import environment
+from models.training.report import read_results
+from models.training.tables import show
 from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
@@ -130,7 +130,7 @@ def _compiles(config: DictConfig) -> bool:
     return compiles_by_default(cuda=cuda) if config.compile is None else config.compile
 
 
-def bare_loop(build: Build, config: DictConfig, corpus: ByteCorpus, *, profiled: bool) -> dict[str, Any]:
+def bare_loop(build: Build, config: DictConfig, corpus: Corpus, *, profiled: bool) -> dict[str, Any]:
     """Trains config.max_steps steps in plain PyTorch.
 
     Returns:
@@ -177,7 +177,7 @@ def lightning_loop(config: DictConfig) -> dict[str, Any]:
         with contextlib.redirect_stdout(io.StringIO()):  # the summary names files that are gone with the folder
             train(config, choices={})
         results = read_results(Path(root) / "run")
-    peaks = results.series(MEMORY_COLUMNS[0])[1][1:]
+    peaks = results.series("memory/peak_allocated_gib")[1][1:]
     rates = results.series("throughput/tokens_per_s")[1][1:]
     return {"rates": rates, "peak_gib": max(peaks) if peaks else None}
 
@@ -303,7 +303,7 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
 
 
 def measure(
-    builders: dict[str, Build | None], config: DictConfig, corpus: ByteCorpus, rounds: int, *, profiled: bool
+    builders: dict[str, Build | None], config: DictConfig, corpus: Corpus, rounds: int, *, profiled: bool
 ) -> dict[str, dict[str, Any]]:
     """The results of all contenders, which take turns."""
     results: dict[str, dict[str, Any]] = {}

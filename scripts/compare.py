@@ -15,9 +15,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from models.report import PLOT_FILE, Results, markdown, read_results, table
-from models.runs import RECORD_FILE, load_config
-from models.tables import print_line, show
+from models.training.report import PLOT_FILE, Results, markdown, read_results, table
+from models.training.run_files import RECORD_FILE, load_config
+from models.training.tables import print_line, show
 from scripts import Parser, arms, non_negative, run_script
 
 RATES_FILE = "learning_rates.png"

@@ -27,12 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 from conf.schema import builder
-from data.bytes import IGNORE_INDEX, ByteCorpus, EvalBatches
+from data.bytes import IGNORE_INDEX, Corpus, EvalBatches
 from models.gpt import GPT
-from models.load import find_checkpoint, load_model
-from models.runs import read_record
-from models.tables import print_line, show
-from models.trainer import choose_precision, default_micro_batch_tokens
+from models.training.batching import default_micro_batch_tokens
+from models.training.devices import choose_precision
+from models.training.load import find_checkpoint, load_model
+from models.training.run_files import read_record
+from models.training.tables import print_line, show
 from scripts import Parser, autocast, choose_device, integer, run_script
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest
@@ -109,7 +110,7 @@ def window(seq_len: int | None, stride: int | None, trained_seq_len: int) -> tup
     return seq_len, stride
 
 
-def rebuild_corpus(run: str | Path, config: DictConfig) -> ByteCorpus:
+def rebuild_corpus(run: str | Path, config: DictConfig) -> Corpus:
     """The corpus of the run's configuration, if it still is the bytes that the run was trained on.
 
     Raises:

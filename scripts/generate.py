@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from models.callbacks import decode
-from models.load import load_model
-from models.trainer import choose_precision
+from models.training.devices import choose_precision
+from models.training.load import load_model
+from models.training.tables import decode
 from scripts import Parser, autocast, choose_device, integer, non_negative, run_script
 
 DEFAULT_PROMPT = b"\n"

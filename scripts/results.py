@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from models.report import Results, read_results
+from models.training.report import Results, read_results
 from scripts import Parser, run_script
 from scripts.arms import Arm, arms_of, markdown
 from scripts.benchmark import DIRECTIONS

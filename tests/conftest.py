@@ -5,6 +5,8 @@ import traceback
 
 import pytest
 
+pytest.register_assert_rewrite("support")  # before it is imported: its assertions, too, say what they compared
+
 # Before any test imports torch: workers of pytest-xdist that each take every core slow each other down, small products
 # a thousandfold. They inherit what their parent, who comes through here too, has set for itself: that does not count.
 _given = os.environ.setdefault("OMP_NUM_THREADS_GIVEN", os.environ.get("OMP_NUM_THREADS", ""))
@@ -41,6 +43,15 @@ def make_once(tmp_path_factory):
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file to train on, whose bytes are soon predicted."""
+    path = tmp_path_factory.mktemp("corpus") / "text"
+    words = b"the cat sat on the mat and the dog lay by the log while it rained "
+    path.write_bytes(b"".join(words[i % 60 :] for i in range(1000)))
+    return path
 
 
 def pytest_collection_modifyitems(items):

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     sys.path[:0] = path.split(os.pathsep)
     import train  # noqa: F401 (once, for all the processes that are forked)
-    from models.environment import environment
+    from models.training.environment import environment
 
     rng = random.Random(arguments.seed)
     lines = []

@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_packaging import (
+from support import ROOT
+from support.building import (
     PACKAGE,
-    ROOT,
     assert_only_the_stable_abi,
     build_environment,
     build_in_place,

@@ -7,34 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
+from support import ROOT
+from support.configuration import configure
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
 from conf.schema import GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
-from models.processes import find_processes
-from models.stopping import Stopping
-from models.trainer import build_trainer, choose_precision, compiles_by_default, micro_batches, uses_cuda
+from models.training.batching import micro_batches
+from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.processes import find_processes
+from models.training.stopping import Stopping
+from models.training.trainer import build_trainer
 from train import build_module
 
-ROOT = Path(__file__).parent.parent
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))]
 DEBUGS = [path.stem for path in sorted((ROOT / "conf" / "debug").glob("*.yaml"))]
 SWEEPS = [path.stem for path in sorted((ROOT / "conf" / "sweep").glob("*.yaml"))]
-
-
-def configure(*overrides):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)  # what ${hydra:...} refers to
-    with open_dict(config):
-        del config["hydra"]
-    return config
 
 
 def needed(group, option):

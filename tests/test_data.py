@@ -202,7 +202,7 @@ def test_loaders_cover_what_they_name():
         ({"eval_batch_size": "8"}, "eval_batch_size must be an integer at least 1, got '8'"),
         ({"val_bytes": 7}, "val_bytes must be at least 8, got 7"),
         ({"on_device": "cuda"}, "on_device must be True or False, got 'cuda'"),
-        ({"corpus": "enwik8"}, "corpus must be a ByteCorpus, got str"),
+        ({"corpus": "enwik8"}, "corpus must have name, train, val, test and provenance, got str"),
     ],
 )
 def test_bad_module_arguments_are_named(changes, message):

@@ -10,8 +10,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from models.report import read_results
-from models.runs import read_record, recorded_identity
+from models.training.identity import recorded_identity
+from models.training.report import read_results
+from models.training.run_files import read_record
 from scripts import results
 from scripts.arms import arms_of
 

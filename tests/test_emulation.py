@@ -23,8 +23,8 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator.build import build
-from test_backends import GATES, Case, assert_within_gate, attend, check, results, rms
-from test_kernels import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Hard, describe
+from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
+from support.gates import GATES, assert_within_gate, attend, check, results, rms
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from flash_cosine_sim_attention.reference import reference_backward, reference_forward

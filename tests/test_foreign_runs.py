@@ -1,7 +1,5 @@
 """A run's folder that somebody else made: whatever its config.yaml says, nothing of it is run."""
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -12,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_config import configure
+from support.runs import untrained_run
 
 from conf.registry import FORMER_TARGETS
-from conf.schema import validate
 from conf.stored import read_stored
-from models.load import build_gpt
 from scripts import compare, evaluate, generate
 
 TEXT = bytes(range(97, 107)) * 40
@@ -35,18 +31,7 @@ class Touch:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """The folder of a small untrained run as train.py leaves it."""
-    root = tmp_path_factory.mktemp("sound")
-    (root / "text").write_bytes(TEXT)
-    line = "model=tiny model.num_layers=1 model.width=32 model.num_heads=2 seq_len=16 data=file logger=csv".split()
-    config = validate(configure(*line, f"data.path={root / 'text'}", "trainer.accelerator=cpu"))
-    (root / "run" / "checkpoints").mkdir(parents=True)
-    OmegaConf.save(config, root / "run" / "config.yaml")
-    corpus = {"sha256": hashlib.sha256(TEXT).hexdigest()}
-    (root / "run" / "run.json").write_text(json.dumps({"status": "finished", "corpus": corpus}))
-    state = {f"gpt.{key}": value for key, value in build_gpt(config).state_dict().items()}
-    torch.save({"global_step": 1, "state_dict": state}, root / "run" / "checkpoints" / "best.ckpt")
-    return root / "run"
+    return untrained_run(tmp_path_factory.mktemp("sound"), TEXT)
 
 
 def payloads(folder):

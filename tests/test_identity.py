@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flash_cosine_sim_attention import identity
-from models.environment import environment
+from models.training.environment import environment
 from scripts.contenders import predecessors
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,15 +9,12 @@ import functools
 import os
 import random
 import time
-from dataclasses import dataclass, fields
 
 import pytest
-import test_ops
 import torch
-from test_backends import (
-    BIASES,
+from support.cases import BIASES, HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
+from support.gates import (
     GATES,
-    Case,
     assert_near_plain,
     assert_within_gate,
     attend,
@@ -27,6 +24,7 @@ from test_backends import (
     rms,
     rounding,
 )
+from support.operators import seq_first
 from torch.utils.checkpoint import checkpoint
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, ops, plain_cosine_sim_attention
@@ -69,17 +67,6 @@ def cuda_attention(*args, **kwargs):
     return flash_cosine_sim_attention(*args, backend="cuda", **kwargs)
 
 
-def describe(case):
-    """The name of a case's test, in characters that -k takes: what every case has, and what is not the default."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    shown = [f"{dtype}-{case.seq_len_q}x{case.seq_len_k}-d{case.head_dim}"]
-    for field in fields(case):
-        value = getattr(case, field.name)
-        if field.name not in ("dtype", "seq_len_q", "seq_len_k", "head_dim", "device") and value != field.default:
-            shown.append(f"{field.name}:{value}".replace(" ", "_"))
-    return "-".join(shown)
-
-
 def cuda_case(**arguments):
     return Case(device=DEVICE, **arguments)
 
@@ -107,32 +94,6 @@ def assert_equal(ours, expected, what=""):
 # Accuracy. assert_within_gate holds the kernels to the errors of "sdpa"; check adds the contract's gate for o.
 
 SHAPES = [(127, 129), (513, 1024), (33, 47), (128, 384), (1029, 1030), (1, 1), (641, 255)]
-OPTIONS = [
-    {},
-    {"causal": True},
-    {"mask": True},
-    {"causal": True, "mask": True, "strided": True},
-    {"bias": "heads", "strided": True},
-    {"bias": "batch", "mask": True, "num_kv_heads": 2},
-    {"bias": "full", "causal": True, "groups": 2},
-    {"bias": "shared", "causal": True, "learned_scale": True},
-    {"bias": "per_key", "causal": True, "mask": True, "l2norm_qk": False},
-    {"bias": "per_query", "learned_scale": "scalar", "groups": 4},
-    {"bias": "plane", "mask": True},
-    {"bias": "number", "causal": True, "num_kv_heads": 1},
-    {"learned_scale": True, "causal": True, "num_kv_heads": 2},
-    {"learned_scale": "scalar", "mask": True, "strided": True},
-    {"learned_scale": True, "mask": True, "l2norm_qk": False, "num_kv_heads": 2},
-    {"groups": 4, "mask": True, "learned_scale": True},
-    {"groups": 2, "causal": True, "strided": True, "num_kv_heads": 2},
-    {"l2norm_qk": False, "causal": True, "strided": True},
-    {"layout": "single_head", "num_kv_heads": 1, "causal": True, "mask": True},
-    {"layout": "single_head", "num_kv_heads": 1, "bias": "heads", "groups": 2},
-    {"layout": "merged", "num_heads": 1, "num_kv_heads": 1, "batch": 6, "mask": True, "bias": "batch"},
-    {"layout": "merged", "num_heads": 1, "num_kv_heads": 1, "batch": 6, "causal": True, "learned_scale": True},
-]
-HEAD_DIMS = [16, 32, 64, 96, 128, 256]
-PADDED_HEAD_DIMS = [8, 24, 40, 80, 160, 200]
 
 
 def covering_cases():
@@ -372,63 +333,6 @@ def test_tf32(head_dim):
         full_error, tf32_error = (rms(found[name] - expected) / rms(expected) for found in (full, tf32))
         assert full_error <= 1e-5, (name, full_error)
         assert 5 * full_error < tf32_error <= (2e-3 if name == "o" else 5e-3), (name, full_error, tf32_error)
-
-
-@dataclass(frozen=True)
-class Hard(Case):
-    """Inputs that strain what exponentials without a shift, and norms in float32, rest on."""
-
-    kind: str = ""
-
-    def make_tensors(self):
-        tensors = super().make_tensors()
-        q, k, v = (tensors[name] for name in "qkv")
-        if self.learned_scale:
-            tensors["scale"].fill_(self.scale / self.groups)
-        if self.kind == "zero vectors":
-            for tensor in (q, k, v):
-                tensor[..., ::3, :] = 0
-        elif self.kind == "duplicates":
-            k[..., 1::2, :] = k[..., : k.shape[-2] // 2 * 2 : 2, :]
-            rows = min(q.shape[-2], k.shape[-2]) // 2
-            q[..., :rows, :] = k[..., :rows, :]
-        elif self.kind == "equal keys":
-            k.copy_(k[..., :1, :].expand_as(k).clone())
-        elif self.kind == "opposite keys":  # cos = -1 everywhere
-            group = q.shape[1] // k.shape[1]  # of heads that share keys
-            k.copy_(-q[:, ::group, :1])
-            q.copy_(-k[:, :, :1].repeat_interleave(group, 1))
-        elif self.kind == "magnitudes":
-            q.mul_(self.magnitudes("q"))
-            k.mul_(self.magnitudes("k"))
-        elif self.kind == "large values":
-            v.mul_(2048)  # up to 1e4
-        elif self.kind == "large bias":
-            tensors["attn_bias"].add_(20)
-        elif self.kind == "infinite bias":
-            hidden = tensors["attn_bias"] > 0.5
-            hidden[..., 3, :] = True  # a query that sees no key
-            hidden[..., -1] = True  # a key that no query sees
-            tensors["attn_bias"].masked_fill_(hidden, -torch.inf)
-        elif self.kind == "negative bias":
-            bias = tensors["attn_bias"]
-            bias.masked_fill_(bias > 0.5, -1e4)
-        else:
-            assert self.kind in ("", "one visible key")
-        return {name: tensor if name == "scale" else tensor.to(self.dtype).double() for name, tensor in tensors.items()}
-
-    def magnitudes(self, name):
-        """A factor for each row of q or k: around 1e-20, 1 and 1e20 where the dtype has such numbers."""
-        exponents = (-6, 0, 5) if self.dtype == torch.float16 else (-66, 0, 66)
-        num_rows = {"q": self.seq_len_q, "k": self.seq_len_k}[name]
-        factors = torch.tensor([2.0**e for e in exponents], dtype=torch.float64, device=self.device)
-        return factors[torch.arange(num_rows, device=self.device) % 3].unsqueeze(-1)
-
-    def options(self):
-        options = super().options()
-        if self.kind == "one visible key":
-            options["mask"] = torch.arange(self.seq_len_k, device=self.device).expand(self.batch, -1) == 65
-        return options
 
 
 HARD = [
@@ -1171,35 +1075,6 @@ def test_activation_checkpointing(use_reentrant, deterministic):  # noqa: ARG001
     assert_equal(with_backward(checkpointed), with_backward(cuda_attention))
 
 
-# The operators: the tests of their CPU implementation that hold for any
-
-
-def on_device(test):
-    """The same test with every tensor that it makes on the GPU."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        with torch.device(DEVICE):
-            test(*args, **kwargs)
-
-    return run
-
-
-test_opcheck = on_device(test_ops.test_opcheck)
-test_opcheck_of_strided_inputs = on_device(test_ops.test_opcheck_of_strided_inputs)
-test_opcheck_backward = on_device(test_ops.test_opcheck_backward)
-test_row_sums_are_made_only_for_a_backward_pass = on_device(test_ops.test_row_sums_are_made_only_for_a_backward_pass)
-test_a_number_equals_a_tensor_as_scale = on_device(test_ops.test_a_number_equals_a_tensor_as_scale)
-test_row_sum_is_not_shifted = on_device(test_ops.test_row_sum_is_not_shifted)
-test_scale_of_one_element_gets_one_gradient = on_device(test_ops.test_scale_of_one_element_gets_one_gradient)
-test_double_backward_is_a_clear_error = on_device(test_ops.test_double_backward_is_a_clear_error)
-
-
-def test_outputs_keep_the_layout_of_the_inputs():
-    with torch.device(DEVICE):
-        test_ops.test_outputs_keep_the_layout_of_the_inputs("cpu")  # neither "meta" nor "fake"
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @pytest.mark.parametrize("l2norm_qk", [True, False])
@@ -1391,7 +1266,7 @@ def test_what_is_saved_for_the_backward_pass(dtype, strided):
     tensors, options, _ = trained_inputs(dtype)
     if strided:
         for name in "qkv":
-            tensors[name] = test_ops.seq_first(tensors[name])
+            tensors[name] = seq_first(tensors[name])
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (*leaves.values(), options["mask"])}
     saved = {}

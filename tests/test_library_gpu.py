@@ -5,7 +5,8 @@ What holds for backend="cuda" in the same words is tested here for both; test_ke
 
 import pytest
 import torch
-from test_backends import Case, check, results, rms
+from support.cases import Case
+from support.gates import check, results, rms
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, ops, plain_cosine_sim_attention
 

@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import WandbLogger
 ROOT = Path(__file__).parent.parent
 # As the code writes them: where they are looked for, and what they are used for.
 PRIVATE = {
-    "trainer.fit_loop.epoch_loop._should_accumulate": "models/callbacks.py: whether a micro-batch ends a step",
-    "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor": "models/trainer.py: replaced, as it waits for the GPU",
-    "trainer._signal_connector": "models/trainer.py: its register_signal_handlers is replaced, as its handler waits",
-    "logger._wandb_init": "models/loggers.py: an argument that wandb warns of is taken out",
+    "trainer.fit_loop.epoch_loop._should_accumulate": "models/training/callbacks.py: whether a micro-batch ends a step",
+    "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor": "models/training/trainer.py: replaced: it waits for a GPU",
+    "trainer._signal_connector": "models/training/trainer.py: replaces register_signal_handlers, whose handler waits",
+    "logger._wandb_init": "models/training/loggers.py: an argument that wandb warns of is taken out",
 }
 
 
@@ -59,7 +59,8 @@ def test_lightning_watches_the_processes_that_it_starts_by_a_method_that_can_be_
     from lightning.fabric.strategies.launchers import subprocess_script
 
     observer = subprocess_script._ChildProcessObserver(main_pid=0, child_processes=[])
-    said = f"Lightning {lightning.__version__} watches processes another way: see end_started in models/processes.py"
+    place = "end_started in models/training/processes.py"
+    said = f"Lightning {lightning.__version__} watches processes another way: see {place}"
     assert observer.name == "child-process-observer" and callable(getattr(observer, "_run", None)), said
     assert "self._run()" in inspect.getsource(subprocess_script._ChildProcessObserver.run), said
 
@@ -74,7 +75,7 @@ def test_lightning_still_keeps_wandbs_arguments(tmp_path):
 def test_no_other_private_part_is_used():
     """Of Lightning's objects, as this code calls them. Add what is new to PRIVATE, with a test."""
     used = set()
-    for path in (ROOT / "train.py", *(ROOT / "models").glob("*.py"), *(ROOT / "data").glob("*.py")):
+    for path in (ROOT / "train.py", *(ROOT / "models").rglob("*.py"), *(ROOT / "data").glob("*.py")):
         for name in re.findall(r"\b((?:self\.)?(?:trainer|logger)(?:\.\w+)*\._\w+)", path.read_text()):
             used.add(name.removeprefix("self."))
         private = r"^from (lightning\S*\._\S*) import|^from lightning\S* import .*\b(_\w+)"

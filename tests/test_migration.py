@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import configure
+from support.configuration import configure
 
 from conf.legacy import KEYS, translate
 from conf.schema import validate

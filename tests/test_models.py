@@ -11,8 +11,8 @@ import models.attention
 from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention
 from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
-from models.callbacks import largest_logits
 from models.gpt import GPT
+from models.training.callbacks import largest_logits
 
 BLOCKS = [PreNormBlock, PostNormBlock]
 ATTENTIONS = ["cosine", "regular"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.norm import AddNorm, AddNormByTriton
+from models.fused.add_norm import AddNormByTriton
+from models.norm import AddNorm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

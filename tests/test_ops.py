@@ -1,5 +1,6 @@
 """The registered operators: schemas, fake tensors, autograd, autocast, FLOP formulas, and how they are found."""
 
+import functools
 import logging
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.operators import inputs, seq_first
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,26 +21,6 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_
 forward = torch.ops.flash_cosine_sim_attention.forward
 partials = torch.ops.flash_cosine_sim_attention.partials
 backward = torch.ops.flash_cosine_sim_attention.backward
-
-
-def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_len_q=7, seq_len_k=9, number=False):
-    """Return q, k, v, mask, attn_bias, scale, scale_value as the operators take them."""
-    torch.manual_seed(0)
-    options = {"dtype": dtype, "requires_grad": requires_grad}
-    q = torch.randn(2, 4, seq_len_q, 16, **options)
-    k, v = (torch.randn(2, 2, seq_len_k, 16, **options) for _ in range(2))
-    key_mask = torch.rand(2, seq_len_k) > 0.3
-    key_mask[1] = False
-    attn_bias = torch.randn(1, 4, seq_len_q, seq_len_k, **options)
-    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=scale_dtype, requires_grad=requires_grad)
-    scale, scale_value = (None, 1.5) if number else (scale, 1.0)
-    return q, k, v, key_mask if mask else None, attn_bias if bias else None, scale, scale_value
-
-
-def seq_first(tensor):
-    """The same values in (batch, seq_len, heads, head_dim) storage."""
-    return tensor.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
 GRADIENTS = ("dq", "dk", "dv", "dattn_bias", "dscale")
@@ -610,3 +592,34 @@ assert library_s < 0.2 * (torch_s - start_s), (library_s, torch_s - start_s)
 """
     kernels = Path(interface.__file__).parents[1]
     subprocess.run([sys.executable, "-W", "ignore", "-c", source], check=True, cwd=kernels)
+
+
+# The same of the kernels
+
+
+def on_gpu(test):
+    """The same test with every tensor that it makes on the GPU."""
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not ops.kernels_available(), reason=f"needs the CUDA kernels: {ops.kernels_error()}")
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        with torch.device("cuda"):
+            test(*args, **kwargs)
+
+    return run
+
+
+test_opcheck_on_gpu = on_gpu(test_opcheck)
+test_opcheck_of_strided_inputs_on_gpu = on_gpu(test_opcheck_of_strided_inputs)
+test_opcheck_backward_on_gpu = on_gpu(test_opcheck_backward)
+test_row_sums_are_made_only_for_a_backward_pass_on_gpu = on_gpu(test_row_sums_are_made_only_for_a_backward_pass)
+test_a_number_equals_a_tensor_as_scale_on_gpu = on_gpu(test_a_number_equals_a_tensor_as_scale)
+test_row_sum_is_not_shifted_on_gpu = on_gpu(test_row_sum_is_not_shifted)
+test_scale_of_one_element_gets_one_gradient_on_gpu = on_gpu(test_scale_of_one_element_gets_one_gradient)
+test_double_backward_is_a_clear_error_on_gpu = on_gpu(test_double_backward_is_a_clear_error)
+
+
+@on_gpu
+def test_outputs_keep_the_layout_of_the_inputs_on_gpu():
+    test_outputs_keep_the_layout_of_the_inputs("cpu")  # neither "meta" nor "fake"

@@ -6,10 +6,11 @@ import socket
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from test_train import Popen, fit, losses, metrics, read_results, same, text, weights  # noqa: F401 (text is a fixture)
+from support.training import Popen, fit, losses, metrics, same, weights
 
-from models.processes import PLACE_VARIABLES, find_processes
-from models.started import RUN_VARIABLE
+from models.training.processes import PLACE_VARIABLES, find_processes
+from models.training.report import read_results
+from models.training.started import RUN_VARIABLE
 
 pytestmark = pytest.mark.training
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}

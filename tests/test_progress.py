@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ROOT, fit, overrides, text  # noqa: F401 (a fixture)
+from support import ROOT
+from support.training import fit, overrides
 
-from models import progress
-from models.progress import ProgressReport, duration
+from models.training import progress
+from models.training.progress import ProgressReport, duration
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_log_lines_stand_above_the_bar(text, tmp_path):  # noqa: F811
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "xterm"}
     environment.pop("NO_COLOR", None)
     changes = overrides(text, tmp_path, "trainer.progress_bar=true", "max_steps=40", "trainer.val_every=10")
-    code = "import sys, models.progress as progress; progress.BAR_SECONDS = progress.ESTIMATE_SECONDS = 0\n"
+    code = "import sys, models.training.progress as progress; progress.BAR_SECONDS = progress.ESTIMATE_SECONDS = 0\n"
     code += "sys.argv[0] = 'train.py'; import train; train.main()"
     out = in_a_terminal([sys.executable, "-c", code, *changes], environment)
     assert re.search(r"━ \d+/40 +\d\.\d{3} bpc +[\d,]+ tokens/s +\d+ s left", re.sub(r"\x1b\[[0-9;]*m", "", out))

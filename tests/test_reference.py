@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backends import BACKENDS, attend
+from support.gates import BACKENDS, attend
 
 from flash_cosine_sim_attention import (
     __version__,

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.rotary import Rotary, RotateByTriton, rotate
+from models.fused.rotate import RotateByTriton
+from models.rotary import Rotary, rotate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 import train
 from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
-from models.load import load_model
-from models.report import HEADINGS, PLOT_FILE, Results, read_results
+from models.training.load import load_model
+from models.training.report import PLOT_FILE, Results, headings, read_results
 from scripts import arms, compare, evaluate, generate
 from scripts.compare import RATES_FILE
 from scripts.evaluate import SlidingBatches, score_batches
@@ -102,7 +102,7 @@ def test_compare_shows_every_run_whatever_became_of_it(run, capsys):
     assert set(lines) == {"first", "failed-run", "diverged-run", "running-run", "interrupted-run"}
     for name in lines:
         assert name.removesuffix("-run").replace("first", "finished") in lines[name]
-    shown = [heading for heading in HEADINGS if heading != "MFU"]  # which a CPU has none of
+    shown = [heading for heading in headings() if heading != "MFU"]  # which a CPU has none of
     cells = dict(zip(shown, [cell.strip() for cell in lines["first"].split("│")[1:-1]], strict=True))
     results = read_results(run)
     assert cells["steps"] == "6" and "MFU" not in out
@@ -122,8 +122,8 @@ def test_compare_draws_a_plot_and_writes_markdown(run, tmp_path, capsys):
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
     assert str(plots / PLOT_FILE) in capsys.readouterr().out.replace("\n", "")
     header, rule, first, second = readme.read_text().splitlines()
-    assert header == f"| {' | '.join(HEADINGS)} |" and first.startswith("| first | finished | 6 |")
-    assert {line.count("|") for line in (header, rule, first, second)} == {len(HEADINGS) + 1}
+    assert header == f"| {' | '.join(headings())} |" and first.startswith("| first | finished | 6 |")
+    assert {line.count("|") for line in (header, rule, first, second)} == {len(headings()) + 1}
 
 
 def test_compare_takes_runs_that_differ_in_their_seed_alone_together(run, tmp_path, capsys):

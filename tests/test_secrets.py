@@ -3,15 +3,15 @@
 import sys
 
 import pytest
-from test_config import configure
+from support.configuration import configure
 
 import train
 from conf.registry import BUILDERS
 from conf.schema import validate
 from conf.secrets import redact, redact_tree, redact_words, redacted_command_line
-from models.environment import environment
-from models.processes import find_processes
-from models.runs import Run
+from models.training.environment import environment
+from models.training.processes import find_processes
+from models.training.runs import Run
 from scripts import benchmark
 
 SECRET = "hunter2"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from models import report, tables
-from models.report import Results
+from models.training import report, tables
+from models.training.report import Results
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = [40, 60, 80, 120, None]  # None: a file or a pipe
@@ -65,7 +65,7 @@ def test_the_table_of_runs_loses_nothing(shown, width):
     for number in ("100000", "1.2345", "1.3456", "2,016,827", "45.7%", "123.45"):
         assert words(text).count(number) >= len(runs), number
     assert words(text).count("finished") == len(runs)
-    assert all(word in words(text) for heading in report.HEADINGS[1:] for word in heading.split())
+    assert all(word in words(text) for heading in report.headings()[1:] for word in heading.split())
     for name in NAMES:
         assert name in text or any(
             line.startswith("run: ") and all(part in name for part in line.removeprefix("run: ").split("*"))
@@ -147,7 +147,7 @@ ENCODINGS = {
 }
 CODE = """
 import sys
-from models.tables import print_line, show_any_character
+from models.training.tables import print_line, show_any_character
 show_any_character()
 print("a\\ufffdb \\u4e2d\\xe9")
 print_line("1 \\xb1 2")

@@ -1,6 +1,5 @@
 """Whole trainings on a CPU: every combination, exact resume after SIGKILL, divergence, sweeps, several processes."""
 
-import csv
 import errno
 import fcntl
 import json
@@ -10,95 +9,35 @@ import random
 import re
 import signal
 import struct
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked
 from omegaconf import OmegaConf
-from test_config import configure
+from support.configuration import configure
+from support.training import Popen, command, fit, losses, metrics, overrides, same, weights
 
 from conf.registry import BUILDERS
 from conf.schema import validate
-from models import checkpoints
-from models.callbacks import LearnedScales, LogitMetrics, TrainingMetrics, decode, peak_flops
-from models.checkpoints import Checkpoints, read_checkpoint
 from models.gpt import GPT
-from models.lightning import DivergedError, GPTModule
-from models.loggers import CSVLogger, read_samples, wandb_mode
-from models.report import read_results
-from models.runs import default_name, is_owned
-from models.stopping import NOTED
+from models.training import checkpoints
+from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics
+from models.training.checkpoint_files import read_checkpoint
+from models.training.checkpoints import Checkpoints
+from models.training.devices import peak_flops
+from models.training.identity import default_name
+from models.training.loggers import CSVLogger, wandb_mode
+from models.training.metrics import metric_of
+from models.training.module import DivergedError, GPTModule
+from models.training.report import read_results
+from models.training.run_files import is_owned, read_samples
+from models.training.stopping import NOTED
+from models.training.tables import decode
 from scripts import benchmark_training
 from train import build_module, train
 
 pytestmark = pytest.mark.training
-
-ROOT = Path(__file__).parent.parent
-# Small enough for seconds; dropout and accumulation on, because resuming must restore both.
-TINY = [
-    "model=tiny",
-    "model.num_layers=1",
-    "model.width=32",
-    "model.num_heads=2",
-    "model.dropout=0.1",
-    "data=file",
-    "trainer.accelerator=cpu",
-    "trainer.progress_bar=false",
-    "trainer.val_bytes=600",
-    "trainer.sample_bytes=8",
-    "trainer.log_every=2",
-    "trainer.val_every=4",
-    "logger=csv",
-    "seq_len=32",
-    "tokens_per_step=256",
-    "micro_batch_tokens=128",
-    "max_steps=8",
-]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text"
-    words = b"the cat sat on the mat and the dog lay by the log while it rained "
-    path.write_bytes(b"".join(words[i % 60 :] for i in range(1000)))
-    return path
-
-
-def overrides(text, root, *changes):
-    return [*TINY, f"data.path={text}", f"run_root={root}", *changes]
-
-
-def fit(text, root, *changes):
-    """Trains in this process; returns the run's folder."""
-    config = validate(configure(*overrides(text, root, "name=run", *changes)))
-    train(config, choices={"attention": "cosine"})
-    return Path(root) / "run"
-
-
-def command(text, root, *changes, flags=(), code=None):
-    """The same in a process of its own, as a user starts it; code runs before it."""
-    process = Popen(text, root, *changes, flags=flags, code=code)
-    out, err = process.communicate(timeout=1800)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def Popen(text, root, *changes, flags=(), code=None, variables=None):
-    """That process, started."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(root), **(variables or {})}
-    return Forked([*flags, *overrides(text, root, *changes)], environment, code)
-
-
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -112,6 +51,7 @@ def test_every_combination_learns_and_records(text, tmp_path, attention, norm):
     assert results.series("val/bpc")[0] == [4, 8, 12, 16, 20, 24, 28, 30]  # every four steps, and at the end
     assert results.last("val/bpc") < 6 < results.series("train/bpc")[1][0]
     assert results.last("test/bpc") < 6
+    assert all(metric_of(column) for row in results.rows for column in row)
     for row in results.rows:
         assert row["train/bpc"] == pytest.approx(row["train/loss"] / math.log(2))
         assert row["train/tokens"] == row["step"] * 256
@@ -139,7 +79,7 @@ def killed_in(place):
     owner, name, condition = KILL_IN[place]
     return f"""
 import os, signal
-import models.callbacks as callbacks, models.checkpoints as checkpoints
+import models.training.callbacks as callbacks, models.training.checkpoints as checkpoints
 original = {owner}.{name}
 def writes_step_8(args):
     return "step-8.ckpt" in os.readlink(f"/proc/self/fd/{{args[0]}}")
@@ -216,22 +156,8 @@ def test_a_resumed_run_says_and_does_what_changed(text, tmp_path, caplog):
     assert (group["weight_decay"], tuple(group["betas"])) == (0.2, (0.8, 0.9))
 
 
-class Momentum:
-    """SGD, whose settings are others than AdamW's."""
-
-    def __init__(self, lr: float, momentum: float):
-        self.lr, self.momentum = lr, momentum
-
-    def build(self, model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-    def lr_at(self, _step):
-        return self.lr
-
-
 def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_path, monkeypatch):
-    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "test_train.Momentum")
+    monkeypatch.setitem(BUILDERS["optimizer"], "sgd", "support.optimizers.Momentum")
 
     def fit_by_sgd(**changes):
         settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
@@ -246,8 +172,31 @@ def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_
     fit_by_sgd(resume=str(tmp_path / "run"), max_steps=12, lr=0.05, momentum=0.25)
     resumed = weights(tmp_path / "run")
     group = resumed["optimizer_states"][0]["param_groups"][0]
-    assert (group["lr"], group["momentum"], resumed["global_step"]) == (0.05, 0.25, 12)
+    assert (group["lr"], group["momentum"]) == (pytest.approx(0.05 * 0.99**12), 0.25) and resumed["global_step"] == 12
     assert read_results(tmp_path / "run").last("val/bpc") < 8
+
+
+def test_another_optimizer_is_an_entry_and_a_file_and_resumes_bit_for_bit(text, tmp_path):
+    """Its file in a folder of options, its entry in the registry; what it remembers is in the checkpoints."""
+    options = tmp_path / "options" / "optimizer"
+    options.mkdir(parents=True)
+    (options / "sgd.yaml").write_text("kind: sgd\nlr: ${lr}\nmomentum: 0.9\n")
+    entry = "from conf.registry import BUILDERS\nBUILDERS['optimizer']['sgd'] = 'support.optimizers.Momentum'\n"
+    line = [*RESUMED, "optimizer=sgd", "lr=0.05"]
+
+    def run(root, *changes, code=""):
+        return command(text, root, *line, *changes, flags=["--config-dir", str(options.parent)], code=entry + code)
+
+    whole = run(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = run(tmp_path / "killed", code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run(tmp_path / "killed", "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continues at step 4" in resumed.stdout
+    equal_runs(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+    (state, *_) = weights(tmp_path / "killed" / "run")["optimizer_states"][0]["state"].values()
+    assert state["momentum_buffer"].abs().sum() > 0
 
 
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
@@ -258,10 +207,10 @@ def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
     fit(text, tmp_path, "resume=auto", "test=true")
     results = read_results(folder)
-    assert results.status == "finished" and results.test_bpc() < 8 and results.series("test/bpc")[0] == [8]
+    assert results.status == "finished" and results.current("test/bpc") < 8 and results.series("test/bpc")[0] == [8]
     assert all(path.read_bytes() == content for path, content in before.items() if path.suffix != ".csv")
     fit(text, tmp_path, "resume=auto", "max_steps=12")
-    assert read_results(folder).last("test/bpc") and read_results(folder).test_bpc() is None  # of step 8
+    assert read_results(folder).last("test/bpc") and read_results(folder).current("test/bpc") is None  # of step 8
 
 
 def test_fewer_steps_than_there_are_is_refused(text, tmp_path):
@@ -349,7 +298,8 @@ def test_one_process_owns_a_run(text, tmp_path):
 
 
 def test_runs_of_one_name_that_start_at_once_get_folders_of_their_own(text, tmp_path):
-    code = "import models.runs as r, time; own = r.Run._own; r.Run._own = lambda *a: (time.sleep(0.2), own(*a))[1]"
+    code = "import time\nfrom models.training.runs import Run\nown = Run._own\n"
+    code += "Run._own = lambda *arguments: (time.sleep(0.2), own(*arguments))[1]"
     started = [Popen(text, tmp_path, "name=run", "max_steps=2", code=code) for _ in range(3)]
     assert [process.wait(300) for process in started] == [0, 0, 0]
     for name in ("run", "run-2", "run-3"):
@@ -385,15 +335,6 @@ def uncut(text, tmp_path_factory):
     root = tmp_path_factory.mktemp("uncut")
     assert command(text, root, *CUT, *CUTS["whole"]).returncode == 0
     return losses(root / "run")
-
-
-def losses(folder):
-    return [(int(row["step"]), float(row["train/loss"]), row["val/bpc"] != "") for row in metrics(folder)]
-
-
-def same(found, expected):
-    assert [(step, validated) for step, _, validated in found] == [(step, val) for step, _, val in expected]
-    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", ["quarters", "ranks"])
@@ -540,7 +481,8 @@ def test_a_signal_keeps_the_step_and_says_how_to_go_on(text, tmp_path, sent, dev
 def test_a_signal_during_validation_ends_it_and_the_resumed_run_validates(at, text, tmp_path, uninterrupted):
     code = f"""
 import os, signal
-from models.lightning import GPTModule
+from models.training.metrics import metric_of
+from models.training.module import GPTModule
 original, seen = GPTModule.validation_step, []
 def step(module, *args):
     original(module, *args)

@@ -14,7 +14,7 @@ import torch
 from conf.secrets import redact_words
 from flash_cosine_sim_attention.identity import DISTRIBUTION, __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:

@@ -6,9 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train", "models.progress", "lightning.pytorch.strategies.ddp"])
+_context.set_forkserver_preload(["train", "models.training.progress", "lightning.pytorch.strategies.ddp"])
 
 
 class Forked:
@@ -52,8 +53,8 @@ def _train(paths: list[Path], line: list[str], variables: dict[str, str], code: 
     import train
     from conf.command_line import answer
     from conf.legacy import answer_flags
-    from models.started import follow_the_first
-    from models.tables import show_any_character
+    from models.training.started import follow_the_first
+    from models.training.tables import show_any_character
 
     if code is None:
         follow_the_first()

@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.utilities import rank_zero_only
 
-from models.started import RUN_VARIABLE
+from models.training.started import RUN_VARIABLE
 
 # What Lightning, at import or later, takes a process's place in a run from.
 PLACE_VARIABLES = (

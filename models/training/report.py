@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import logging
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -12,18 +12,16 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from data.bytes import ByteCorpus
+from data.bytes import Corpus
 from data.compressors import compressor_bits_per_byte
-from models.loggers import METRICS_FILE, read_csv
-from models.runs import RECORD_FILE, Run, is_owned, read_record
-from models.tables import console, print_line, show
+from models.training import metrics
+from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, read_csv, read_record
+from models.training.runs import Run
+from models.training.tables import console, print_line, show
 
 PLOT_FILE = "loss_and_memory.png"
-MEMORY_COLUMNS = ("memory/peak_allocated_gib", "memory/rss_gib")  # GPU, CPU
-HEADINGS = ("run", "status", "steps", "val bpc", "best", "test bpc", "tokens/s", "MFU", "peak GiB")
+NAMES = ("run", "status")  # the columns of a table of runs before its numbers
 STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red"}
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +67,9 @@ class Results:
         values = self.series(column)[1]
         return values[-1] if values else None
 
-    def test_bpc(self) -> float | None:
-        """The last test's bits per byte, or None where training went on after it."""
-        steps, values = self.series("test/bpc")
+    def current(self, column: str) -> float | None:
+        """The last value of a column, or None where training went on after it."""
+        steps, values = self.series(column)
         return values[-1] if values and steps[-1] >= (self.last("step") or 0) else None
 
     def best(self, column: str) -> float | None:
@@ -84,10 +82,14 @@ class Results:
         values = sorted(self.series(column)[1])
         return values[len(values) // 2] if values else None
 
-    def peak_memory_gib(self) -> float | None:
-        """Largest memory of any interval: allocated on the GPU, or resident on a CPU."""
-        values = [value for column in MEMORY_COLUMNS for value in self.series(column)[1]]
-        return max(values) if values else None
+    def largest(self, column: str) -> float | None:
+        """The largest value of a column, or None."""
+        return max(self.series(column)[1], default=None)
+
+    def number(self, heading: str) -> float | None:
+        """What stands under one of metrics.headings(), or None."""
+        found = [getattr(self, number.of)(column) for column, number in metrics.numbers_under(heading)]
+        return max((value for value in found if value is not None), default=None)
 
 
 def read_results(folder: str | Path) -> Results:
@@ -100,11 +102,16 @@ def read_results(folder: str | Path) -> Results:
     return Results(folder, read_record(folder), _read_rows(folder / METRICS_FILE))
 
 
+def headings() -> list[str]:
+    """Those of a table of runs."""
+    return [*NAMES, *metrics.headings()]
+
+
 def table(runs: list[Results], title: str) -> Table:
-    """One line a run: bits per byte, throughput, memory."""
+    """One line a run: its numbers, see metrics.py."""
     columns = Table(title=title)
-    for heading in HEADINGS:
-        columns.add_column(heading, justify="left" if heading in ("run", "status") else "right")
+    for heading in headings():
+        columns.add_column(heading, justify="left" if heading in NAMES else "right")
     for run in runs:
         name, status, *numbers = map(escape, _cells(run))
         columns.add_row(name, f"[{STATUS_STYLES.get(run.status, 'red')}]{status}[/]", *numbers)
@@ -113,8 +120,8 @@ def table(runs: list[Results], title: str) -> Table:
 
 def markdown(runs: list[Results]) -> str:
     """The same table for a README."""
-    rule = ["---" if heading in ("run", "status") else "---:" for heading in HEADINGS]
-    lines = [list(HEADINGS), rule, *([cell.replace("|", "\\|") for cell in _cells(run)] for run in runs)]
+    rule = ["---" if heading in NAMES else "---:" for heading in headings()]
+    lines = [headings(), rule, *([cell.replace("|", "\\|") for cell in _cells(run)] for run in runs)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -128,45 +135,29 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def _cells(run: Results) -> list[str]:
-    """The texts under HEADINGS."""
-    return [
-        run.name,
-        run.status,
-        _cell(run.last("step"), "{:.0f}"),
-        _cell(run.last("val/bpc"), "{:.4f}"),
-        _cell(run.best("val/bpc"), "{:.4f}"),
-        _cell(run.test_bpc(), "{:.4f}"),
-        _cell(run.median("throughput/tokens_per_s"), "{:,.0f}"),
-        _cell(run.median("throughput/mfu"), "{:.1%}"),
-        _cell(run.peak_memory_gib(), "{:.2f}"),
-    ]
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+    """The texts under headings()."""
+    numbers = [(run.number(heading), metrics.form_of(heading)) for heading in metrics.headings()]
+    return [run.name, run.status, *("-" if value is None else form.format(value) for value, form in numbers)]
 
 
 def plot(runs: list[Results], path: Path) -> None:
-    """Draws bits per byte and memory against tokens, every run a line, into a PNG."""
+    """Draws the curves of metrics.py against tokens, every run in a color, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: no display is needed
     from matplotlib import pyplot
 
-    figure, (loss, memory) = pyplot.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    for index, run in enumerate(runs):
-        color = f"C{index % 10}"
-        loss.plot(*run.over_tokens("train/bpc"), color=color, alpha=0.35, linewidth=1)
-        loss.plot(*run.over_tokens("val/bpc"), color=color, marker="o", markersize=3, label=_legend(run))
-        for column, style in (("memory/peak_reserved_gib", ":"), *((name, "-") for name in MEMORY_COLUMNS)):
-            memory.plot(*run.over_tokens(column), style, color=color)
-    loss.set(xlabel="tokens (bytes)", ylabel="bits per byte", title="validation (dots) and training loss")
-    memory.set(xlabel="tokens (bytes)", ylabel="GiB", title="peak allocated (dotted: reserved), or resident on a CPU")
-    memory.set_ylim(0, 1.1 * memory.get_ylim()[1])
-    for axes in (loss, memory):
+    figure, panels = pyplot.subplots(1, len(metrics.PANELS), figsize=(12, 4.5), constrained_layout=True)
+    for axes, (panel, (unit, title)) in zip(panels, metrics.PANELS.items(), strict=True):
+        for (index, run), (column, curve) in itertools.product(enumerate(runs), metrics.curves_in(panel)):
+            label = _legend(run) if curve.named else None
+            axes.plot(*run.over_tokens(column), color=f"C{index % 10}", label=label, **curve.style)
+        axes.set(xlabel="tokens (bytes)", ylabel=unit, title=title)
         axes.grid(alpha=0.3)
-    if runs:
-        loss.legend(fontsize="small")
+        if runs and any(curve.named for _, curve in metrics.curves_in(panel)):
+            axes.legend(fontsize="small")
+        if panel == "memory":
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -175,7 +166,7 @@ def _legend(run: Results) -> str:
     return run.name if run.status == "finished" else f"{run.name} ({run.status})"
 
 
-def conclude(run: Run, config: DictConfig, corpus: ByteCorpus) -> None:
+def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
     """Prints the summary of a finished run and where everything is, and draws its plot."""
     if config.compressors:
         run.update(compressors_val_bpc=compressor_bits_per_byte(corpus, "val"))

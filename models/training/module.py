@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.bytes import IGNORE_INDEX
 from models.gpt import GPT
-from models.optimizer import AdamW
+from models.training.optimizer import OptimizerBuilder
 
 
 class DivergedError(RuntimeError):
@@ -31,7 +31,7 @@ class GPTModule(lightning.LightningModule):
         compile: run the model through torch.compile.
     """
 
-    def __init__(self, gpt: GPT, optimizer: AdamW, *, seed: int, clip_norm: float | None, compile: bool):
+    def __init__(self, gpt: GPT, optimizer: OptimizerBuilder, *, seed: int, clip_norm: float | None, compile: bool):
         super().__init__()
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"trainer.clip_norm must be positive or null, got {clip_norm}")

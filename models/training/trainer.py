@@ -1,98 +1,18 @@
-"""Builds the Lightning Trainer, and says how a step's tokens are cut into micro-batches."""
+"""Builds the Lightning Trainer."""
 
 import logging
-import os
-import shutil
 import warnings
 from pathlib import Path
 
 import lightning
-import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from models.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints
-from models.processes import Processes
-from models.stopping import Stopping
-
-log = logging.getLogger(__name__)
-
-PRECISIONS = ("32-true", "bf16-mixed")
-
-
-def micro_batches(
-    tokens_per_step: int, micro_batch_tokens: int, seq_len: int, devices: int, num_nodes: int = 1
-) -> tuple[int, int]:
-    """Cuts a step of tokens_per_step tokens into equal micro-batches.
-
-    The step holds tokens_per_step // seq_len sequences, shared by the devices and accumulated over as few
-    micro-batches of at most micro_batch_tokens tokens (but at least one sequence) as divide them evenly.
-
-    Returns:
-        (sequences in a micro-batch of one device, micro-batches in a step).
-    """
-    if devices < 1:
-        raise ValueError(f"trainer.devices must be at least 1, got {devices}")
-    if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
-    sequences = tokens_per_step // seq_len
-    if sequences < 1:
-        raise ValueError(
-            f"tokens_per_step must be at least seq_len = {seq_len}, one sequence a step, got {tokens_per_step}"
-        )
-    processes = devices * num_nodes
-    if sequences % processes:
-        nodes = f" * trainer.num_nodes = {devices} * {num_nodes}" if num_nodes > 1 else f" = {devices}"
-        raise ValueError(
-            f"tokens_per_step // seq_len = {sequences} sequences a step must be a multiple of trainer.devices{nodes}"
-        )
-    if micro_batch_tokens < 1:
-        raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
-    if sequences * seq_len != tokens_per_step:
-        log.warning(
-            "tokens_per_step=%d is no multiple of seq_len=%d: a step has %d",
-            tokens_per_step,
-            seq_len,
-            sequences * seq_len,
-        )
-    per_device = sequences // processes
-    largest = max(1, micro_batch_tokens // seq_len)
-    size = next(size for size in range(min(largest, per_device), 0, -1) if per_device % size == 0)
-    return size, per_device // size
-
-
-def default_micro_batch_tokens(*, cuda: bool) -> int:
-    """What keeps a large GPU busy, or fits the memory of a small CPU machine at model=small."""
-    return 65536 if cuda else 8192
-
-
-def compiles_by_default(*, cuda: bool) -> bool:
-    """Whether compile=null means true: torch.compile pays on a GPU, and needs a C compiler to build its launchers."""
-    if not cuda:
-        return False
-    found = os.environ.get("CC") or any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
-    if not found:
-        log.warning("compile=null: no C compiler was found (cc, gcc, clang, CC), so the model is not compiled")
-    return bool(found)
-
-
-def uses_cuda(accelerator: str) -> bool:
-    """Whether training will run on a GPU."""
-    if accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"trainer.accelerator must be auto, cpu or gpu, got {accelerator!r}")
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator=gpu needs a CUDA device, and PyTorch sees none")
-    return accelerator != "cpu" and torch.cuda.is_available()
-
-
-def choose_precision(precision: str | None, *, cuda: bool) -> str:
-    """Lightning's name of the precision: bf16 autocast over float32 weights on a GPU, float32 on a CPU."""
-    if precision is None:
-        return "bf16-mixed" if cuda else "32-true"
-    if precision not in PRECISIONS:
-        # fp16 would need its gradients unscaled before they are clipped and logged
-        raise ValueError(f"trainer.precision must be null or one of {PRECISIONS}, got {precision!r}")
-    return precision
+from models.training.checkpoint_files import CHECKPOINT_FOLDER
+from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from models.training.devices import choose_precision, uses_cuda
+from models.training.processes import Processes
+from models.training.stopping import Stopping
 
 
 def check_trainer(options: DictConfig) -> None:
@@ -134,7 +54,7 @@ def build_trainer(
     cuda = uses_cuda(options.accelerator)
     _silence_known_lines()
     checkpoints = Checkpoints(
-        run_dir / FOLDER,
+        run_dir / CHECKPOINT_FOLDER,
         stopping=stopping,
         val_every=options.val_every,
         max_steps=max_steps,
@@ -158,7 +78,7 @@ def build_trainer(
         logger=loggers,
         callbacks=[*callbacks, checkpoints],
         enable_checkpointing=False,  # Lightning's own, beside ours
-        enable_progress_bar=False,  # Lightning's: models/progress.py has one
+        enable_progress_bar=False,  # Lightning's: models/training/progress.py has one
         enable_model_summary=False,
         use_distributed_sampler=False,  # it would repeat evaluation windows to fill its last batch
         deterministic=options.deterministic,

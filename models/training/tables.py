@@ -1,6 +1,7 @@
 """What people read on a terminal: tables that lose nothing at any width, and output that no character can stop."""
 
 import codecs
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def _text(cell: object) -> Text:
 def print_line(text: str) -> None:
     """One line on stdout as it is, however long: no break within a path, which can then be copied."""
     console().print(Text(text), soft_wrap=True)
+
+
+def decode(text: bytes) -> str:
+    """Bytes as text; what is not UTF-8, or would steer a terminal, shows as the replacement character."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.decode("utf-8", errors="replace"))
 
 
 @dataclass(frozen=True)

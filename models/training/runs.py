@@ -1,7 +1,6 @@
 """A run is a folder: its configuration, its record, its checkpoints, its metrics. Made, found again, closed here."""
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -18,59 +17,21 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.stored import read_stored
-from models.checkpoints import FOLDER, LAST_CHECKPOINT, also_named, newest_good, read_checkpoint, write_text
-from models.environment import environment
-from models.lightning import DivergedError
-from models.processes import Processes
-from models.started import RUN_VARIABLE
-from models.stopping import Interrupted, exit_code
-
-CONFIG_FILE = "config.yaml"
-RECORD_FILE = "run.json"
-LOCK_FILE = ".lock"
-# Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
-INCIDENTAL = (
-    "resume",
-    "test",
-    "compressors",
-    "name",
-    "run_root",
-    "logger",
-    "experiment",
-    "debug",
-    "sweep",
-    "hydra",
-    "trainer.accelerator",
-    "trainer.progress_bar",
-    "trainer.sample_bytes",
-    "trainer.val_every",
-    "trainer.val_bytes",
-    "trainer.log_every",
-    "trainer.checkpoint_every",
-    "trainer.checkpoint_minutes",
-    "trainer.keep_checkpoints",
-    "trainer.profile_steps",
-    "trainer.data_on_device",
-    "data.path",  # what the bytes are is told by their hash
-    "data.cache_dir",
-    "data.download",
+from models.training.checkpoint_files import (
+    CHECKPOINT_FOLDER,
+    LAST_CHECKPOINT,
+    also_named,
+    newest_good,
+    read_checkpoint,
+    write_text,
 )
-# Further keys that a run may be continued with other values of, and be the same run: how long it goes on, and how a
-# step is cut into pieces, which changes sums by rounding alone.
-CONTINUABLE = (
-    "max_steps",
-    "optimizer.max_steps",
-    "micro_batch_tokens",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "compile",
-    "attention.backend",
-)
-# What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
-MODEL_KEYS = ("seq_len", "model", "attention", "norm")
-MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
-LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
+from models.training.environment import environment
+from models.training.identity import changes_of, default_name, flat, identity_of, recorded_identity, refuse_another
+from models.training.module import DivergedError
+from models.training.processes import Processes
+from models.training.run_files import CONFIG_FILE, LOCK_FILE, RECORD_FILE, is_owned, load_config, read_record
+from models.training.started import RUN_VARIABLE
+from models.training.stopping import Interrupted, exit_code
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +110,7 @@ class Run:
         elif resume is not None:
             folder, self.checkpoint = _checkpoint_at(Path(resume))
             self._own(folder)
-            _refuse_another(self.folder, self.config, identity)
+            refuse_another(self.folder, self.config, identity)
         if self.folder is None:
             self._make(root)
 
@@ -162,7 +123,7 @@ class Run:
             if recorded_identity(folder) != identity:
                 continue
             self._own(folder)
-            self.checkpoint, wrong = newest_good(folder / FOLDER)
+            self.checkpoint, wrong = newest_good(folder / CHECKPOINT_FOLDER)
             for sentence in wrong:
                 log.warning("resume=auto: %s", sentence)
             if self.checkpoint is None and wrong:
@@ -234,7 +195,7 @@ class Run:
         self.update(choices=choices, **environment(), **entries, status="running", error=None)
 
     def _say_changes(self) -> None:
-        for key, (before, now) in _changes(self.folder, self.config).items():
+        for key, (before, now) in changes_of(self.folder, self.config).items():
             log.warning("resumed with a change: %s was %s, is %s", key, before, now)
         before = flat(OmegaConf.to_container(load_config(self.folder)))
         if before.get("max_steps") != self.config.max_steps:
@@ -341,56 +302,6 @@ def open_run(
         run.close()
 
 
-def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
-    """A name that says what the run is, of letters, digits, '.', '_' and '-' alone."""
-    groups = ("attention", "norm", "model", "data")
-    parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
-    parts += [choices.get(group) or "none" for group in groups]
-    parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
-    told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
-            parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
-
-
-def is_one_of(key: str, keys: Sequence[str]) -> bool:
-    """Whether a dotted key is one of the keys, or below one."""
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
-
-
-def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]:
-    """What a run computes: two runs of one identity are one run, begun or continued."""
-    values = flat(OmegaConf.to_container(config, resolve=True))
-    kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
-    return {**dict(sorted(kept.items())), "corpus": corpus_sha256}
-
-
-def recorded_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity of a run, or None where its files do not say."""
-    try:
-        record = read_record(folder)
-        return record.get("identity") or identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
-    except (ValueError, OSError):
-        return None
-
-
-def is_owned(folder: Path) -> bool:
-    """Whether a process is writing the run."""
-    try:
-        with open(folder / LOCK_FILE) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def _left_nothing(folder: Path) -> bool:
     """Whether there is nothing worth keeping, and nobody at work: a run that ended before its first step."""
     try:
@@ -401,7 +312,7 @@ def _left_nothing(folder: Path) -> bool:
     left = {name for name in names - {LOCK_FILE, "train.log"} if not (name.startswith(".") and name.endswith(".tmp"))}
     if LOCK_FILE in names and left == {CONFIG_FILE}:  # killed between its configuration and its record
         left = set()
-    recorded = "metrics.csv" in left or FOLDER in left
+    recorded = "metrics.csv" in left or CHECKPOINT_FOLDER in left
     return (not left or (not recorded and status in ("failed", "interrupted"))) and not is_owned(folder)
 
 
@@ -431,7 +342,7 @@ def _make_last(checkpoint: Path) -> Path:
 def _checkpoint_at(path: Path) -> tuple[Path, Path]:
     """The run's folder and the checkpoint that a path, to a run or to a checkpoint in it, stands for."""
     if path.is_dir() and (path / RECORD_FILE).is_file():
-        checkpoint, wrong = newest_good(path / FOLDER)
+        checkpoint, wrong = newest_good(path / CHECKPOINT_FOLDER)
         for sentence in wrong:
             log.warning("resume: %s", sentence)
         if checkpoint is not None:
@@ -453,72 +364,3 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
         hint = f"; the newest sound one is {other}: resume={other}" if other else ""
         raise ValueError(f"{error}{hint}") from error
     return folder, path
-
-
-def load_config(folder: Path) -> DictConfig:
-    """The resolved configuration of a run, with the keys of today."""
-    return read_stored(file_of_run(folder, CONFIG_FILE))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a run."""
-    path = file_of_run(folder, RECORD_FILE)
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{str(path)!r} must hold an object, got {type(record).__name__}")
-    return record
-
-
-def file_of_run(folder: str | Path, name: str) -> Path:
-    """The path of one of a run's files; ValueError if the folder has none of that name."""
-    path = Path(folder) / name
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is not a run's folder: it has no {name}")
-    return path
-
-
-def _changes(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value is another than when the run was last started: before and now."""
-    before = flat(OmegaConf.to_container(load_config(folder)))
-    now = flat(OmegaConf.to_container(config, resolve=True))
-    quiet = (*INCIDENTAL, "max_steps", "optimizer.max_steps")
-    keys = [key for key in sorted(before.keys() | now.keys()) if not is_one_of(key, quiet)]
-    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
-
-
-def _refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
-    """Raises ValueError for a run of another model, or whose bytes or splits were others."""
-    changed = {key: change for key, change in _changes(folder, config).items()}
-
-    def say(keys: Sequence[str], but: Sequence[str] = ()) -> str:
-        found = {key: change for key, change in changed.items() if is_one_of(key, keys) and key not in but}
-        return "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in found.items())
-
-    if model := say(MODEL_KEYS, MODEL_KEYS_THAT_MAY_CHANGE):
-        raise ValueError(
-            f"the run in {str(folder)!r} has another model: {model}; give the same keys again, or take its weights "
-            f"alone into a new run: init_from={folder}"
-        )
-    sha256 = (read_record(folder).get("corpus") or {}).get("sha256")
-    if sha256 not in (None, identity["corpus"]):
-        raise ValueError(
-            f"the corpus changed: the run was trained on bytes of SHA-256 {sha256}, now they have {identity['corpus']}"
-        )
-    if data := say(("data",)):
-        raise ValueError(
-            f"the splits of the run in {str(folder)!r} were others: {data}; bytes that were trained on would be "
-            "validated on"
-        )
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted keys and values."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        values.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return values

@@ -14,10 +14,11 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from models.training.metrics import METRICS
+from models.training.run_files import METRICS_FILE, SAMPLES_FILE, read_csv, read_samples
+
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.csv"
-SAMPLES_FILE = "samples.txt"
 # WANDB_MODE as wandb takes it, with its older names, in its newer ones.
 WANDB_MODES = {
     "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",
@@ -196,7 +197,8 @@ def wandb_and_csv(
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and wandb warns of it each time
     # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
-    logger.experiment.define_metric("val/bpc", step_metric="trainer/global_step", summary="min")
+    for name in (name for name, metric in METRICS.items() if any(number.of == "best" for number in metric.numbers)):
+        logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="min")
     if mode == "offline":
         # wandb sync replaces what the server has of this id: the newest offline folder must hold the whole run
         csv_logger.replay(logger)
@@ -241,25 +243,3 @@ def log_sample(logger: Logger, step: int, text: str) -> None:
     """One sample of text to a logger that takes text."""
     if hasattr(logger, "log_text"):
         logger.log_text("sample", columns=["step", "text"], data=[[step, text]], step=step)
-
-
-def read_samples(path: str | Path) -> list[tuple[int, str]]:
-    """The samples of a run, each the optimizer step and the text; none if there is no such file."""
-    if not Path(path).is_file():
-        return []
-    sections = re.split(r"^--- step (\d+) ---\n", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    steps, texts = sections[1::2], sections[2::2]
-    return [(int(step), text.removesuffix("\n")) for step, text in zip(steps, texts, strict=True)]
-
-
-def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, without the cells that are empty.
-
-    A last line that does not end is left out, with a warning: its run was killed while writing, or is writing.
-    """
-    with open(path, newline="") as file:
-        lines = file.read().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        log.warning("%s ends within a line, which is left out: its run was killed, or is writing", path)
-        lines.pop()
-    return [{key: cell for key, cell in row.items() if cell != ""} for row in csv.DictReader(lines)]

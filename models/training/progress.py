@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from models.lightning import GPTModule
+from models.training.metrics import bar_texts
+from models.training.module import GPTModule
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,7 @@ class ProgressReport(lightning.Callback):
             seconds = self._training_seconds(now)
             # Never waits: a GPU may be behind, by less and less the longer this interval is.
             self._batch_seconds = seconds / self._batches if seconds > LINE_SECONDS else self._batch_seconds
-        metrics = trainer.callback_metrics
-        texts = [f"{float(metrics['train/bpc']):.3f} bpc"] if "train/bpc" in metrics else []
+        texts = bar_texts(trainer.callback_metrics)
         texts += [f"{self._rate(trainer)} tokens/s", self._left(trainer)] if self._batch_seconds else []
         progress, task = self._task
         progress.update(task, completed=trainer.global_step, said=instead or "  ".join(texts))

@@ -1,19 +1,8 @@
-"""A run's checkpoints: written, kept, verified, and found again.
+"""Checkpoints of a run: when they are saved, and how they are written. Their files: checkpoint_files.py."""
 
-``checkpoints/`` of a run holds ``step-N.ckpt``, the newest few, and two further names of files among those ever
-written: ``last.ckpt``, the newest, and ``best.ckpt``, the one with the smallest val/bpc. ``index.json`` has each
-file's CRC-32, so that a flipped bit anywhere in it is noticed.
-"""
-
-import json
 import math
 import os
-import pickle
-import re
-import shutil
 import time
-import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,13 +11,18 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from models.lightning import DivergedError, GPTModule
-from models.stopping import Interrupted, Stopping
-
-FOLDER = "checkpoints"
-LAST_CHECKPOINT = "last.ckpt"
-BEST_CHECKPOINT = "best.ckpt"
-INDEX_FILE = "index.json"
+from models.training.checkpoint_files import (
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    STATE_KEY,
+    also_named,
+    crc32,
+    note_crc32,
+    steps_in,
+    temporary_name,
+)
+from models.training.module import DivergedError, GPTModule
+from models.training.stopping import Interrupted, Stopping
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -50,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _note(path, crc32(temporary))
+            note_crc32(path, crc32(temporary))
             os.replace(temporary, path)
         except BaseException as error:  # a full disk, or a signal: what is half written would keep the disk full
             with suppress(OSError):
@@ -58,144 +52,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # torch reports a write that failed as a RuntimeError of its own
             if not isinstance(error, (OSError, RuntimeError)):
                 raise
-            earlier = [name for name, _ in sorted(_steps(path.parent).items(), key=lambda item: -item[1])]
+            earlier = [name for name, _ in sorted(steps_in(path.parent).items(), key=lambda item: -item[1])]
             kept = f"the last checkpoint before it, {path.parent / earlier[0]}, stands" if earlier else "there is none"
             reason = str(error).split("\n", 1)[0]
             raise OSError(f"checkpoint {path} could not be written ({reason}); {kept}") from error
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside path that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def crc32(path: Path) -> str:
-    """A file's CRC-32, eight hexadecimal digits."""
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """The CRC-32 of every checkpoint in the folder that has one, by file name."""
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return index if isinstance(index, dict) else {}
-
-
-def _note(path: Path, crc: str) -> None:
-    # Both the old file's and the new one's, until it is replaced: a kill in between leaves the old file verified.
-    index = {name: known for name, known in read_index(path.parent).items() if (path.parent / name).exists()}
-    before = index.get(path.name)
-    index[path.name] = f"{before.split(',')[-1]},{crc}" if before and path.exists() else crc
-    write_text(path.parent / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: a kill leaves the old one or the new one, and a full disk nothing that is half."""
-    temporary = temporary_name(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of train.py holds of a run's progress; mapped, so that only what is used is read.
-
-    Returns:
-        global_step, state_dict, and validated_step: the step that was validated last.
-
-    Raises:
-        ValueError: the file is cut short, damaged, or something else.
-    """
-    try:
-        verify(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step = checkpoint["global_step"]
-        saved = (checkpoint.get("callbacks") or {}).get(Checkpoints.__qualname__, {})
-        return {
-            "global_step": step,
-            "validated_step": saved.get("validated_step", step),  # earlier versions saved after validations alone
-            "state_dict": checkpoint["state_dict"],
-        }
-    except (
-        *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, NotImplementedError),
-        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
-    ) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(
-            f"{str(path)!r} is no sound checkpoint of a run, as train.py writes them (cut short?): {reason}"
-        ) from error
-
-
-def verify(path: Path) -> None:
-    """Raises ValueError if the file's CRC-32 is another than the index says; without an entry, if a record's is."""
-    known = read_index(path.parent).get(path.name)
-    if known is not None:
-        found = crc32(path)
-        if found not in known.split(","):
-            raise ValueError(f"its CRC-32 is {found}, {known} when it was written: it was damaged or replaced")
-    else:  # a checkpoint that was moved here, or of an earlier version: torch.save keeps one of every tensor
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the CRC-32 of its record {damaged!r} is wrong")
-
-
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint of a run's folder of checkpoints, or None, and what is wrong with newer ones."""
-    paths = {folder / name: step for name, step in _steps(folder).items()}
-    candidates = sorted(paths, key=lambda path: -paths[path])
-    if (folder / LAST_CHECKPOINT).exists() and not any(_same_file(folder / LAST_CHECKPOINT, c) for c in candidates[:1]):
-        candidates.insert(0, folder / LAST_CHECKPOINT)
-    if (folder / BEST_CHECKPOINT).exists():
-        candidates.append(folder / BEST_CHECKPOINT)
-    wrong = []
-    for path in candidates:
-        try:
-            read_checkpoint(path)
-        except ValueError as error:
-            wrong.append(str(error))
-        else:
-            return path, wrong
-    return None, wrong
-
-
-def _steps(folder: Path) -> dict[str, int]:
-    """The step of every step-N.ckpt in a folder, by file name."""
-    found = {path.name: re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder.glob("step-*.ckpt")}
-    return {name: int(match[1]) for name, match in found.items() if match}
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    return first.samefile(second) or read_index(first.parent).get(first.name, 1) == read_index(second.parent).get(
-        second.name, 2
-    )
-
-
-def also_named(path: Path, name: str) -> Path:
-    """Gives a checkpoint a second name beside it, replacing what has it; a copy where links are not to be had."""
-    other = path.with_name(name)
-    temporary = temporary_name(other)
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    index = read_index(path.parent)
-    if path.name in index:
-        _note(other, index[path.name].split(",")[-1])
-    os.replace(temporary, other)
-    return other
 
 
 class Checkpoints(lightning.Callback):
@@ -212,6 +72,8 @@ class Checkpoints(lightning.Callback):
         minutes: minutes between checkpoints, or None.
         keep: how many of step-N.ckpt are kept, at least 1; best.ckpt is kept beside them.
     """
+
+    state_key = STATE_KEY  # Lightning's own is the class's name, under which earlier versions saved
 
     def __init__(
         self,
@@ -303,7 +165,7 @@ class Checkpoints(lightning.Callback):
             also_named(path, LAST_CHECKPOINT)
             if best:
                 also_named(path, BEST_CHECKPOINT)
-            by_age = sorted(_steps(self.folder), key=lambda name: -(self.folder / name).stat().st_mtime_ns)
+            by_age = sorted(steps_in(self.folder), key=lambda name: -(self.folder / name).stat().st_mtime_ns)
             for name in by_age[self.keep :]:
                 (self.folder / name).unlink()
         self.saved_step = trainer.global_step

@@ -1,10 +1,31 @@
 """The optimizer and its schedule."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+
+class OptimizerBuilder(Protocol):
+    """How a model is optimised, apart from any model: what optimizer=OPTION builds.
+
+    Attributes:
+        lr: the peak learning rate, of all parameters.
+    """
+
+    lr: float
+
+    def build(self, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """An optimizer of every parameter of model, and its scheduler, which is stepped after every optimizer step.
+
+        The optimizer keeps what it remembers in its state_dict, and its settings in its groups: a resumed run restores
+        the first, and takes the second from the configuration.
+        """
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0: what the scheduler sets."""
 
 
 class AdamW:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,71 +14,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from models.gpt import GPT
-from models.lightning import DivergedError, GPTModule
-from models.loggers import SAMPLES_FILE, log_sample, read_samples
+from models.training.devices import peak_flops
+from models.training.loggers import log_sample
+from models.training.module import DivergedError, GPTModule
+from models.training.run_files import SAMPLES_FILE, read_samples
+from models.training.tables import decode
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 
-# Dense bf16 tensor-core peaks in FLOP/s, with float32 sums, by the very name that torch.cuda.get_device_name gives:
-# a variant of the same silicon (PCIe, NVL, Ti, D, Laptop) has other clocks or units, so a part of a name will not do.
-# From NVIDIA's data sheets, whose figure with sparsity is twice that without: of H100, H200, H20, GH200, HGX B200,
-# HGX B300 and GB200 NVL72 (a GPU's share), A100, A800, A40, A30, A10, L40S, L40, L4 and RTX A6000; of GeForce from the
-# architectures' white papers. The RTX PRO 6000's gives its AI TOPS, FP4 with sparsity: 8 times dense bf16. H800 and
-# A800 have the H100's and the A100's units and slower links.
-PEAK_BF16_FLOPS = {
-    "NVIDIA GB300": 2500e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA B300 SXM6 AC": 2250e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GH200 144G HBM3e": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H800": 989e12,
-    "NVIDIA H800 PCIe": 756e12,
-    "NVIDIA H20": 148e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A800-SXM4-80GB": 312e12,
-    "NVIDIA A800 80GB PCIe": 312e12,
-    "NVIDIA A40": 149.7e12,
-    "NVIDIA A30": 165e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L40": 181e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 500e12,
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition": 500e12,
-    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 439e12,
-    "NVIDIA RTX A6000": 154.8e12,
-    "NVIDIA GeForce RTX 5090": 209.5e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None when it is not known (and for a CPU)."""
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
 
 class TrainingMetrics(lightning.Callback):
     """Every ``log_every`` steps: loss, learning rate, gradient norm, throughput and memory of the interval.
 
-    Columns: train/loss (nats a byte), train/bpc (bits a byte), train/lr, train/grad_norm (before clipping),
-    train/tokens, throughput/tokens_per_s, throughput/model_tflops_per_s, throughput/mfu (of the dense bf16 peak,
-    where that is known), memory/peak_allocated_gib and memory/peak_reserved_gib (GPU) or memory/rss_gib (CPU).
+    Columns: train/, throughput/, memory/ and, with a learned scale, scale/; metrics.py says what each means.
     Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
-
-    With a learned scale also scale/mean, scale/min, scale/max over all heads of all layers, and scale/clamped, the
-    share of heads whose scale is held at its bound; and for every layer scale/layer0/mean and so on.
     """
 
     def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
@@ -217,8 +167,8 @@ def _memory(device: torch.device) -> dict[str, float]:
 class LogitMetrics(lightning.Callback):
     """At each validation the largest |logit| that one window of the validation split makes.
 
-    Columns: logit/max, and logit/layer0/max and so on: scale * |cos(q, k)|, or |q k| / sqrt(head_dim) with regular
-    attention, over the heads and the pairs of a query and a key that it sees.
+    Columns: logit/. A logit is scale * cos(q, k), or q k / sqrt(head_dim) with regular attention; counted are all
+    heads, and the pairs of a query and a key that it sees.
 
     Args:
         window: the bytes, at most the model's seq_len.
@@ -346,8 +296,3 @@ class TextSample(lightning.Callback):
 
 def _section(step: int, text: str) -> str:
     return f"--- step {step} ---\n{text}\n"
-
-
-def decode(text: bytes) -> str:
-    """Bytes as text; what is not UTF-8, or would steer a terminal, shows as the replacement character."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.decode("utf-8", errors="replace"))

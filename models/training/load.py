@@ -6,9 +6,9 @@ import torch
 from omegaconf import DictConfig
 
 from conf.schema import builder, check_stored
-from models.checkpoints import BEST_CHECKPOINT, FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.gpt import GPT
-from models.runs import CONFIG_FILE, file_of_run, load_config
+from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER, LAST_CHECKPOINT, read_checkpoint
+from models.training.run_files import CONFIG_FILE, file_of_run, load_config
 
 
 def build_gpt(config: DictConfig) -> GPT:
@@ -50,9 +50,9 @@ def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:
     """The path of a run's checkpoint "best" or "last", or of any other given by its path."""
     file_of_run(folder, CONFIG_FILE)
     names = {"best": BEST_CHECKPOINT, "last": LAST_CHECKPOINT}
-    path = Path(folder) / FOLDER / names[checkpoint] if checkpoint in names else Path(checkpoint)
+    path = Path(folder) / CHECKPOINT_FOLDER / names[checkpoint] if checkpoint in names else Path(checkpoint)
     if not path.is_file():
-        existing = [name for name, file in names.items() if (Path(folder) / FOLDER / file).is_file()]
+        existing = [name for name, file in names.items() if (Path(folder) / CHECKPOINT_FOLDER / file).is_file()]
         raise ValueError(
             f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint!r}: "
             f"{str(path)!r} is no file; the run has {' and '.join(existing) or 'no checkpoint yet'}"

@@ -1,0 +1,1 @@
+"""Training a GPT: what a step is, optimizer, callbacks, checkpoints, loggers, run folders, reports."""

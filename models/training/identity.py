@@ -1,0 +1,136 @@
+"""Which run a configuration is: its name, what tells it from others, and what a resumed run may not change."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from models.training.run_files import load_config, read_record
+
+# Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
+INCIDENTAL = (
+    "resume",
+    "test",
+    "compressors",
+    "name",
+    "run_root",
+    "logger",
+    "experiment",
+    "debug",
+    "sweep",
+    "hydra",
+    "trainer.accelerator",
+    "trainer.progress_bar",
+    "trainer.sample_bytes",
+    "trainer.val_every",
+    "trainer.val_bytes",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
+    "trainer.keep_checkpoints",
+    "trainer.profile_steps",
+    "trainer.data_on_device",
+    "data.path",  # what the bytes are is told by their hash
+    "data.cache_dir",
+    "data.download",
+)
+# Further keys that a run may be continued with other values of, and be the same run: how long it goes on, and how a
+# step is cut into pieces, which changes sums by rounding alone.
+CONTINUABLE = (
+    "max_steps",
+    "optimizer.max_steps",
+    "micro_batch_tokens",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "compile",
+    "attention.backend",
+)
+# What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
+MODEL_KEYS = ("seq_len", "model", "attention", "norm")
+MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
+LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
+
+
+def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
+    """A name that says what the run is, of letters, digits, '.', '_' and '-' alone."""
+    groups = ("attention", "norm", "model", "data")
+    parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
+    parts += [choices.get(group) or "none" for group in groups]
+    parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
+    told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
+            parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]:
+    """What a run computes: two runs of one identity are one run, begun or continued."""
+    values = flat(OmegaConf.to_container(config, resolve=True))
+    kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
+    return {**dict(sorted(kept.items())), "corpus": corpus_sha256}
+
+
+def recorded_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of a run, or None where its files do not say."""
+    try:
+        record = read_record(folder)
+        return record.get("identity") or identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
+    except (ValueError, OSError):
+        return None
+
+
+def changes_of(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value is another than when the run was last started: before and now."""
+    before = flat(OmegaConf.to_container(load_config(folder)))
+    now = flat(OmegaConf.to_container(config, resolve=True))
+    quiet = (*INCIDENTAL, "max_steps", "optimizer.max_steps")
+    keys = [key for key in sorted(before.keys() | now.keys()) if not is_one_of(key, quiet)]
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
+    """Raises ValueError for a run of another model, or whose bytes or splits were others."""
+    changed = {key: change for key, change in changes_of(folder, config).items()}
+
+    def say(keys: Sequence[str], but: Sequence[str] = ()) -> str:
+        found = {key: change for key, change in changed.items() if is_one_of(key, keys) and key not in but}
+        return "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in found.items())
+
+    if model := say(MODEL_KEYS, MODEL_KEYS_THAT_MAY_CHANGE):
+        raise ValueError(
+            f"the run in {str(folder)!r} has another model: {model}; give the same keys again, or take its weights "
+            f"alone into a new run: init_from={folder}"
+        )
+    sha256 = (read_record(folder).get("corpus") or {}).get("sha256")
+    if sha256 not in (None, identity["corpus"]):
+        raise ValueError(
+            f"the corpus changed: the run was trained on bytes of SHA-256 {sha256}, now they have {identity['corpus']}"
+        )
+    if data := say(("data",)):
+        raise ValueError(
+            f"the splits of the run in {str(folder)!r} were others: {data}; bytes that were trained on would be "
+            "validated on"
+        )
+
+
+def is_one_of(key: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the keys, or below one."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys and values."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return values

@@ -1,0 +1,80 @@
+"""What a run's folder holds, and how it is read back. Nothing of Lightning is imported."""
+
+import csv
+import fcntl
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from conf.stored import read_stored
+
+CONFIG_FILE = "config.yaml"
+RECORD_FILE = "run.json"
+METRICS_FILE = "metrics.csv"
+SAMPLES_FILE = "samples.txt"
+LOCK_FILE = ".lock"
+
+log = logging.getLogger(__name__)
+
+
+def load_config(folder: Path) -> DictConfig:
+    """The resolved configuration of a run, with the keys of today."""
+    return read_stored(file_of_run(folder, CONFIG_FILE))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run."""
+    path = file_of_run(folder, RECORD_FILE)
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} must hold an object, got {type(record).__name__}")
+    return record
+
+
+def file_of_run(folder: str | Path, name: str) -> Path:
+    """The path of one of a run's files; ValueError if the folder has none of that name."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is not a run's folder: it has no {name}")
+    return path
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process is writing the run."""
+    try:
+        with open(folder / LOCK_FILE) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a metrics file, without the cells that are empty.
+
+    A last line that does not end is left out, with a warning: its run was killed while writing, or is writing.
+    """
+    with open(path, newline="") as file:
+        lines = file.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        log.warning("%s ends within a line, which is left out: its run was killed, or is writing", path)
+        lines.pop()
+    return [{key: cell for key, cell in row.items() if cell != ""} for row in csv.DictReader(lines)]
+
+
+def read_samples(path: str | Path) -> list[tuple[int, str]]:
+    """The samples of a run, each the optimizer step and the text; none if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    sections = re.split(r"^--- step (\d+) ---\n", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    steps, texts = sections[1::2], sections[2::2]
+    return [(int(step), text.removesuffix("\n")) for step, text in zip(steps, texts, strict=True)]

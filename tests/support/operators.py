@@ -1,0 +1,23 @@
+"""Inputs of the registered operators."""
+
+import torch
+
+
+def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_len_q=7, seq_len_k=9, number=False):
+    """Return q, k, v, mask, attn_bias, scale, scale_value as the operators take them."""
+    torch.manual_seed(0)
+    options = {"dtype": dtype, "requires_grad": requires_grad}
+    q = torch.randn(2, 4, seq_len_q, 16, **options)
+    k, v = (torch.randn(2, 2, seq_len_k, 16, **options) for _ in range(2))
+    key_mask = torch.rand(2, seq_len_k) > 0.3
+    key_mask[1] = False
+    attn_bias = torch.randn(1, 4, seq_len_q, seq_len_k, **options)
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=scale_dtype, requires_grad=requires_grad)
+    scale, scale_value = (None, 1.5) if number else (scale, 1.0)
+    return q, k, v, key_mask if mask else None, attn_bias if bias else None, scale, scale_value
+
+
+def seq_first(tensor):
+    """The same values in (batch, seq_len, heads, head_dim) storage."""
+    return tensor.detach().transpose(1, 2).contiguous().transpose(1, 2)
