@@ -254,7 +254,8 @@ ForwardPlan plan_split(const ForwardParams& params) {
       if (params.l2norm_qk) {
         const int64_t times_each = (num_rows + tile_rows - 1) / tile_rows *
                                    (Traits::kNormalizesFragments ? tile_rows / Traits::kWarpRows : 1);
-        // Partials of two shards of the keys may come from two kernels and are added up: all must have the prologue's bits.
+        // Partials of two shards of the keys may come from two kernels and are added up: all must have the prologue's
+        // bits.
         const bool can = params.groups == 1 && params.o.data != nullptr;
         plan.q_norm = can ? Norm::kKernel : Norm::kPrologue;
         plan.k_norm = can && !is_prologue_faster(params, times_each) ? Norm::kKernel : Norm::kPrologue;

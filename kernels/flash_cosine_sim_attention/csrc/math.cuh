@@ -169,7 +169,7 @@ __device__ __forceinline__ void multiply(float (&d)[kRowTiles][kBlocks][4], Load
       }
     }
   } else {
-    multiply_fp32<kSteps, kUnroll < kStepsFp32 ? kUnroll : kStepsFp32>(d, load_a, load_b);
+    multiply_fp32<kSteps, (kUnroll < kStepsFp32 ? kUnroll : kStepsFp32)>(d, load_a, load_b);
   }
 }
 

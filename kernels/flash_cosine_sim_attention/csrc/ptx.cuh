@@ -212,6 +212,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
 
 // Returns when the barrier's phase of that parity is complete. A new barrier's phase of parity 1 counts as complete.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  // clang-format off
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
@@ -220,6 +221,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "@!complete bra again;\n"
       "}" ::"r"(barrier), "r"(parity)
       : "memory");
+  // clang-format on
 }
 
 // Orders this thread's accesses to shared memory before later ones of wgmma and TMA.
@@ -242,10 +244,12 @@ __device__ __forceinline__ void tma_load_4d(uint32_t destination, const void* te
 // The other way; what lies outside of the tensor is not written.
 __device__ __forceinline__ void tma_store_4d(const void* tensor_map, uint32_t source, int column, int row, int head,
                                              int batch) {
+  // clang-format off
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
                    tensor_map),
                "r"(source), "r"(column), "r"(row), "r"(head), "r"(batch)
                : "memory");
+  // clang-format on
 }
 
 // Starts to add floats in shared memory to those in global memory, each atomically; a store for the two below.

@@ -10,8 +10,8 @@ namespace flash_cosine_sim {
 // balance the end.
 //
 // Under a causal mask a head's items are sorted by length. If the last section has few, most multiprocessors wait for
-// those that have the longest: measured, with the first item asked for too early, as 3 % of the forward pass and 6 to 7 %
-// of the backward pass at head dim 128.
+// those that have the longest: measured, with the first item asked for too early, as 3 % of the forward pass and as
+// 6 to 7 % of the backward pass at head dim 128.
 struct HeadSections {
   int num_heads, heads_per_section;
   int num_equal;  // sections before the last
@@ -38,8 +38,8 @@ struct HeadSections {
   }
 };
 
-// How many heads the last section needs under a causal mask: three tiles a multiprocessor. By simulation the end then costs
-// at most 1 %, and more change nothing.
+// How many heads the last section needs under a causal mask: three tiles a multiprocessor. By simulation the end then
+// costs at most 1 %, and more change nothing.
 inline int heads_to_balance(int tiles_per_head, int num_multiprocessors) {
   return (3 * num_multiprocessors + tiles_per_head - 1) / tiles_per_head;
 }

@@ -79,6 +79,7 @@ __device__ __forceinline__ uint64_t make_plain_descriptor(uint32_t lower_half) {
 #define WGMMA_ALL_136(x) WGMMA_ALL_128(x), WGMMA_1(x, 16)
 #define WGMMA_ALL_256(x) WGMMA_ALL_128(x), WGMMA_16(x, 16)
 // Their names in the instruction.
+// clang-format off
 #define WGMMA_NAMES_4                                                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_5                                                                                                  \
@@ -147,6 +148,7 @@ __device__ __forceinline__ uint64_t make_plain_descriptor(uint32_t lower_half) {
       WGMMA_SS_TYPE(columns, "bf16", names, a_, b_, p_, t_)                                                            \
     }                                                                                                                  \
   }
+// clang-format on
 
 // d = a b, or d += a b with kAccumulate, for a of 64 x 16 in registers and b of 16 x 8 * kBlocks in shared memory: 16
 // columns of a row-major tile [b's column][contraction], or kTransposed, rows of a tile [contraction][b's column].
