@@ -86,11 +86,11 @@ struct ForwardPlan {
 
 struct ForwardParams : Attention {
   ForwardPlan plan;
-  uint32_t* counters = nullptr;   // workspace, if the plan has any; traits.h says what of. run_forward zeroes them.
+  uint32_t* counters = nullptr;  // workspace, if the plan has any; traits.h says what of. run_forward zeroes them.
   // Workspace, if the plan has it: float32 (num_splits, batch, num_heads, seq_len_q, head_dim + kRowSumPlaces):
   // row_part.cuh
   float* split_sums = nullptr;
-  Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
+  Tensor o;  // in the inputs' dtype; data == nullptr: partials are wanted
   // (batch, num_heads, seq_len_q), -inf in an empty row; with o. nullptr: no backward pass will need it.
   float* row_sum_log2 = nullptr;
   // Partials: (batch, num_heads, seq_len_q, head_dim) and (batch, num_heads, seq_len_q), contiguous.
@@ -100,7 +100,7 @@ struct ForwardParams : Attention {
 
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
-  bool sm90 = false;  // backward_sm90.cuh, else backward_sm80.cuh
+  bool sm90 = false;   // backward_sm90.cuh, else backward_sm80.cuh
   int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;

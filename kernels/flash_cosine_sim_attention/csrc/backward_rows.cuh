@@ -170,7 +170,7 @@ struct RowPreparer {
   static __device__ __forceinline__ void load(rows::PackedSlice& slice, uint32_t buffer, int i) {
 #pragma unroll
     for (int vector = 0; vector < 2; ++vector) {
-      load_shared_v4_u32(reinterpret_cast<uint32_t(&)[4]>(slice[4 * vector]),
+      load_shared_v4_u32(reinterpret_cast<uint32_t (&)[4]>(slice[4 * vector]),
                          buffer + place(row() + i * kNextRow, lane() % kLanes + kLanes * vector));
     }
   }

@@ -113,8 +113,7 @@ struct Backward {
   }
 
   // gradient += x b for x in accumulators (keys, queries [query, ...)) and a slice of columns of the tile b.
-  static __device__ void multiply_gradient(Gradient& gradient, const Scores& x, uint32_t tile_b, int query,
-                                           int slice) {
+  static __device__ void multiply_gradient(Gradient& gradient, const Scores& x, uint32_t tile_b, int query, int slice) {
     // Multiples of 128 bytes do not take part in the swizzle.
     static_assert(Traits::kSlices == 1 || kOutDim * sizeof(T) % 128 == 0);
     tile_b += slice * kOutDim * static_cast<int>(sizeof(T));
@@ -185,9 +184,7 @@ struct Backward {
     float dq[1][Traits::kDimPerWarp / 8][4] = {};
     multiply<kMath, kBlockK / kContraction<kMath>, (sizeof(T) == 4 && kHeadDim > 64 ? 2 : 4)>(
         dq,
-        [&](uint32_t (&a)[4], int, int step) {
-          load_a_transposed<kMath, Traits::kRowBytesDS>(a, tile_ds, row, step);
-        },
+        [&](uint32_t (&a)[4], int, int step) { load_a_transposed<kMath, Traits::kRowBytesDS>(a, tile_ds, row, step); },
         [&](uint32_t (&b)[4], int n, int step) {
           load_b_transposed<kMath, kRowBytes>(b, tile_k, first_column + 8 * n, step);
         });
@@ -306,8 +303,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   if (work.begin < work.end) {
     B::template load_rows<B::kBlockK>(params, tile_k, params.k_hat, work.batch, work.kv_head, first_key,
                                       params.seq_len_k);
-    B::template load_rows<B::kBlockK>(params, tile_v, params.v, work.batch, work.kv_head, first_key,
-                                      params.seq_len_k);
+    B::template load_rows<B::kBlockK>(params, tile_v, params.v, work.batch, work.kv_head, first_key, params.seq_len_k);
     if constexpr (Traits::kStages == 2) {
       const auto item = B::find_item(params, work, work.begin);
       B::load_queries(params, stages, work.batch, item);

@@ -326,7 +326,7 @@ struct BackwardSm90 {
     const int offset_ds;  // where in dS the lane stores
     uint32_t k_parity = 0;
     Stage stage;
-    int turn = -1;  // kDeterministic: which of dq_order is passed on once the last addition to dQ is done
+    int turn = -1;   // kDeterministic: which of dq_order is passed on once the last addition to dQ is done
     int last_block;  // of queries, counted through all heads: that of the tile's pair before, or negative
 
     float scores[kBlockQ / 8][4], dp[kBlockQ / 8][4];
@@ -377,8 +377,7 @@ struct BackwardSm90 {
       const bool zeros = thread >= 64;
       const uint32_t address = shared.factors() + row / 8 * (8 * kRowStatisticsBytes) + row % 8 * 16;
       wait_for_warpgroup();  // of the tile before nobody is multiplying any more
-      store_shared_v4_s32(address + (zeros ? 128 : 0),
-                          {zeros ? 0 : words[0], zeros ? 0 : words[1], 0, 0});
+      store_shared_v4_s32(address + (zeros ? 128 : 0), {zeros ? 0 : words[0], zeros ? 0 : words[1], 0, 0});
       fence_proxy_async();
       wait_for_warpgroup();
     }
@@ -483,8 +482,8 @@ struct BackwardSm90 {
     }
 
     // Starts gradient += x b for x of the warpgroup's keys and queries, and a tile b of queries.
-    __device__ __forceinline__ void start_gradient(float (&gradient)[kHeadDim / 8][4],
-                                                   const uint32_t (&x)[kSlices][4], uint32_t tile_b) const {
+    __device__ __forceinline__ void start_gradient(float (&gradient)[kHeadDim / 8][4], const uint32_t (&x)[kSlices][4],
+                                                   uint32_t tile_b) const {
       const uint32_t first = tile_b / 16 | (kBlockQ * kPanelBytes / 16) << 16;
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
@@ -831,8 +830,7 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   BackwardSchedule schedule;
   schedule.num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
   schedule.num_splits = std::max(params.plan.num_splits, 1);
-  const int64_t num_tiles =
-      int64_t(params.batch) * params.num_kv_heads * schedule.num_blocks_k * schedule.num_splits;
+  const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * schedule.num_blocks_k * schedule.num_splits;
   schedule.num_tiles = static_cast<int>(num_tiles);
   const int64_t bytes_per_head =
       8 * int64_t(params.seq_len_q) * params.head_dim * params.num_heads / params.num_kv_heads + 1;
@@ -850,9 +848,9 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
     schedule.kv_heads = HeadSections::make(num_kv_heads, 1, 1);
     schedule.prepared_kv_heads = HeadSections::make(num_kv_heads, num_blocks / tiles_per_head + 1, 1);
   }
-  const int64_t chunks_per_kv_head =
-      int64_t(schedule.num_blocks_k) * (Traits::kBlockK / Traits::kChunkRows) +
-      int64_t(params.num_heads / params.num_kv_heads) * (params.plan.padded_rows / Traits::kChunkRows);
+  const int64_t chunks_per_kv_head = int64_t(schedule.num_blocks_k) * (Traits::kBlockK / Traits::kChunkRows) +
+                                     int64_t(params.num_heads / params.num_kv_heads) *
+                                         (params.plan.padded_rows / Traits::kChunkRows);
   schedule.num_chunks = static_cast<int>(num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
     constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic>;

@@ -180,8 +180,7 @@ __global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads,
   }
   typename G::T* target = static_cast<typename G::T*>(dbias.data) + batches.begin * dbias.stride_batch +
                           heads.begin * dbias.stride_head;
-  G::write(params, sum, reinterpret_cast<float*>(shared), target, row, queries.begin * kBlockQ,
-           keys.begin * kBlockK);
+  G::write(params, sum, reinterpret_cast<float*>(shared), target, row, queries.begin * kBlockQ, keys.begin * kBlockK);
 }
 
 template <Math kMath, int kHeadDim>

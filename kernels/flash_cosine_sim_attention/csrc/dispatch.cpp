@@ -79,8 +79,7 @@ bool takes_forward_sm90(const ForwardParams& params) {
   if (params.dtype == DType::kFloat32 || (params.dtype == DType::kFloat16 && exceeds_fp16(params))) return false;
   return keys_have_tensor_map(params, params.v) &&
          (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
-         (params.l2norm_qk ||
-          (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
+         (params.l2norm_qk || (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
 }
 
 // That kernel normalises rows of q where it has them in registers, but not groups of their channels.
@@ -323,9 +322,8 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
   if (!needs_main_kernel(params) || params.batch == 0) return plan;
 #if FLASH_COSINE_SIM_HAS_SM90
   if (takes_backward_sm90(params)) {
-    with_backward_sm90(params.head_dim, [&](auto head_dim) {
-      plan = plan_backward_sm90<head_dim.value>(params, num_multiprocessors);
-    });
+    with_backward_sm90(params.head_dim,
+                       [&](auto head_dim) { plan = plan_backward_sm90<head_dim.value>(params, num_multiprocessors); });
     return plan;
   }
 #endif
@@ -371,8 +369,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
 #if FLASH_COSINE_SIM_HAS_SM90
   if (plan.sm90) {
     if (!plan.prepares_rows) launch_delta(params, stream);
-    with_backward_sm90(params.head_dim,
-                       [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
+    with_backward_sm90(params.head_dim, [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
     launch_dkv_merge(params, stream);
     launch_dq(params, stream);
     return;

@@ -263,9 +263,8 @@ struct Forward {
 
   // Divides by the row sums and writes the warp's rows and columns through shared memory, for whole 16-byte stores:
   // through that of its rows of q, which nobody else reads, but for a warp that shares them.
-  static __device__ void write_output(const ForwardParams& params, const Work& work, Output& o,
-                                      const RowSums& sums, uint32_t tile_q, const char* shared_q,
-                                      int row, int column) {
+  static __device__ void write_output(const ForwardParams& params, const Work& work, Output& o, const RowSums& sums,
+                                      uint32_t tile_q, const char* shared_q, int row, int column) {
     const int lane = threadIdx.x & 31;
     const int64_t first_row = (int64_t(work.batch) * params.num_heads + work.head) * params.seq_len_q;
     if constexpr (Traits::kWarpsDim > 1) __syncthreads();
@@ -417,8 +416,8 @@ void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream) {
   const int heads_per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
   allow_shared_memory<forward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
   const auto num_blocks = static_cast<unsigned>(num_blocks_q * num_heads);
-  forward_sm80_kernel<kMath, kHeadDim><<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(
-      params, num_blocks_q, heads_per_section);
+  forward_sm80_kernel<kMath, kHeadDim>
+      <<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, num_blocks_q, heads_per_section);
   CUDA_CHECK(cudaGetLastError());
 }
 

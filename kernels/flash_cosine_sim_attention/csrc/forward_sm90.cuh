@@ -66,8 +66,7 @@ struct ForwardSm90 {
     const unsigned num_blocks_q = schedule.num_blocks_q;
     const HeadSections::Place place = schedule.heads.find(tile, num_blocks_q);
     const int head = place.head % params.num_heads;
-    return {static_cast<int>(place.head / params.num_heads), head,
-            head / (params.num_heads / params.num_kv_heads),
+    return {static_cast<int>(place.head / params.num_heads), head, head / (params.num_heads / params.num_kv_heads),
             static_cast<int>(params.causal ? num_blocks_q - 1 - place.item : place.item) * kBlockQ};
   }
 
@@ -177,8 +176,8 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void await_k_hat(const Work& work, int block) {
       if (k_hat_done) return;
-      const uint32_t* done =
-          params.counters + chunks_done(params, work.batch * params.num_kv_heads + work.kv_head, block);
+      const uint32_t* done = params.counters +
+                             chunks_done(params, work.batch * params.num_kv_heads + work.kv_head, block);
       const int num_rows = min(kBlockK, params.seq_len_k - block * kBlockK);
       const uint32_t num_chunks = (num_rows + Traits::kChunkRows - 1) / Traits::kChunkRows;
       while (load_acquire(done) < num_chunks) __nanosleep(64);
@@ -206,8 +205,8 @@ struct ForwardSm90 {
       store_shared_v4_s32(shared.work(), {work.batch, work.head, work.kv_head, work.first_query});
     }
 
-    // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no sooner:
-    // tiles would go to blocks that are not the first to be through.
+    // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no
+    // sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
       announce(work);
       load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
@@ -492,8 +491,8 @@ struct ForwardSm90 {
     __device__ __forceinline__ void start_pv(int slice) {
       // If the next panel is the ones, it stays where it is while the address moves on: its distance shrinks.
       constexpr uint32_t kMove = Traits::kSharedOnes ? 1u - (1u << 16) : 1u;
-      constexpr uint32_t kNextPanel =
-          Traits::kSharedOnes ? Traits::kOffsetOnes - Traits::kOffsetV : kBlockK * kPanelBytes;
+      constexpr uint32_t kNextPanel = Traits::kSharedOnes ? Traits::kOffsetOnes - Traits::kOffsetV
+                                                          : kBlockK * kPanelBytes;
       const uint32_t first_stage = shared.v(0) / 16 | kNextPanel / 16 << 16;
       const uint32_t first = first_stage + v_stage.index * (Traits::kTileBytesV / 16 * kMove);
       wgmma_rs<T, true, true>(o, p[slice], make_descriptor<kPanelBytes>(first + slice * (kPanelBytes * kMove)));
@@ -658,8 +657,7 @@ struct ForwardSm90 {
       if (lane == 0) {
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          tma_store_4d(&maps.o, staging(panel), panel * kPanelDim, work.first_query + first_row,
-                       work.head, work.batch);
+          tma_store_4d(&maps.o, staging(panel), panel * kPanelDim, work.first_query + first_row, work.head, work.batch);
         }
         tma_store_commit();
         if constexpr (!Traits::kQInRegisters) tma_store_wait_read();  // q comes there next

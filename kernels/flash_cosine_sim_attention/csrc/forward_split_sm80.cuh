@@ -68,12 +68,12 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
   static __device__ void load_keys(const ForwardParams& params, const Work& work, uint32_t stage, int first_key) {
     constexpr int kBlockKeys = Traits::kBlockKeys;
     const int num_rows = params.seq_len_k - first_key, valid_bytes = params.head_dim * static_cast<int>(sizeof(T));
-    load_tile<kBlockKeys, kRowBytes, Traits::kThreads>(
-        stage, Base::rows_of(params.k_hat, work.batch, work.kv_head, first_key), params.k_hat.stride_row * sizeof(T),
-        num_rows, valid_bytes);
-    load_tile<kBlockKeys, kRowBytes, Traits::kThreads>(
-        stage + kBlockKeys * kRowBytes, Base::rows_of(params.v, work.batch, work.kv_head, first_key),
-        params.v.stride_row * sizeof(T), num_rows, valid_bytes);
+    load_tile<kBlockKeys, kRowBytes, Traits::kThreads>(stage,
+                                                       Base::rows_of(params.k_hat, work.batch, work.kv_head, first_key),
+                                                       params.k_hat.stride_row * sizeof(T), num_rows, valid_bytes);
+    load_tile<kBlockKeys, kRowBytes, Traits::kThreads>(stage + kBlockKeys * kRowBytes,
+                                                       Base::rows_of(params.v, work.batch, work.kv_head, first_key),
+                                                       params.v.stride_row * sizeof(T), num_rows, valid_bytes);
   }
 
   // q_hat of the block's rows, with the bits that launch_normalize would give it. The other rows of the tile are zero,
@@ -309,8 +309,8 @@ __global__ void __launch_bounds__(SplitTraits<kMath, kHeadDim>::kThreads, SplitT
     if (row < work.num_rows) {
 #pragma unroll 1
       for (int key = warp_key; key < kBlockKeys; key += kBlockKeys >> log2_warps_q) {
-        F::attend(params, work, o, sums, q, tile_q, tile_k + key * kRowBytes, tile_v + key * kRowBytes, row,
-                  last_keys, block * kBlockKeys + key);
+        F::attend(params, work, o, sums, q, tile_q, tile_k + key * kRowBytes, tile_v + key * kRowBytes, row, last_keys,
+                  block * kBlockKeys + key);
       }
     }
   }

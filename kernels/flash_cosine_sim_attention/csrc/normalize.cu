@@ -18,8 +18,8 @@ struct Side {
 };
 
 struct NormalizeParams {
-  Side sides[2];           // queries, keys
-  unsigned query_blocks;   // how many blocks, the first ones, have rows of queries
+  Side sides[2];          // queries, keys
+  unsigned query_blocks;  // how many blocks, the first ones, have rows of queries
   int head_dim, groups;
   const float* scale;
   int scale_stride;

@@ -157,8 +157,8 @@ struct ShareSums {
   float* result;  // nullptr but at the last level
   int64_t seq_len_q;
   int64_t num_sums;
-  int64_t count;           // of numbers that this level adds up for each sum
-  int64_t step;            // how many rows apart they are
+  int64_t count;  // of numbers that this level adds up for each sum
+  int64_t step;   // how many rows apart they are
   int64_t chunks_per_sum;
 };
 

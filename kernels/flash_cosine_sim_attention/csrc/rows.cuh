@@ -415,12 +415,9 @@ __device__ __forceinline__ void project_together(float (&x)[kCount], float (&gra
 template <typename Body>
 void with_dtype(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::kFloat32:
-      return body.template operator()<float>();
-    case DType::kFloat16:
-      return body.template operator()<__half>();
-    case DType::kBFloat16:
-      return body.template operator()<__nv_bfloat16>();
+    case DType::kFloat32: return body.template operator()<float>();
+    case DType::kFloat16: return body.template operator()<__half>();
+    case DType::kBFloat16: return body.template operator()<__nv_bfloat16>();
   }
 }
 

@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], uint32_t til
     for (int i = 0; i < 4; ++i) {
       const int row = 8 * step + 2 * (lane & 3) + (i & 1);
       b[i] = __float_as_uint(load_shared_f32(tile + swizzle<kRowBytes>(row, column / 4 + 2 * (i >> 1), lane >> 4) +
-                                           4 * ((lane >> 2) & 3)));
+                                             4 * ((lane >> 2) & 3)));
     }
   }
 }
@@ -103,14 +103,14 @@ template <Math kMath, int kRowBytes>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], uint32_t tile, int row, int step) {
   const int lane = threadIdx.x & 31;
   if constexpr (sizeof(Element<kMath>) == 2) {
-    ldmatrix_x4_trans(a, tile + swizzle<kRowBytes>(16 * step + (lane & 7) + ((lane >> 4) << 3),
-                                                   row / 8, (lane >> 3) & 1));
+    ldmatrix_x4_trans(a,
+                      tile + swizzle<kRowBytes>(16 * step + (lane & 7) + ((lane >> 4) << 3), row / 8, (lane >> 3) & 1));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int line = 8 * step + 2 * (lane & 3) + (i >> 1);
-      a[i] = __float_as_uint(load_shared_f32(tile + swizzle<kRowBytes>(line, row / 4 + 2 * (i & 1), lane >> 4) +
-                                             4 * ((lane >> 2) & 3)));
+      a[i] = __float_as_uint(
+          load_shared_f32(tile + swizzle<kRowBytes>(line, row / 4 + 2 * (i & 1), lane >> 4) + 4 * ((lane >> 2) & 3)));
     }
   }
 }

@@ -52,8 +52,8 @@ struct SplitTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockK = kBlockKeys / kWarps;
   static constexpr bool kQInRegisters = kElementSize == 2 && kHeadDim <= 128;
-  // Then q's shared memory serves keys as well, and there is room for three blocks of 168 registers a thread: enough for
-  // 16 rows a warp, but where P is wide and takes twice as many.
+  // Then q's shared memory serves keys as well, and there is room for three blocks of 168 registers a thread: enough
+  // for 16 rows a warp, but where P is wide and takes twice as many.
   static constexpr int kMinBlocks = kQInRegisters && kMath != Math::kFp16WideP ? 3 : 2;
   static constexpr int kRowTiles = kElementSize == 4 && kRowBytes <= 128 ? 2 : 1;
   // 16-bit keys become k_hat as fragments, in each warp that multiplies with them; float32's, whose products leave no
@@ -78,7 +78,8 @@ struct SplitTraits {
   static constexpr int kPitch = kHeadDim + 8;
   static_assert(kWarps * kWarpRows * kPitch * static_cast<int>(sizeof(float)) <= kSharedBytes);
   static_assert(!kExists || kSharedBytes <= kMaxSharedBytes);
-  static_assert(!kExists || kMinBlocks * (kSharedBytes + 1024) <= 228 * 1024, "what a 9.0 has, which takes 1 KiB a block itself");
+  static_assert(!kExists || kMinBlocks * (kSharedBytes + 1024) <= 228 * 1024,
+                "what a 9.0 has, which takes 1 KiB a block itself");
 };
 
 // A block owns kBlockK keys, each warp 16 * kRowTiles of them, and walks over queries in blocks of kBlockQ. It adds
@@ -105,9 +106,9 @@ struct BackwardTraits {
   static constexpr int kTileBytesK = kBlockK * kRowBytes;
   static constexpr int kTileBytesQ = kBlockQ * kRowBytes;
   static constexpr int kRowBytesDS = kBlockQ * kElementSize;
-  static constexpr int kOffsetQ = 2 * kTileBytesK;                           // after K and V
-  static constexpr int kOffsetDS = kOffsetQ + 2 * kStages * kTileBytesQ;     // after Q and dO
-  static constexpr int kOffsetRows = kOffsetDS + kBlockK * kRowBytesDS;      // row statistics, two stages
+  static constexpr int kOffsetQ = 2 * kTileBytesK;                        // after K and V
+  static constexpr int kOffsetDS = kOffsetQ + 2 * kStages * kTileBytesQ;  // after Q and dO
+  static constexpr int kOffsetRows = kOffsetDS + kBlockK * kRowBytesDS;   // row statistics, two stages
   static constexpr int kLoopBytes = kOffsetRows + 2 * 2 * kBlockQ * static_cast<int>(sizeof(float));
   // After the loop the same memory holds dV, then dK, as float32.
   static constexpr int kPitch = kHeadDim + 4;
