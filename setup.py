@@ -158,8 +158,13 @@ def find_toolchain(*, allow_cpu_torch: bool) -> Toolchain:
 
 
 def kernel_sources() -> list[Path]:
-    cuda = sorted(CSRC.glob("*.cu"))
-    return cuda + sorted(CSRC.glob("*.cpp")) if cuda else []
+    cuda = sorted(CSRC.rglob("*.cu"))
+    return cuda + sorted(CSRC.rglob("*.cpp")) if cuda else []
+
+
+def is_for_sm90(source: Path) -> bool:
+    """The folder of a source says what it is compiled for."""
+    return source.parent.name == "sm90"
 
 
 def import_torch():
@@ -272,7 +277,8 @@ def ninja_file(toolchain: Toolchain, library: Path) -> str:
     has_sm90 = any(arch.number == 90 and arch.specific for arch in toolchain.archs)
     compile_flags = "-O3 -std=c++20 -DNDEBUG --expt-relaxed-constexpr -lineinfo".split()
     compile_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    # dispatch.cpp must not name what the *_sm90.cu files define when they are left out.
+    compile_flags += [f"-I{CSRC}"]
+    # dispatch.cpp must not name what the files of sm90/ define when they are left out.
     compile_flags += [f"-DFLASH_COSINE_SIM_HAS_SM90={int(has_sm90)}"]
     # -nodlink: no file uses relocatable device code; linking it adds an empty image for nvcc's oldest target.
     link_flags = "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL".split()
@@ -295,9 +301,9 @@ def ninja_file(toolchain: Toolchain, library: Path) -> str:
     ]
     objects = []
     for source in kernel_sources():
-        if source.name.endswith("_sm90.cu") and not has_sm90:
+        if is_for_sm90(source) and not has_sm90:
             continue
-        objects.append(f"{source.name}.o")
+        objects.append(f"{source.relative_to(CSRC)}.o")
         lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
         lines.append(f"  flags = {file_flags(source, toolchain)}")
     lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", ""]
@@ -311,7 +317,7 @@ def file_flags(source: Path, toolchain: Toolchain) -> str:
         flags = [f"-DTORCH_TARGET_VERSION=0x{version}", "-DPy_LIMITED_API=0x030a0000"]
         flags += ["-DUSE_CUDA"]  # torch's C shim declares the current CUDA stream only then
         return ninja_command([*flags, "-isystem", str(toolchain.torch_include)])
-    if source.name.endswith("_sm90.cu"):
+    if is_for_sm90(source):
         # wgmma exists for 9.0a alone, and code for 9.0a runs on 9.0 alone: no other target, and no PTX.
         return ninja_command(["-gencode", "arch=compute_90a,code=sm_90a"])
     flags = []

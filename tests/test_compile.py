@@ -185,7 +185,7 @@ def build(make_once):
 
 
 def test_complaints_are_found(tmp_path):
-    csrc = {"spilling.cu": SPILLING_CU, "serialised_sm90.cu": SERIALISED_SM90_CU}
+    csrc = {"spilling.cu": SPILLING_CU, "sm90/serialised.cu": SERIALISED_SM90_CU}
     found = "\n".join(complaints(compile_tree(copy_sources(tmp_path / "tree", csrc=csrc))))
     assert 'warning #177-D: variable "unused"' in found
     assert re.search(r"spilling_kernel\(float\*\) spills registers: \d+ bytes stored, \d+ loaded", found)
@@ -200,8 +200,8 @@ def test_no_kernel_spills_and_no_compiler_warns(build):
 def test_files_of_sm90_are_compiled_for_it(build):
     kernels = set(re.findall(r"Compiling entry function '(\S*sm90\S*)' for '(\w+)'", build[0]))
     assert {target for _, target in kernels} == {"sm_90a"}
-    objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels").glob("*_sm90.cu.o")}
-    sources = {path.name for path in (ROOT / "kernels" / PACKAGE / "csrc").glob("*_sm90.cu")}
+    objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels" / "sm90").glob("*.cu.o")}
+    sources = {path.name for path in (ROOT / "kernels" / PACKAGE / "csrc" / "sm90").glob("*.cu")}
     assert sources and objects == sources
 
 
@@ -224,7 +224,7 @@ def test_registers_touched_in_flight_are_found():
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
 def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
-    objects = sorted((build[1] / "build" / "kernels").glob("*_sm90.cu.o"))
+    objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("*.cu.o"))
     for path in objects:
         listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
         touching = touched_in_flight(listing)
@@ -235,7 +235,7 @@ def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
 def test_wgmma_keeps_the_registers_of_its_operands_apart(build):
-    objects = sorted((build[1] / "build" / "kernels").glob("forward*_sm90.cu.o"))
+    objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("forward*.cu.o"))
     for path in objects:
         listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
         shared = shared_a_registers(listing)

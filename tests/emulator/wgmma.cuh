@@ -2,7 +2,7 @@
 // reads an accumulator earlier finds what was there before.
 #pragma once
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace flash_cosine_sim {
 

@@ -5,10 +5,11 @@
 #include <string>
 
 #include "device.h"
+#include "sm80/tiles.h"
 #if FLASH_COSINE_SIM_HAS_SM90
-#include "tensor_map.h"
+#include "sm90/tensor_map.h"
+#include "sm90/tiles.h"
 #endif
-#include "traits.h"
 
 namespace flash_cosine_sim {
 namespace {

@@ -1,0 +1,12 @@
+#include "sm80/bias_gradient.cuh"
+
+namespace flash_cosine_sim {
+
+template void launch_bias_gradient_sm80<Math::kBf16, 16>(const BackwardParams&, cudaStream_t);
+template void launch_bias_gradient_sm80<Math::kBf16, 32>(const BackwardParams&, cudaStream_t);
+template void launch_bias_gradient_sm80<Math::kBf16, 64>(const BackwardParams&, cudaStream_t);
+template void launch_bias_gradient_sm80<Math::kBf16, 96>(const BackwardParams&, cudaStream_t);
+template void launch_bias_gradient_sm80<Math::kBf16, 128>(const BackwardParams&, cudaStream_t);
+template void launch_bias_gradient_sm80<Math::kBf16, 256>(const BackwardParams&, cudaStream_t);
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,12 @@
+#include "sm80/forward_split.cuh"
+
+namespace flash_cosine_sim {
+
+template void launch_forward_split_sm80<Math::kFp16, 16>(const ForwardParams&, cudaStream_t);
+template void launch_forward_split_sm80<Math::kFp16, 32>(const ForwardParams&, cudaStream_t);
+template void launch_forward_split_sm80<Math::kFp16, 64>(const ForwardParams&, cudaStream_t);
+template void launch_forward_split_sm80<Math::kFp16, 96>(const ForwardParams&, cudaStream_t);
+template void launch_forward_split_sm80<Math::kFp16, 128>(const ForwardParams&, cudaStream_t);
+template void launch_forward_split_sm80<Math::kFp16, 256>(const ForwardParams&, cudaStream_t);
+
+}  // namespace flash_cosine_sim

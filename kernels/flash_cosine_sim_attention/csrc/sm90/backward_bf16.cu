@@ -1,0 +1,10 @@
+#include "sm90/backward.cuh"
+
+namespace flash_cosine_sim {
+
+template void launch_backward_sm90<Math::kBf16, 32>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kBf16, 64>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kBf16, 96>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kBf16, 128>(const BackwardParams&, cudaStream_t);
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,10 @@
+#include "sm90/backward.cuh"
+
+namespace flash_cosine_sim {
+
+template void launch_backward_sm90<Math::kFp16, 32>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kFp16, 64>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kFp16, 96>(const BackwardParams&, cudaStream_t);
+template void launch_backward_sm90<Math::kFp16, 128>(const BackwardParams&, cudaStream_t);
+
+}  // namespace flash_cosine_sim
