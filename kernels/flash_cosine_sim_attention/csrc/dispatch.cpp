@@ -62,7 +62,7 @@ void with_forward_math(const Attention& params, Function function) {
 }
 
 #if FLASH_COSINE_SIM_HAS_SM90
-// forward_sm90.cuh has no kernel for head dim 16.
+// sm90/forward.cuh has no kernel for head dim 16.
 template <int kHeadDim>
 inline constexpr int kHeadDimSm90 = kHeadDim < 32 ? 32 : kHeadDim;
 
@@ -173,7 +173,7 @@ void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   launch_backward_sm90<Math::kBf16, kHeadDim>(params, stream);
 }
 
-// Calls function with the constant head dim of backward_sm90.cuh.
+// Calls function with the constant head dim of sm90/backward.cuh.
 template <typename Function>
 void with_backward_sm90(int head_dim, Function function) {
   with_head_dim(head_dim, [&](auto padded) {
@@ -188,7 +188,7 @@ void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
 }
 #endif
 
-// Every block of queries of forward_sm80.cuh can normalise all keys anew: a launch less pays for that up to some 4
+// Every block of queries of sm80/forward.cuh can normalise all keys anew: a launch less pays for that up to some 4
 // blocks. Float32's kernels are slower than the launch, and have no registers left.
 bool can_normalize_in_sm80(const ForwardParams& params, int64_t most_queries) {
   const int group = params.num_heads / params.num_kv_heads;
@@ -225,10 +225,10 @@ bool is_prologue_faster(const ForwardParams& params, int64_t times_each) {
   return (times_each - kCopy) * num_channels > kLaunch;
 }
 
-// Plans forward_split_sm80.cuh; without a split if another kernel is faster.
+// Plans sm80/forward_split.cuh; without a split if another kernel is faster.
 ForwardPlan plan_split(const ForwardParams& params) {
   // Rows that share a key: with so few, memory decides, and to read keys and values once is best. With more the kernel
-  // serves where others would leave most of the GPU idle: forward_sm90.cuh takes less than half of its time otherwise.
+  // serves where others would leave most of the GPU idle: sm90/forward.cuh takes less than half of its time otherwise.
   constexpr int64_t kFewRows = 64, kIdleShare = 3;
   ForwardPlan plan;
   const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
@@ -273,7 +273,7 @@ bool needs_main_kernel(const BackwardParams& params) {
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardParams& params) {
-  // Up to one tile of queries forward_sm80.cuh normalises in its own launch. With more, each tile would normalise all
+  // Up to one tile of queries sm80/forward.cuh normalises in its own launch. With more, each tile would normalise all
   // keys anew, which costs the GPU more than a launch costs the host: 28 us at 512 queries, 22 with the prologue.
   constexpr int64_t kFewQueries = 128;
   const auto norm = [&](bool in_kernel) {

@@ -393,7 +393,7 @@ __device__ __forceinline__ int first_block_of_queries(const Attention& params, i
   return params.causal ? max(first_query, 0) / block_q : 0;
 }
 
-// Where backward_sm90.cuh keeps an element of dq_accumulator, counted from its head's first, for `dim` columns: 16 rows
+// Where sm90/backward.cuh keeps an element of dq_accumulator, counted from its head's first, for `dim` columns: 16 rows
 // after 16, 8 columns after 8, and those as a warp has them in wgmma's accumulators, four of each lane together.
 __device__ inline int64_t tiled_offset(int row, int column, int dim) {
   return int64_t(row & ~15) * dim + (column & ~7) * 16 + (row & 7) * 16 + (column & 6) * 2 + (row & 8) / 4 +

@@ -61,7 +61,7 @@ constexpr size_t shared_bytes(bool grouped) {
   return grouped ? 2 * kThreads * rows::RowLanes<T>::kSlice * sizeof(float) : 0;
 }
 
-// How many rows of a head delta_kernel goes through: backward_sm90.cuh adds to whole tiles of dq_accumulator.
+// How many rows of a head delta_kernel goes through: sm90/backward.cuh adds to whole tiles of dq_accumulator.
 __host__ __device__ int rows_of_delta(const BackwardParams& params) {
   return params.plan.sm90 ? params.plan.padded_rows : params.seq_len_q;
 }
@@ -213,7 +213,7 @@ void sum_shares(const BackwardParams& params, cudaStream_t stream) {
   }
 }
 
-// How many splits have a share of the walk over queries that see a key. backward_sm80.cuh's write zeros without one.
+// How many splits have a share of the walk over queries that see a key. sm80/backward.cuh's write zeros without one.
 __device__ int splits_of_key(const BackwardParams& params, int key) {
   const auto& plan = params.plan;
   if (!plan.sm90) return plan.num_splits;

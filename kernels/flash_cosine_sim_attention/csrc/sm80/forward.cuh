@@ -22,7 +22,7 @@
 
 namespace flash_cosine_sim {
 
-// What a warp does with its rows and some keys; TileTraits are ForwardTraits, or SplitTraits of forward_split_sm80.cuh.
+// What a warp does with its rows and some keys; TileTraits are ForwardTraits, or SplitTraits of sm80/forward_split.cuh.
 template <Math kMath, typename TileTraits>
 struct Forward {
   using Traits = TileTraits;

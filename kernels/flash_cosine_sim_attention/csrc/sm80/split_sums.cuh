@@ -1,4 +1,4 @@
-// What a share of the keys adds to a row: forward_split_sm80.cuh makes shares, merge.cu adds them up.
+// What a share of the keys adds to a row: sm80/forward_split.cuh makes shares, merge.cu adds them up.
 #pragma once
 
 #include "common/math.cuh"
@@ -6,7 +6,7 @@
 
 namespace flash_cosine_sim {
 
-// Four channels of the numerator, and both row sums (see forward_sm80.cuh).
+// Four channels of the numerator, and both row sums (see sm80/forward.cuh).
 struct RowPart {
   float4 numerator;
   float exact, rounded;

@@ -1,4 +1,4 @@
-// All tile sizes. Plain C++, for dispatch.cpp reads it too.
+// All tile sizes of the kernels for compute capability 8.0 and newer. Plain C++, for dispatch.cpp reads it too.
 //
 // Every block of the mma.sync kernels fits into 99 KiB of shared memory, the most that GPUs of compute capability 8.6,
 // 8.9 and 12.0 give to one; a 9.0 then holds two or three blocks a multiprocessor.
@@ -43,7 +43,7 @@ template <Math kMath, int kHeadDim>
 struct SplitTraits {
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
-  // Longer rows spill registers; forward_sm80.cuh takes them.
+  // Longer rows spill registers; sm80/forward.cuh takes them.
   static constexpr bool kExists = kRowBytes <= 512;
   // Mostly 32 KiB of keys and values. A block works on one such stage while the next is on its way, and a
   // multiprocessor has two or three blocks: more than the fastest memory needs to be busy.

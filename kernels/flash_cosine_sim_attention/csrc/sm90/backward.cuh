@@ -7,7 +7,7 @@
 //   keys       |                 |      [64w, 64w + 64) of it. The producer, a warp, has TMA bring K, V, Q and dO as
 //              +-----------------+      memory becomes free, and writes the queries' statistics beside Q.
 //
-// As in backward_sm80.cuh the keys are the rows, so that P^T and dS^T turn from accumulators into operands of dV and dK
+// As in sm80/backward.cuh the keys are the rows, so that P^T and dS^T turn from accumulators into operands of dV and dK
 // in registers, and dS goes through shared memory for dQ alone. There the warpgroups meet: each makes its rows, or its
 // columns, of dQ from its own keys first and then from the other's. dS has two stages, and a warpgroup that has seen
 // the other's dS of a step knows that the other is through with the step before: nothing more has to be waited for.
@@ -15,7 +15,7 @@
 // Staggered (BackwardSm90Traits), the warpgroups take turns: while one makes P and dS, the other multiplies. The first
 // is half a step ahead, and makes dQ of a pair in the step after it, when the other's dS is there.
 //
-// row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: row_statistics.cuh.
+// row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: statistics.cuh.
 //
 // A warp's part of dQ is added to dq_accumulator by a bulk copy, in the order of the accumulators' registers. Blocks of
 // other keys add to the same rows, in any order; or, deterministic, in the order of the keys.

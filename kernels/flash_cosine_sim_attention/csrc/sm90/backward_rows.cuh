@@ -1,4 +1,4 @@
-// What the warps beside the producer's in backward_sm90.cuh do, row by row, for all blocks, while the others multiply:
+// What the warps beside the producer's in sm90/backward.cuh do, row by row, for all blocks, while the others multiply:
 // ahead of the tiles q -> q_hat, k -> k_hat, delta, and zeros in dq_accumulator.
 //
 // Launches of their own would do the same at the speed of the memory, which the main kernel hardly uses. Rows are made

@@ -7,7 +7,7 @@
 //              +---------------+        The producer, one thread, has TMA bring q, K and V as memory becomes free. The
 //                                       warps beside it can normalise keys meanwhile, for all blocks.
 //
-// As in forward_sm80.cuh P is 2^S as it comes from the tensor cores, nothing is ever rescaled, O is divided by the sum
+// As in sm80/forward.cuh P is 2^S as it comes from the tensor cores, nothing is ever rescaled, O is divided by the sum
 // of P as rounded for the product with V, and the backward pass gets the sum of P itself.
 //
 // A step of a warpgroup. Tensor cores work in the order of issue; | marks where it waits for them.

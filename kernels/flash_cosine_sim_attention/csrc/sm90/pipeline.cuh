@@ -1,4 +1,4 @@
-// How the producer and the consumers of forward_sm90.cuh and backward_sm90.cuh hand memory to each other.
+// How the producer and the consumers of sm90/forward.cuh and sm90/backward.cuh hand memory to each other.
 #pragma once
 
 #include "common/ptx.cuh"

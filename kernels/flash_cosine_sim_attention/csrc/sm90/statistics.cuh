@@ -1,4 +1,4 @@
-// A query's -delta and -row_sum_log2 as columns of matrices, so that the products of backward_sm90.cuh subtract them.
+// A query's -delta and -row_sum_log2 as columns of matrices, so that the products of sm90/backward.cuh subtract them.
 // Reading them as numbers would be the largest part of what that kernel reads of shared memory.
 //
 // dP - delta = [V | f] [dO | d]^T,  S - row_sum_log2 = [k_hat | f] [q_hat | r]^T, with 8 more columns each:

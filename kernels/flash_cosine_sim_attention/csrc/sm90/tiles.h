@@ -14,7 +14,7 @@ enum class RoundedSum {
   kUnpack,  // P's registers unpacked: three instructions for two elements
 };
 
-// What blocks of forward_sm90.cuh count together, as places in an array that begins as zeros. Each of the first few has
+// What blocks of sm90/forward.cuh count together, as places in an array that begins as zeros. Each of the first few has
 // a sector of the L2 cache for itself.
 struct ForwardSm90Counters {
   static constexpr int kTilesTaken = 0;  // beyond every block's first
@@ -85,7 +85,7 @@ struct ForwardSm90Traits {
                 "a swizzle's pattern begins at a multiple of it");
 };
 
-// The same for backward_sm90.cuh.
+// The same for sm90/backward.cuh.
 struct BackwardSm90Counters {
   // With BackwardPlan::prepares_rows. The first place: its warps have no register for the sum of two addresses.
   static constexpr int kChunksTaken = 0;
@@ -94,7 +94,7 @@ struct BackwardSm90Counters {
   static constexpr int kChunksOfBlockDone = 16;  // and so on, for each block of keys and then of queries of each head
 };
 
-// How many bytes of a query's statistics, or a key's factors, its tensor cores read: row_statistics.cuh.
+// How many bytes of a query's statistics, or a key's factors, its tensor cores read: statistics.cuh.
 inline constexpr int kRowStatisticsBytes = 32;
 
 // A block, one a multiprocessor, takes tile after tile of kBlockK keys, 64 for each of two warpgroups, and walks over
