@@ -197,7 +197,9 @@ def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
 
 
 def test_sdist_holds_what_compiles_the_kernels(tmp_path):
-    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU, "sm90/tiles.cuh": "", "binding.cpp": ""})
+    tree = copy_sources(tmp_path / "tree")
+    csrc = f"kernels/{PACKAGE}/csrc"
+    shutil.copytree(ROOT / csrc, tree / csrc)
     run_hook("build_sdist", tree, bare_environment(tmp_path))
     (sdist,) = (tree / "out").glob("*.tar.gz")
     # Python has had the filter since 3.11.4 and 3.10.12, and from 3.12 on warns without one.
@@ -205,9 +207,9 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     shutil.unpack_archive(sdist, tmp_path / "unpacked", **options)
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    csrc = f"kernels/{PACKAGE}/csrc"
-    required = {"setup.py", "pyproject.toml", "LICENSE"}
-    assert required | {f"{csrc}/{name}" for name in ["probe.cu", "sm90/tiles.cuh", "binding.cpp"]} <= files
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / csrc).rglob("*") if path.is_file()}
+    assert {"setup.py", "pyproject.toml", "LICENSE"} | sources <= files
+    assert {f"{csrc}/{name}" for name in ["binding.cpp", "rowwise/normalize.cu", "sm90/forward.cuh"]} <= sources
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 
 
