@@ -11,8 +11,10 @@
 
 #include <climits>
 
-#include "sm80/forward.cuh"
+#include "launch.h"
+#include "sm80/forward_warp.cuh"
 #include "sm80/split_sums.cuh"
+#include "sm80/tiles.h"
 
 namespace flash_cosine_sim {
 
