@@ -57,7 +57,7 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     for source in csrc.rglob("*.*"):
         if source.suffix in (".cu", ".cuh", ".cpp", ".h"):
             target = folder / source.relative_to(csrc)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(rewrite(source.name, source.read_text()))
     load_setup().write_instantiations(csrc, folder)
     for name in (*REPLACED, *ADDED):

@@ -1,4 +1,5 @@
-// The host contract between binding.cpp (torch), dispatch.cpp (which kernel) and the .cu files (no torch).
+// The host contract between binding.cpp (torch), plan.cpp (which kernel), dispatch.cpp (in which order) and the .cu
+// files (no torch). Plain C++, so that plan.cpp needs no CUDA.
 //
 //   q^ = q / |q|,  k^ = k / |k|          per group of head_dim / groups channels
 //   S  = scale * q^ k^T + attn_bias      -inf where masked
@@ -13,9 +14,10 @@
 // failed launch throws std::runtime_error.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;  // as cuda_runtime_api.h has it
 
 namespace flash_cosine_sim {
 
@@ -73,7 +75,7 @@ enum class Norm : int {
 // Of the row sums in a row of split_sums: two, and two more for its alignment.
 inline constexpr int kRowSumPlaces = 4;
 
-// Which kernel a forward pass takes, and what that needs. dispatch.cpp decides, binding.cpp allocates.
+// Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
   bool sm90 = false;  // sm90/forward.cuh, else one of the portable kernels
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
@@ -86,7 +88,8 @@ struct ForwardPlan {
 
 struct ForwardParams : Attention {
   ForwardPlan plan;
-  uint32_t* counters = nullptr;  // workspace, if the plan has any; sm90/tiles.h says what of. run_forward zeroes them.
+  // Workspace, if the plan has any: sm90/tiles/forward.h says what of. run_forward zeroes them.
+  uint32_t* counters = nullptr;
   // Workspace, if the plan has it: float32 (num_splits, batch, num_heads, seq_len_q, head_dim + kRowSumPlaces):
   // split_sums.cuh
   float* split_sums = nullptr;
@@ -129,14 +132,14 @@ struct BackwardParams : Attention {
   float* dq_accumulator = nullptr;
   // deterministic: whose turn it is at each block of queries. Lies behind the counters; run_backward zeroes both.
   int* dq_order = nullptr;
-  uint32_t* counters = nullptr;  // sm90/backward.cuh: sm90/tiles.h says what of
+  uint32_t* counters = nullptr;  // sm90/backward.cuh: sm90/tiles/backward.h says what of
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
 };
 
-// dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and
-// k_hat; a forward pass does as its plan says.
+// dispatch.cpp: all that binding.cpp calls; the plans are plan.cpp's for the current device. With l2norm_qk a backward
+// pass always normalises q and k into q_hat and k_hat; a forward pass does as its plan says.
 //
 // Reads shapes, strides and options, and which outputs are wanted; neither q_hat nor k_hat nor a workspace pointer.
 ForwardPlan plan_forward(const ForwardParams& params);
@@ -167,14 +170,17 @@ enum class Math : int {
   kTf32,
 };
 
+constexpr int element_size(Math math) { return math == Math::kFp32 || math == Math::kTf32 ? 4 : 2; }
+
 // merge.cu: the output, or the partials, from split_sums
 void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
 
 // sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer
 template <Math kMath, int kHeadDim>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim>  // if has_split_kernel says so
 void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream);
+constexpr bool has_split_kernel(Math math, int head_dim) { return head_dim * element_size(math) <= 512; }
 template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 template <Math kMath, int kHeadDim>

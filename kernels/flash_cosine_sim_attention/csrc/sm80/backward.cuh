@@ -14,7 +14,7 @@
 #include "launch.h"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
-#include "sm80/tiles.h"
+#include "sm80/tiles/backward.h"
 
 namespace flash_cosine_sim {
 

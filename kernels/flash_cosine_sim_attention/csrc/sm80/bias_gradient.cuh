@@ -8,7 +8,7 @@
 
 #include "launch.h"
 #include "common/scores.cuh"
-#include "sm80/tiles.h"
+#include "sm80/tiles/bias_gradient.h"
 
 namespace flash_cosine_sim {
 

@@ -17,7 +17,7 @@
 
 #include "launch.h"
 #include "sm80/forward_warp.cuh"
-#include "sm80/tiles.h"
+#include "sm80/tiles/forward.h"
 
 namespace flash_cosine_sim {
 

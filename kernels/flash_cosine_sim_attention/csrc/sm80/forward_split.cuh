@@ -14,7 +14,7 @@
 #include "launch.h"
 #include "sm80/forward_warp.cuh"
 #include "sm80/split_sums.cuh"
-#include "sm80/tiles.h"
+#include "sm80/tiles/forward_split.h"
 
 namespace flash_cosine_sim {
 

@@ -31,7 +31,7 @@
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm90/tensor_map.h"
-#include "sm90/tiles.h"
+#include "sm90/tiles/backward.h"
 #include "sm90/wgmma.cuh"
 
 namespace flash_cosine_sim {

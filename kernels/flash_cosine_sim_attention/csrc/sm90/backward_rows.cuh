@@ -8,7 +8,7 @@
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm90/sections.h"
-#include "sm90/tiles.h"
+#include "sm90/tiles/backward.h"
 
 namespace flash_cosine_sim {
 

@@ -24,7 +24,7 @@
 #include "common/scores.cuh"
 #include "sm90/sections.h"
 #include "sm90/tensor_map.h"
-#include "sm90/tiles.h"
+#include "sm90/tiles/forward.h"
 #include "sm90/wgmma.cuh"
 
 namespace flash_cosine_sim {

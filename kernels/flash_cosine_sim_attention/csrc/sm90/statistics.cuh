@@ -9,7 +9,7 @@
 
 #include "common/math.cuh"
 #include "common/ptx.cuh"
-#include "sm90/tiles.h"
+#include "sm90/tiles/backward.h"
 
 namespace flash_cosine_sim {
 

@@ -26,12 +26,6 @@ inline PFN_cuTensorMapEncodeTiled_v12000 find_tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-// Whether a tensor map can describe it: a broadcast dimension has no place in one, nor has an empty tensor.
-inline bool has_tensor_map(const Tensor& tensor, int batch, int num_heads, int num_rows) {
-  return num_rows > 0 && (tensor.stride_batch > 0 || batch == 1) && (tensor.stride_head > 0 || num_heads == 1) &&
-         (tensor.stride_row > 0 || num_rows == 1);
-}
-
 // Dimensions (column, row, head, batch); a copy moves box_rows rows of box_columns 16-bit elements, which lie in
 // shared memory swizzled by tile.cuh's swizzle<2 * box_columns>.
 inline CUtensorMap make_tensor_map(const Tensor& tensor, DType dtype, int batch, int num_heads, int num_rows,
