@@ -58,9 +58,9 @@ void plan_forward_call(const int64_t* call, int64_t* plan) {
   params.o = tensor(numbers, params.num_heads, params.seq_len_q, params.head_dim);
   const ForwardPlan found = plan_forward(params, gpu);
   int i = 0;
-  for (int64_t x : {int64_t(found.sm90), int64_t(found.num_splits), found.split_sums, int64_t(found.q_norm),
-                    int64_t(found.k_norm), found.num_counters, int64_t(forward_math_of(params)),
-                    int64_t(padded_head_dim(params.head_dim))}) {
+  for (int64_t x :
+       {int64_t(found.sm90), int64_t(found.num_splits), found.split_sums, int64_t(found.q_norm), int64_t(found.k_norm),
+        found.num_counters, int64_t(forward_math_of(params)), int64_t(padded_head_dim(params.head_dim))}) {
     plan[i++] = x;
   }
 }
@@ -112,6 +112,7 @@ void split_tile_sizes(int math, int head_dim, int64_t num_rows, int* sizes) {
   const SplitTile& tile = split_tile(static_cast<Math>(math), head_dim);
   sizes[0] = tile.warp_rows() * tile.warps_with_rows(num_rows);
   sizes[1] = tile.block_keys;
+  sizes[2] = tile.min_blocks;
 }
 
 }  // extern "C"
