@@ -1,4 +1,4 @@
-"""plan.cpp, compiled by a plain C++ compiler: for any call one kernel that exists, and workspace for all that it writes.
+"""plan.cpp, compiled by any C++ compiler: for every call one kernel that exists, and workspace for all that it writes.
 
 Where a kernel writes is said again here, from the kernels' own files, so that a plan cannot agree with itself alone.
 """
@@ -310,7 +310,7 @@ def test_backward_workspace_covers_what_is_written(library, call):
     assert plan.dq_accumulator == (call.heads * rows * columns if needs_dq else 0)
     # wait_for_turn, dq_order: a number for each block of queries of each head, of each warp or slice
     assert plan.dq_order == (call.heads * num_blocks_q * turns if needs_dq and call.deterministic else 0)
-    # write_partial: float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim)
+    # write_partial: dk and dv of every split
     assert plan.dkv_partials == plan.num_splits * 2 * call.kv_heads * call.seq_len_k * call.head_dim
     if plan.sm90:
         last = 8  # kTilesTaken

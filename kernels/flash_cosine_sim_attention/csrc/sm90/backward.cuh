@@ -27,6 +27,7 @@
 #include "device.h"
 #include "launch.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/queue.cuh"
 #include "sm90/statistics.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
@@ -180,17 +181,13 @@ struct BackwardSm90 {
     template <int kRows, int kPanelDim>
     __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t tile, uint32_t full, int row, int head,
                                          int batch) {
-#pragma unroll
-      for (int panel = 0; panel < kHeadDim / kPanelDim; ++panel) {
-        tma_load_4d(tile + panel * kRows * 2 * kPanelDim, &map, full, panel * kPanelDim, row, head, batch);
-      }
+      load_panels<kRows, kPanelDim, kHeadDim / kPanelDim>(&map, tile, full, row, head, batch);
     }
 
     // Until the rows of a block are prepared.
     template <int kRows>
     __device__ __forceinline__ void await_rows(unsigned counter) {
-      while (load_acquire(params.counters + counter) < kRows / Traits::kChunkRows) __nanosleep(64);
-      fence_proxy_async_global();  // other threads' st.global before TMA, here and in the consumers
+      await_published(params.counters + counter, kRows / Traits::kChunkRows);
     }
 
     __device__ __forceinline__ void await_queries(int head, int block) {
@@ -270,9 +267,8 @@ struct BackwardSm90 {
       load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
     }
 
-    // The answer, which takes a microsecond, is the leader's alone.
     __device__ __forceinline__ unsigned ask_for_tile() const {
-      return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
+      return ask_in_lane_0(params.counters + BackwardSm90Counters::kTilesTaken);
     }
 
     // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is

@@ -7,6 +7,7 @@
 
 #include "common/rows.cuh"
 #include "common/scores.cuh"
+#include "sm90/queue.cuh"
 #include "sm90/sections.h"
 #include "sm90/tiles/backward.h"
 
@@ -26,9 +27,8 @@ struct BackwardSchedule {
 
 // A warp. It takes chunks of rows from a counter, and publishes them by a counter for each block of rows.
 //
-// None waits for ever, even if the GPU does not run all blocks at a time. A producer waits for chunks. One that has
-// been taken was taken by a running warp, which waits at most until the first tile of the chunk's section has been
-// taken; a tile that needs the chunk is none before. One that has not will be, by warps beside the very producer.
+// Who has taken a chunk waits at most until the first tile of the chunk's section has been taken; a tile that needs the
+// chunk is none before. So no wait is endless: queue.cuh.
 //
 // Few warps have little time and few registers. So rows come by asynchronous copies, kRowsAtOnce in turn, the next
 // while a warp works on those before: a lane on 16 columns, as rows.cuh cuts a row, of two rows. Products leave little
@@ -99,10 +99,8 @@ struct RowPreparer {
     return chunk;
   }
 
-  // The answer, which takes a microsecond, is lane 0's alone.
   __device__ __forceinline__ unsigned ask_for_chunk() const {
-    if ((threadIdx.x & 31) != 0) return 0;
-    return atomic_increment(params.counters + Counters::kChunksTaken);
+    return ask_in_lane_0(params.counters + Counters::kChunksTaken);
   }
 
   __device__ __forceinline__ unsigned count_tiles_taken() const {
@@ -286,12 +284,6 @@ struct RowPreparer {
     cp_async_wait<0>();  // zeros for rows behind the chunk's, where the next chunk's go
   }
 
-  // Who acquires the counter sees what the warp has written.
-  __device__ __forceinline__ void publish(const Chunk& chunk) const {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) red_add_release(params.counters + chunk.counter, 1);
-  }
-
   __device__ __forceinline__ void prepare_chunks() {
     unsigned next = ask_for_chunk();
     while (true) {
@@ -302,7 +294,7 @@ struct RowPreparer {
       wait_for_turn(chunk, num_tiles_taken);
       next = ask_for_chunk();
       prepare(chunk);
-      publish(chunk);
+      publish(params.counters + chunk.counter, 1);
     }
   }
 };

@@ -20,6 +20,7 @@
 #include "device.h"
 #include "launch.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/queue.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm90/sections.h"
@@ -160,10 +161,7 @@ struct ForwardSm90 {
     __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t tile, uint32_t full, int row, int head,
                                          int batch) {
       mbarrier_arrive_expect_tx(full, kRows * 2 * kHeadDim);
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        tma_load_4d(tile + panel * kRows * kPanelBytes, &map, full, panel * kPanelDim, row, head, batch);
-      }
+      load_panels<kRows, kPanelDim, kPanels>(&map, tile, full, row, head, batch);
     }
 
     // Looks whether waiting has an end. Once a tile, for it takes almost a microsecond.
@@ -180,8 +178,7 @@ struct ForwardSm90 {
                              chunks_done(params, work.batch * params.num_kv_heads + work.kv_head, block);
       const int num_rows = min(kBlockK, params.seq_len_k - block * kBlockK);
       const uint32_t num_chunks = (num_rows + Traits::kChunkRows - 1) / Traits::kChunkRows;
-      while (load_acquire(done) < num_chunks) __nanosleep(64);
-      fence_proxy_async_global();
+      await_published(done, num_chunks);
     }
 
     __device__ __forceinline__ void load_k(const Work& work, int block) {
@@ -236,9 +233,7 @@ struct ForwardSm90 {
 
   // Norm::kAhead: a warp beside the producer's. It writes k_hat, chunk by chunk; producers of all blocks wait for it.
   //
-  // None waits for ever, even if the GPU does not run all blocks at a time. A chunk that has been taken was taken by a
-  // running warp, which waits for nobody before it has written it. One that has not will be, by warps beside the very
-  // producer that waits: they take chunks until none is left.
+  // Who has taken a chunk waits for nobody before it has written it, which is why no wait is endless: queue.cuh.
   struct KeyNormalizer {
     static constexpr int kLanes = Traits::kLanesPerRow, kRowsAtOnce = 32 / kLanes, kRows = Traits::kRowsPerLane;
 
@@ -250,10 +245,8 @@ struct ForwardSm90 {
     rows::PackedSlice slices[kRows];
     unsigned counter = 0;  // of the chunk's block
 
-    // The answer, which takes a microsecond, is lane 0's alone.
     __device__ __forceinline__ unsigned ask_for_chunk() const {
-      if ((threadIdx.x & 31) != 0) return 0;
-      return atomic_increment(params.counters + ForwardSm90Counters::kChunksTaken);
+      return ask_in_lane_0(params.counters + ForwardSm90Counters::kChunksTaken);
     }
 
     // Whether the lane's i-th row has the first or second of the lane's vectors.
@@ -294,12 +287,6 @@ struct ForwardSm90 {
       }
     }
 
-    // Adds to a counter; who acquires that sees what the warp has written.
-    __device__ __forceinline__ void publish(unsigned counter, unsigned count) const {
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) red_add_release(params.counters + counter, count);
-    }
-
     __device__ __forceinline__ void normalize_chunks() {
       unsigned num_written = 0;
       unsigned next = ask_for_chunk();
@@ -308,13 +295,13 @@ struct ForwardSm90 {
         const bool exists = chunk < static_cast<unsigned>(schedule.num_chunks);
         const unsigned counter_before = counter;
         if (exists) load(chunk);
-        if (num_written > 0) publish(counter_before, 1);  // takes as long as the loads
+        if (num_written > 0) publish(params.counters + counter_before, 1);  // takes as long as the loads
         if (!exists) break;
         next = ask_for_chunk();
         normalize_and_store();
         ++num_written;
       }
-      publish(ForwardSm90Counters::kChunksDone, num_written);
+      publish(params.counters + ForwardSm90Counters::kChunksDone, num_written);
     }
   };
 

@@ -25,6 +25,17 @@ struct RingStage {
   }
 };
 
+// Starts to copy rows of a head, from `row` on, to a tile: panels of kPanelDim columns, each of kRows rows. Their bytes
+// count towards the barrier's phase.
+template <int kRows, int kPanelDim, int kPanels>
+__device__ __forceinline__ void load_panels(const void* tensor_map, uint32_t tile, uint32_t full, int row, int head,
+                                            int batch) {
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    tma_load_4d(tile + panel * kRows * 2 * kPanelDim, tensor_map, full, panel * kPanelDim, row, head, batch);
+  }
+}
+
 // Tells the producer that the warp is through with what an "empty" barrier guards.
 __device__ __forceinline__ void release(uint32_t empty) {
   if ((threadIdx.x & 31) == 0) mbarrier_arrive(empty);
