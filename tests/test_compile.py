@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from emulator.build import load_setup
+from emulator.build import CSRC, load_setup
 from test_packaging import (
     PACKAGE,
     ROOT,
@@ -204,6 +205,23 @@ def test_files_of_sm90_are_compiled_for_it(build):
     objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels" / "sm90").glob("*.cu.o")}
     units = {name for kernel in load_setup().INSTANTIATIONS for name in kernel.sources()}
     assert objects and {f"sm90/{name}" for name in objects} == {name for name in units if name.startswith("sm90/")}
+
+
+def test_another_tile_size_compiles_few_files(build):
+    """A table is read by its own kernel's files and plan.cpp."""
+    folder = build[1] / "build" / "kernels"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    ninja = shutil.which("ninja", path=path)
+    listing = subprocess.run([ninja, "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
+    units = re.findall(r"^(\S+): #deps.*\n((?: .*\n)+)", listing, re.MULTILINE)
+    assert len(units) == len(list(folder.rglob("*.o")))
+    tables = {path.relative_to(CSRC).as_posix() for path in CSRC.glob("sm?0/tiles/*.h")}
+    assert len(tables) == 6
+    for table in tables:
+        readers = {name for name, headers in units if f"/{table}\n" in headers}
+        kernel = table.replace("/tiles/", "/").removesuffix(".h")
+        own = {f"{name}.o" for one in load_setup().INSTANTIATIONS if one.header == kernel for name in one.sources()}
+        assert readers == {"plan.cpp.o", *own} and 1 < len(readers) <= 6, (table, readers)
 
 
 def test_shared_a_registers_are_found():

@@ -439,3 +439,13 @@ def test_a_head_dim_without_a_kernel_is_an_error_of_the_binding_not_a_plan(libra
     assert {dim for dims in HEAD_DIMS.values() for dim in dims[""]} == set(SETUP.HEAD_DIMS)
     padded = {plan_of(library, Forward(head_dim=dim)).padded_head_dim for dim in range(8, 257, 8)}
     assert padded == set(SETUP.HEAD_DIMS)
+
+
+def test_the_edges_that_other_tests_try_are_those_of_the_tiles(library):
+    """test_kernels.py and test_emulation.py spell them out."""
+    from test_kernels import SM90_EDGES_K, SM90_EDGES_Q
+
+    for head_dim in SETUP.HEAD_DIMS[1:]:
+        block_q, block_k, _ = tile_sizes(library, "forward_sm90", head_dim)
+        assert {block_q - 1, block_q, block_q + 1} <= set(SM90_EDGES_Q), head_dim
+        assert {block_k - 1, block_k, block_k + 1} <= set(SM90_EDGES_K), head_dim

@@ -14,10 +14,10 @@ inline constexpr float kLargestFp16Logit = 10.f;
 // sm80/forward_split.cuh up to so many rows that share a key: with so few, memory decides, and to read keys and values
 // once is best.
 inline constexpr int64_t kFewRows = 64;
-// And with more where other kernels would leave all but this share of the GPU idle: sm90/forward.cuh takes less than
-// half of its time otherwise.
+// And with more rows where other kernels would leave two thirds of the GPU idle, with one of their tiles for so many
+// multiprocessors: sm90/forward.cuh takes less than half of its time otherwise.
 inline constexpr int64_t kIdleShare = 3;
-inline constexpr int64_t kIdleTileRows = 128;  // of those other kernels' tiles
+inline constexpr int64_t kIdleTileRows = 128;  // of such a tile
 
 // Keys are split if they are at least so many blocks: a merge takes as long as a multiprocessor does for some 8.
 inline constexpr int64_t kBlocksWorthMerging = 8;
@@ -48,10 +48,10 @@ inline constexpr int64_t kManyQueriesPerKey = 256;
 // a row on. Measured: 256 (1 to 3 % faster), not 128 (2 % slower at head dim 64).
 inline constexpr int64_t kManyProductsPerRow = 256;
 
-// When several blocks share the walk over queries, and their sums are added up afterwards: if there are too few blocks
-// to fill the GPU, which has this times as many multiprocessors ...
+// Blocks of keys so few that each has this many multiprocessors leave the GPU idle: several then share the walk over
+// queries, and their sums are added up afterwards ...
 inline constexpr int64_t kIdleMultiprocessors = 2;
-// ... and so many blocks of queries at least to walk over, of which each gets so many.
+// ... if there are so many blocks of queries at least, of which each gets so many.
 struct WalkSplits {
   int64_t least_blocks, least_blocks_each;
   int64_t blocks_per_multiprocessor;  // wanted
