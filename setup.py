@@ -35,6 +35,8 @@ PACKAGE = "flash_cosine_sim_attention"
 PACKAGE_DIR = ROOT / "kernels" / PACKAGE
 IDENTITY = PACKAGE_DIR / "identity.py"
 CSRC = PACKAGE_DIR / "csrc"
+# Not the folder that setuptools names, which pip makes anew each time: a second build compiles only what changed.
+BUILD_DIR = ROOT / "build" / "kernels"
 
 OLDEST_TORCH = (2, 11)  # the first release whose stable ABI has all that binding.cpp calls
 OLDEST_NVCC = (12, 1)  # the first whose PTX adds two floats at once (red.v2)
@@ -66,6 +68,52 @@ class KernelsUnavailable(Exception):
 
     def __init__(self, reason: str, cure: str):
         super().__init__(f"{reason}; to get them, {cure} and install again with --no-build-isolation")
+
+
+@dataclass(frozen=True)
+class Instantiations:
+    """The instances of a kernel template of csrc/: a file for each of `maths`, so that they compile at once."""
+
+    header: str  # without .cuh; its folder says what the files are compiled for
+    launch: str  # template <Math, int head_dim> void launch(const parameters&, cudaStream_t)
+    parameters: str
+    maths: tuple[str, ...]  # keys of MATHS
+    head_dims: dict[str, tuple[int, ...]]  # by key of MATHS; "": of those that are not named
+
+    def sources(self) -> dict[str, str]:
+        """The text of each file, by its path in csrc/ if it were there."""
+        return {f"{self.header}_{math}.cu": self.source(math) for math in self.maths}
+
+    def source(self, math: str) -> str:
+        head_dims = self.head_dims.get(math, self.head_dims[""])
+        instances = [
+            f"template void {self.launch}<Math::{MATHS[math]}, {head_dim}>(const {self.parameters}&, cudaStream_t);"
+            for head_dim in head_dims
+        ]
+        namespace = "namespace flash_cosine_sim"
+        lines = [f'#include "{self.header}.cuh"', "", f"{namespace} {{", "", *instances, "", f"}}  // {namespace}", ""]
+        return "\n".join(lines)
+
+
+# Names of files, and what attention.h calls them.
+MATHS = {"bf16": "kBf16", "fp16": "kFp16", "fp16_wide": "kFp16WideP", "fp32": "kFp32", "tf32": "kTf32"}
+PORTABLE = ("bf16", "fp16", "fp32", "tf32")
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+# Every kernel template of csrc/ that dispatch.cpp launches.
+INSTANTIATIONS = (
+    Instantiations("sm80/forward", "launch_forward_sm80", "ForwardParams", tuple(MATHS), {"": HEAD_DIMS}),
+    Instantiations(
+        "sm80/forward_split",
+        "launch_forward_split_sm80",
+        "ForwardParams",
+        tuple(MATHS),
+        {"": HEAD_DIMS, "fp32": HEAD_DIMS[:-1], "tf32": HEAD_DIMS[:-1]},  # longer rows spill registers
+    ),
+    Instantiations("sm80/backward", "launch_backward_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
+    Instantiations("sm80/bias_gradient", "launch_bias_gradient_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
+    Instantiations("sm90/forward", "launch_forward_sm90", "ForwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:]}),
+    Instantiations("sm90/backward", "launch_backward_sm90", "BackwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:-1]}),
+)
 
 
 @dataclass(frozen=True)
@@ -158,8 +206,29 @@ def find_toolchain(*, allow_cpu_torch: bool) -> Toolchain:
 
 
 def kernel_sources() -> list[Path]:
-    cuda = sorted(CSRC.glob("*.cu"))
-    return cuda + sorted(CSRC.glob("*.cpp")) if cuda else []
+    """The sources in csrc/."""
+    cuda = sorted(CSRC.rglob("*.cu"))
+    return cuda + sorted(CSRC.rglob("*.cpp")) if cuda else []
+
+
+def write_instantiations(csrc: Path, folder: Path) -> list[Path]:
+    """Write the sources of INSTANTIATIONS whose header is in csrc, touching none that says so already."""
+    sources = []
+    for kernel in INSTANTIATIONS:
+        if not (csrc / f"{kernel.header}.cuh").exists():
+            continue
+        for name, text in kernel.sources().items():
+            source = folder / name
+            source.parent.mkdir(parents=True, exist_ok=True)
+            if not source.exists() or source.read_text(encoding="utf-8") != text:  # else it would be compiled again
+                source.write_text(text, encoding="utf-8")
+            sources.append(source)
+    return sources
+
+
+def is_for_sm90(source: Path) -> bool:
+    """The folder of a source says what it is compiled for."""
+    return source.parent.name == "sm90"
 
 
 def import_torch():
@@ -251,29 +320,34 @@ def kernel_builder(toolchain: Toolchain) -> type[build_ext]:
         def build_extension(self, ext: Extension) -> None:
             library = Path(self.get_ext_fullpath(ext.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
-            # Outside build_temp, which pip makes anew each time: a second build compiles only what changed.
-            build_dir = ROOT / "build" / "kernels"
-            build_dir.mkdir(parents=True, exist_ok=True)
-            (build_dir / "build.ninja").write_text(ninja_file(toolchain, library), encoding="utf-8")
-            jobs = max_jobs(len(ext.sources))
+            BUILD_DIR.mkdir(parents=True, exist_ok=True)
+            sources = kernel_sources() + write_instantiations(CSRC, BUILD_DIR)
+            if not has_sm90(toolchain):
+                sources = [source for source in sources if not is_for_sm90(source)]
+            (BUILD_DIR / "build.ninja").write_text(ninja_file(toolchain, sources, library), encoding="utf-8")
+            jobs = max_jobs(len(sources))
             targets = " ".join(
                 f"{arch.number / 10}{'a' if arch.specific else ''}{'+PTX' if arch.ptx else ''}"
                 for arch in toolchain.archs
             )
-            say(f"compiling {len(ext.sources)} files for {targets}, {jobs} at once, with {toolchain.nvcc}")
-            result = subprocess.run([toolchain.ninja, "-C", str(build_dir), "-j", str(jobs)], check=False)
+            say(f"compiling {len(sources)} files for {targets}, {jobs} at once, with {toolchain.nvcc}")
+            result = subprocess.run([toolchain.ninja, "-C", str(BUILD_DIR), "-j", str(jobs)], check=False)
             if result.returncode != 0:
                 raise SystemExit(f"{PACKAGE}: the CUDA kernels did not compile; the compiler's message is above")
 
     return BuildKernels
 
 
-def ninja_file(toolchain: Toolchain, library: Path) -> str:
-    has_sm90 = any(arch.number == 90 and arch.specific for arch in toolchain.archs)
+def has_sm90(toolchain: Toolchain) -> bool:
+    return any(arch.number == 90 and arch.specific for arch in toolchain.archs)
+
+
+def ninja_file(toolchain: Toolchain, sources: list[Path], library: Path) -> str:
     compile_flags = "-O3 -std=c++20 -DNDEBUG --expt-relaxed-constexpr -lineinfo".split()
     compile_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    # dispatch.cpp must not name what the *_sm90.cu files define when they are left out.
-    compile_flags += [f"-DFLASH_COSINE_SIM_HAS_SM90={int(has_sm90)}"]
+    compile_flags += [f"-I{CSRC}"]
+    # dispatch.cpp must not name what the files of sm90/ define when they are left out.
+    compile_flags += [f"-DFLASH_COSINE_SIM_HAS_SM90={int(has_sm90(toolchain))}"]
     # -nodlink: no file uses relocatable device code; linking it adds an empty image for nvcc's oldest target.
     link_flags = "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL".split()
     # torch loads its own libraries privately: unless libtorch.so is named here, the symbols of its C shim
@@ -294,10 +368,9 @@ def ninja_file(toolchain: Toolchain, library: Path) -> str:
         "  description = link $out",
     ]
     objects = []
-    for source in kernel_sources():
-        if source.name.endswith("_sm90.cu") and not has_sm90:
-            continue
-        objects.append(f"{source.name}.o")
+    for source in sources:
+        folder = CSRC if source.is_relative_to(CSRC) else BUILD_DIR
+        objects.append(f"{source.relative_to(folder)}.o")
         lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
         lines.append(f"  flags = {file_flags(source, toolchain)}")
     lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", ""]
@@ -311,7 +384,7 @@ def file_flags(source: Path, toolchain: Toolchain) -> str:
         flags = [f"-DTORCH_TARGET_VERSION=0x{version}", "-DPy_LIMITED_API=0x030a0000"]
         flags += ["-DUSE_CUDA"]  # torch's C shim declares the current CUDA stream only then
         return ninja_command([*flags, "-isystem", str(toolchain.torch_include)])
-    if source.name.endswith("_sm90.cu"):
+    if is_for_sm90(source):
         # wgmma exists for 9.0a alone, and code for 9.0a runs on 9.0 alone: no other target, and no PTX.
         return ninja_command(["-gencode", "arch=compute_90a,code=sm_90a"])
     flags = []

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from emulator.build import CSRC, load_setup
 from support import ROOT
 from support.building import (
     PACKAGE,
@@ -185,7 +187,7 @@ def build(make_once):
 
 
 def test_complaints_are_found(tmp_path):
-    csrc = {"spilling.cu": SPILLING_CU, "serialised_sm90.cu": SERIALISED_SM90_CU}
+    csrc = {"spilling.cu": SPILLING_CU, "sm90/serialised.cu": SERIALISED_SM90_CU}
     found = "\n".join(complaints(compile_tree(copy_sources(tmp_path / "tree", csrc=csrc))))
     assert 'warning #177-D: variable "unused"' in found
     assert re.search(r"spilling_kernel\(float\*\) spills registers: \d+ bytes stored, \d+ loaded", found)
@@ -200,9 +202,26 @@ def test_no_kernel_spills_and_no_compiler_warns(build):
 def test_files_of_sm90_are_compiled_for_it(build):
     kernels = set(re.findall(r"Compiling entry function '(\S*sm90\S*)' for '(\w+)'", build[0]))
     assert {target for _, target in kernels} == {"sm_90a"}
-    objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels").glob("*_sm90.cu.o")}
-    sources = {path.name for path in (ROOT / "kernels" / PACKAGE / "csrc").glob("*_sm90.cu")}
-    assert sources and objects == sources
+    objects = {path.name.removesuffix(".o") for path in (build[1] / "build" / "kernels" / "sm90").glob("*.cu.o")}
+    units = {name for kernel in load_setup().INSTANTIATIONS for name in kernel.sources()}
+    assert objects and {f"sm90/{name}" for name in objects} == {name for name in units if name.startswith("sm90/")}
+
+
+def test_another_tile_size_compiles_few_files(build):
+    """A table is read by its own kernel's files and plan.cpp."""
+    folder = build[1] / "build" / "kernels"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    ninja = shutil.which("ninja", path=path)
+    listing = subprocess.run([ninja, "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
+    units = re.findall(r"^(\S+): #deps.*\n((?: .*\n)+)", listing, re.MULTILINE)
+    assert len(units) == len(list(folder.rglob("*.o")))
+    tables = {path.relative_to(CSRC).as_posix() for path in CSRC.glob("sm?0/tiles/*.h")}
+    assert len(tables) == 6
+    for table in tables:
+        readers = {name for name, headers in units if f"/{table}\n" in headers}
+        kernel = table.replace("/tiles/", "/").removesuffix(".h")
+        own = {f"{name}.o" for one in load_setup().INSTANTIATIONS if one.header == kernel for name in one.sources()}
+        assert readers == {"plan.cpp.o", *own} and 1 < len(readers) <= 6, (table, readers)
 
 
 def test_shared_a_registers_are_found():
@@ -224,7 +243,7 @@ def test_registers_touched_in_flight_are_found():
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
 def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
-    objects = sorted((build[1] / "build" / "kernels").glob("*_sm90.cu.o"))
+    objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("*.cu.o"))
     for path in objects:
         listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
         touching = touched_in_flight(listing)
@@ -235,7 +254,7 @@ def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
 def test_wgmma_keeps_the_registers_of_its_operands_apart(build):
-    objects = sorted((build[1] / "build" / "kernels").glob("forward*_sm90.cu.o"))
+    objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("forward*.cu.o"))
     for path in objects:
         listing = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
         shared = shared_a_registers(listing)

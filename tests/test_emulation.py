@@ -173,7 +173,7 @@ def portable_checks():
         checks[f"split-{name}"] = functools.partial(check_emulated, replace(few, mask=False, causal=True))
         raw = {"l2norm_qk": False, "learned_scale": True, "seq_len_q": 33}
         checks[f"split-by-head-{name}"] = functools.partial(check_emulated, replace(few, **raw), True)
-        # Few queries that share many keys: forward_split_sm80.cuh, with 2 to 8 splits.
+        # Few queries that share many keys: sm80/forward_split.cuh, with 2 to 8 splits.
         query = replace(few, num_heads=4, num_kv_heads=2, seq_len_q=1, seq_len_k=1100, mask=False)
         for label, options in {
             "causal": {"causal": True, "mask": True},

@@ -40,7 +40,7 @@ int launch_double(float* x, int n, void* stream) {
 }
 """
 
-# sm_90 has no setmaxnreg, sm_90a has: this compiles only if setup.py gives *_sm90.cu files their own target.
+# sm_90 has no setmaxnreg, sm_90a has: this compiles only if setup.py gives the files of sm90/ their own target.
 PROBE_SM90_CU = """
 __global__ void registers_kernel() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 int launch_registers() {
@@ -167,7 +167,9 @@ def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
 
 
 def test_sdist_holds_what_compiles_the_kernels(tmp_path):
-    tree = copy_sources(tmp_path / "tree", csrc={"probe.cu": PROBE_CU, "traits.cuh": "", "binding.cpp": ""})
+    tree = copy_sources(tmp_path / "tree")
+    csrc = f"kernels/{PACKAGE}/csrc"
+    shutil.copytree(ROOT / csrc, tree / csrc)
     run_hook("build_sdist", tree, bare_environment(tmp_path))
     (sdist,) = (tree / "out").glob("*.tar.gz")
     # Python has had the filter since 3.11.4 and 3.10.12, and from 3.12 on warns without one.
@@ -175,9 +177,9 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     shutil.unpack_archive(sdist, tmp_path / "unpacked", **options)
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    csrc = f"kernels/{PACKAGE}/csrc"
-    required = {"setup.py", "pyproject.toml", "LICENSE"}
-    assert required | {f"{csrc}/{name}" for name in ["probe.cu", "traits.cuh", "binding.cpp"]} <= files
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / csrc).rglob("*") if path.is_file()}
+    assert {"setup.py", "pyproject.toml", "LICENSE"} | sources <= files
+    assert {f"{csrc}/{name}" for name in ["binding.cpp", "rowwise/normalize.cu", "sm90/forward.cuh"]} <= sources
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 
 
@@ -385,7 +387,7 @@ def needs_nvcc(test):
 def compiled_wheel(tmp_path_factory):
     """(wheel, its library unpacked) of a probe compiled for 9.0a."""
     folder = tmp_path_factory.mktemp("compiled")
-    sources = {"probe.cu": PROBE_CU, "probe_sm90.cu": PROBE_SM90_CU, "binding.cpp": BINDING_CPP}
+    sources = {"probe.cu": PROBE_CU, "sm90/probe.cu": PROBE_SM90_CU, "binding.cpp": BINDING_CPP}
     tree = copy_sources(folder / "tree with spaces", csrc=sources)
     run_hook("build_wheel", tree, compiling_environment("9.0a+PTX"))
     (wheel,) = (tree / "out").glob("*.whl")
@@ -412,7 +414,7 @@ def test_compiled_library_uses_only_the_stable_abi(compiled_wheel):
 @needs_nvcc
 def test_compiled_library_has_native_code_and_ptx(compiled_wheel):
     _, library = compiled_wheel
-    # probe.cu: code for 9.0, and PTX for what comes after. probe_sm90.cu: code for 9.0a, and no PTX, which
+    # probe.cu: code for 9.0, and PTX for what comes after. sm90/probe.cu: code for 9.0a, and no PTX, which
     # could run nowhere else.
     assert device_code(library) == [("code", 90), ("code", 90), ("ptx", 90)]
     assert b"sm_90a" in library.read_bytes()
@@ -420,7 +422,7 @@ def test_compiled_library_has_native_code_and_ptx(compiled_wheel):
 
 @needs_nvcc
 def test_without_the_a_of_9_0a_no_hopper_kernel_is_compiled(tmp_path):
-    sources = {"probe.cu": PROBE_CU, "probe_sm90.cu": "#error must not be compiled", "binding.cpp": BINDING_CPP}
+    sources = {"probe.cu": PROBE_CU, "sm90/probe.cu": "#error must not be compiled", "binding.cpp": BINDING_CPP}
     tree = copy_sources(tmp_path / "tree", csrc=sources)
     result = build_in_place(tree, compiling_environment("9.0"))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,21 +1,24 @@
 """Compiles the sources of csrc/ for the CPU, with the emulator in place of nvcc, ptx.cuh, wgmma.cuh and a GPU."""
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 EMULATOR = Path(__file__).resolve().parent
-CSRC = EMULATOR.parents[1] / "kernels" / "flash_cosine_sim_attention" / "csrc"
+ROOT = EMULATOR.parents[1]
+CSRC = ROOT / "kernels" / "flash_cosine_sim_attention" / "csrc"
 
 # Those with asm, which have a counterpart here, and what else that needs.
-REPLACED = ("ptx.cuh", "wgmma.cuh")
-ADDED = (*REPLACED, "emulator.h", "runtime.cpp")
+REPLACED = ("common/ptx.cuh", "sm90/wgmma.cuh")
+ADDED = ("emulator.h", "runtime.cpp")
 # What csrc/ writes and no host compiler reads; sources may have it anywhere.
 SYNTAX = [
     (r"([\w:]+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>", r"emulator::Launch{\1, \2}"),
@@ -51,11 +54,14 @@ def rewrite(name: str, text: str) -> str:
 
 def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     """Compile, in `folder`, the library that registers the emulated kernels for CPU tensors."""
-    for source in csrc.iterdir():
-        if source.suffix in (".cu", ".cuh", ".cpp", ".h") and source.name not in REPLACED:
-            (folder / source.name).write_text(rewrite(source.name, source.read_text()))
-    for name in ADDED:
-        shutil.copy(EMULATOR / name, folder)
+    for source in csrc.rglob("*.*"):
+        if source.suffix in (".cu", ".cuh", ".cpp", ".h"):
+            target = folder / source.relative_to(csrc)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(rewrite(source.name, source.read_text()))
+    load_setup().write_instantiations(csrc, folder)
+    for name in (*REPLACED, *ADDED):
+        shutil.copy(EMULATOR / Path(name).name, folder / name)
     torch_folder = Path(torch.__file__).parent
     # nvcc only calls the host compiler, and knows where CUDA's headers are.
     compile_command = [nvcc, *"-x c++ -std=c++20 -O1 -include emulator.h".split()]
@@ -65,7 +71,7 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     compile_command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-U_FORTIFY_SOURCE"]
     compile_command += ["-Xcompiler", "-Wno-unknown-pragmas"]
     compile_command += [f"-I{folder}", "-isystem", str(torch_folder / "include"), "-c"]
-    sources = sorted((*folder.glob("*.cu"), *folder.glob("*.cpp")))
+    sources = sorted((*folder.rglob("*.cu"), *folder.rglob("*.cpp")))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(lambda source: run([*compile_command, source, "-o", f"{source}.o"]), sources))
     library = folder / "emulated.so"
@@ -73,6 +79,15 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     # Fails here, with a name, where csrc/ calls something of CUDA that runtime.cpp lacks.
     run([*link_command, f"-L{torch_folder / 'lib'}", "-Xlinker", "-z,defs,--no-as-needed", "-ltorch_cpu", "-ltorch"])
     return library
+
+
+def load_setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(command: list) -> None:

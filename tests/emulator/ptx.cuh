@@ -1,5 +1,5 @@
-// The functions of csrc/ptx.cuh without PTX. An access to shared memory beyond the block's own, or to an address that
-// is not aligned, is an error, as it is on a GPU.
+// The functions of csrc/common/ptx.cuh without PTX. An access to shared memory beyond the block's own, or to an address
+// that is not aligned, is an error, as it is on a GPU.
 #pragma once
 
 #include "emulator.h"

@@ -1,8 +1,8 @@
-// The functions of csrc/wgmma.cuh without PTX. Products are made when the warpgroup waits for them, and no sooner: who
-// reads an accumulator earlier finds what was there before.
+// The functions of csrc/sm90/wgmma.cuh without PTX. Products are made when the warpgroup waits for them, and no sooner:
+// who reads an accumulator earlier finds what was there before.
 #pragma once
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace flash_cosine_sim {
 

@@ -1,4 +1,5 @@
-// The host contract between binding.cpp (torch), dispatch.cpp (which kernel) and the .cu files (no torch).
+// The host contract between binding.cpp (torch), plan.cpp (which kernel), dispatch.cpp (in which order) and the .cu
+// files (no torch). Plain C++, so that plan.cpp needs no CUDA.
 //
 //   q^ = q / |q|,  k^ = k / |k|          per group of head_dim / groups channels
 //   S  = scale * q^ k^T + attn_bias      -inf where masked
@@ -13,9 +14,10 @@
 // failed launch throws std::runtime_error.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;  // as cuda_runtime_api.h has it
 
 namespace flash_cosine_sim {
 
@@ -67,17 +69,17 @@ enum class Norm : int {
   kNone,      // it comes as it is to be: without l2norm_qk
   kPrologue,  // launch_normalize writes q_hat or k_hat, which needs memory
   kKernel,    // q_hat is q, or k_hat is k, and the attention kernel normalises what it loads
-  kAhead,     // keys in forward_sm90.cuh: that kernel writes k_hat, too, ahead of where it reads
+  kAhead,     // keys in sm90/forward.cuh: that kernel writes k_hat, too, ahead of where it reads
 };
 
 // Of the row sums in a row of split_sums: two, and two more for its alignment.
 inline constexpr int kRowSumPlaces = 4;
 
-// Which kernel a forward pass takes, and what that needs. dispatch.cpp decides, binding.cpp allocates.
+// Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
-  bool sm90 = false;  // forward_sm90.cuh, else one of the portable kernels
-  // forward_split_sm80.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
-  // more; 0: forward_sm80.cuh
+  bool sm90 = false;  // sm90/forward.cuh, else one of the portable kernels
+  // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
+  // more; 0: sm80/forward.cuh
   int num_splits = 0;
   int64_t split_sums = 0;  // elements of workspace
   Norm q_norm = Norm::kNone, k_norm = Norm::kNone;
@@ -86,11 +88,12 @@ struct ForwardPlan {
 
 struct ForwardParams : Attention {
   ForwardPlan plan;
-  uint32_t* counters = nullptr;   // workspace, if the plan has any; traits.h says what of. run_forward zeroes them.
+  // Workspace, if the plan has any: sm90/tiles/forward.h says what of. run_forward zeroes them.
+  uint32_t* counters = nullptr;
   // Workspace, if the plan has it: float32 (num_splits, batch, num_heads, seq_len_q, head_dim + kRowSumPlaces):
-  // row_part.cuh
+  // split_sums.cuh
   float* split_sums = nullptr;
-  Tensor o;                       // in the inputs' dtype; data == nullptr: partials are wanted
+  Tensor o;  // in the inputs' dtype; data == nullptr: partials are wanted
   // (batch, num_heads, seq_len_q), -inf in an empty row; with o. nullptr: no backward pass will need it.
   float* row_sum_log2 = nullptr;
   // Partials: (batch, num_heads, seq_len_q, head_dim) and (batch, num_heads, seq_len_q), contiguous.
@@ -100,7 +103,7 @@ struct ForwardParams : Attention {
 
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
-  bool sm90 = false;  // backward_sm90.cuh, else backward_sm80.cuh
+  bool sm90 = false;   // sm90/backward.cuh, else sm80/backward.cuh
   int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
@@ -124,19 +127,19 @@ struct BackwardParams : Attention {
   // Workspace, in the sizes that plan_backward gives; contiguous.
   float* delta = nullptr;  // (batch, num_heads, seq_len_q): rowsum(dO * O) - log2(e) * drow_sum_log2
   // sum_j dS_ij k^_j, (batch, num_heads, seq_len_q, head_dim): the gradient of q^ but for the factor scale.
-  // run_backward sets it to zero. nullptr if neither dq nor dscale is needed. backward_sm90.cuh's is padded, and its
+  // run_backward sets it to zero. nullptr if neither dq nor dscale is needed. sm90/backward.cuh's is padded, and its
   // elements are in the order of rows.cuh's `tiled_offset`.
   float* dq_accumulator = nullptr;
   // deterministic: whose turn it is at each block of queries. Lies behind the counters; run_backward zeroes both.
   int* dq_order = nullptr;
-  uint32_t* counters = nullptr;  // backward_sm90.cuh: traits.h says what of
+  uint32_t* counters = nullptr;  // sm90/backward.cuh: sm90/tiles/backward.h says what of
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
-  // launch_dkv_merge adds up in order; nullptr if num_splits is 0. backward_sm90.cuh leaves out splits without a share.
+  // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
 };
 
-// dispatch.cpp: all that binding.cpp calls. With l2norm_qk a backward pass always normalises q and k into q_hat and
-// k_hat; a forward pass does as its plan says.
+// dispatch.cpp: all that binding.cpp calls; the plans are plan.cpp's for the current device. With l2norm_qk a backward
+// pass always normalises q and k into q_hat and k_hat; a forward pass does as its plan says.
 //
 // Reads shapes, strides and options, and which outputs are wanted; neither q_hat nor k_hat nor a workspace pointer.
 ForwardPlan plan_forward(const ForwardParams& params);
@@ -150,7 +153,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream);
 void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
 // postprocess.cu
-// delta; for backward_sm90.cuh also zeros in dq_accumulator.
+// delta; for sm90/backward.cuh also zeros in dq_accumulator.
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
 // dq from dq_accumulator, through the factor scale and the norm; its rows' shares of dscale go into delta,
 // which nobody reads any more, and are then added up in order.
@@ -167,20 +170,23 @@ enum class Math : int {
   kTf32,
 };
 
+constexpr int element_size(Math math) { return math == Math::kFp32 || math == Math::kTf32 ? 4 : 2; }
+
 // merge.cu: the output, or the partials, from split_sums
 void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
 
-// forward_sm80.cuh, forward_split_sm80.cuh, backward_sm80.cuh: mma.sync, compute capability 8.0 and newer
+// sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer
 template <Math kMath, int kHeadDim>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim>  // if has_split_kernel says so
 void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream);
+constexpr bool has_split_kernel(Math math, int head_dim) { return head_dim * element_size(math) <= 512; }
 template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
 
-// forward_sm90.cuh, backward_sm90.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
+// sm90/forward.cuh, sm90/backward.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
 // bias, at least a key; backward with the norm only
 template <Math kMath, int kHeadDim>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);

@@ -6,10 +6,10 @@
 #include <stdexcept>
 #include <string>
 
-#define CUDA_CHECK(call)                                                                            \
-  do {                                                                                              \
-    const cudaError_t cuda_check_error = (call);                                                    \
-    if (cuda_check_error != cudaSuccess) {                                                          \
+#define CUDA_CHECK(call)                                                                               \
+  do {                                                                                                 \
+    const cudaError_t cuda_check_error = (call);                                                       \
+    if (cuda_check_error != cudaSuccess) {                                                             \
       throw std::runtime_error(std::string(#call " failed: ") + cudaGetErrorString(cuda_check_error)); \
-    }                                                                                               \
+    }                                                                                                  \
   } while (false)

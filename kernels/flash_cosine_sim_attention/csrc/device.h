@@ -22,8 +22,7 @@ inline const DeviceProperties& current_device() {
       int major = 0, minor = 0;
       CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
       CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-      CUDA_CHECK(
-          cudaDeviceGetAttribute(&result[index].num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
+      CUDA_CHECK(cudaDeviceGetAttribute(&result[index].num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
       result[index].compute_capability = 10 * major + minor;
     }
     return result;

@@ -1,0 +1,78 @@
+// What the kernels do with scores between the two products, beyond taking 2^x.
+#pragma once
+
+#include "common/tile.cuh"
+
+namespace flash_cosine_sim {
+
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// c = scale * log2(e) of a head.
+__device__ __forceinline__ float scale_log2(const Attention& params, int head) {
+  return (params.scale == nullptr ? params.scale_value : params.scale[int64_t(head) * params.scale_stride]) * kLog2E;
+}
+
+// Which of up to 64 keys from `first` on exist and are not masked, one bit a key. All lanes of a warp call it.
+template <int kBlockK>
+__device__ __forceinline__ uint64_t visible_keys(const Attention& params, int batch, int first) {
+  static_assert(kBlockK <= 64);
+  const int lane = threadIdx.x & 31;
+  uint64_t visible = 0;
+#pragma unroll
+  for (int part = 0; part < kBlockK; part += 32) {
+    const int key = first + part + lane;
+    bool sees = part + lane < kBlockK && key < params.seq_len_k;
+    if (sees && params.mask.data != nullptr) {
+      sees = params.mask.data[batch * params.mask.stride_batch + key * params.mask.stride_key];
+    }
+    visible |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, sees)) << part;
+  }
+  return visible;
+}
+
+// The same for blocks of any size, 32 keys a word.
+template <int kBlockK>
+struct VisibleKeys {
+  static constexpr int kWords = (kBlockK + 31) / 32;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ VisibleKeys(const Attention& params, int batch, int first) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      const int key = first + 32 * word + static_cast<int>(threadIdx.x & 31);
+      bool sees = key < params.seq_len_k;
+      if (sees && params.mask.data != nullptr) {
+        sees = params.mask.data[batch * params.mask.stride_batch + key * params.mask.stride_key];
+      }
+      words[word] = __ballot_sync(0xffffffffu, sees);
+    }
+  }
+};
+
+// attn_bias of one query for keys from `first_key` on, in base 2; 0 outside of the matrix. `key` counts from first_key.
+template <typename T>
+struct BiasRow {
+  const T* first;
+  int64_t stride;
+  int num_keys;
+
+  __device__ __forceinline__ BiasRow(const Attention& params, int batch, int head, int query, int first_key) {
+    const Bias& bias = params.bias;
+    first = static_cast<const T*>(bias.data) + batch * bias.stride_batch + head * bias.stride_head +
+            query * bias.stride_query + first_key * bias.stride_key;
+    stride = opaque(bias.stride_key);
+    num_keys = query < params.seq_len_q ? params.seq_len_k - first_key : 0;
+  }
+
+  __device__ __forceinline__ float operator[](int key) const {
+    return key < num_keys ? kLog2E * to_float(first[key * stride]) : 0.f;
+  }
+};
+
+// The bits of a block of keys when all are visible.
+template <int kBlockK>
+inline constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - kBlockK);
+
+}  // namespace flash_cosine_sim

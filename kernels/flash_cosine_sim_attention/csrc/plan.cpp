@@ -1,0 +1,274 @@
+// What is decided: tile sizes come from the tables, thresholds from heuristics.h.
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "heuristics.h"
+#include "sm80/tiles.h"
+#include "sm90/tiles.h"
+
+namespace flash_cosine_sim {
+namespace {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t group_of(const Attention& params) { return params.num_heads / params.num_kv_heads; }
+
+// Whether 2^S may leave float16's range. A scale on the device is not known here.
+bool exceeds_fp16(const Attention& params) {
+  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr;
+  return !bounded || std::abs(params.scale_value) * params.groups > kLargestFp16Logit;
+}
+
+// Whether a tensor map, TMA's view of it, can describe a tensor: a broadcast dimension has no place in one, nor has an
+// empty tensor.
+bool has_tensor_map(const Tensor& tensor, int batch, int num_heads, int num_rows) {
+  return num_rows > 0 && (tensor.stride_batch > 0 || batch == 1) && (tensor.stride_head > 0 || num_heads == 1) &&
+         (tensor.stride_row > 0 || num_rows == 1);
+}
+bool queries_have_tensor_map(const Attention& params, const Tensor& queries) {
+  return has_tensor_map(queries, params.batch, params.num_heads, params.seq_len_q);
+}
+bool keys_have_tensor_map(const Attention& params, const Tensor& keys) {
+  return has_tensor_map(keys, params.batch, params.num_kv_heads, params.seq_len_k);
+}
+
+Norm norm_of(const Attention& params, bool in_kernel) {
+  return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
+}
+
+// ---- Forward ----
+
+// What it does not take goes to the portable kernel: a bias, which would have to come by TMA, too; float32; float16
+// whose P needs a wider format; memory that TMA cannot describe, to which q_hat and k_hat do not belong.
+bool takes_forward_sm90(const ForwardParams& params, const Gpu& gpu) {
+  if (!gpu.runs_sm90 || params.bias.data != nullptr) return false;
+  const Math math = forward_math_of(params);
+  if (math != Math::kBf16 && math != Math::kFp16) return false;
+  return keys_have_tensor_map(params, params.v) &&
+         (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
+         (params.l2norm_qk || (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
+}
+
+// That kernel normalises rows of q where it has them in registers, but not groups of their channels.
+bool can_normalize_q_in_sm90(const ForwardParams& params, const ForwardSm90Tile& tile) {
+  return tile.q_in_registers && params.groups == 1 && queries_have_tensor_map(params, params.q);
+}
+
+// Its idle warps can normalise keys, but not groups of their channels, while it works with those that are done.
+bool can_normalize_k_ahead_in_sm90(const ForwardParams& params) {
+  const int64_t num_queries = group_of(params) * params.seq_len_q;
+  return params.groups == 1 && (params.causal ? num_queries / 2 : num_queries) >= kManyQueriesPerKey;
+}
+
+ForwardPlan plan_forward_sm90(const ForwardParams& params) {
+  const ForwardSm90Tile& tile = forward_sm90_tile(params.head_dim);
+  ForwardPlan plan;
+  plan.sm90 = true;
+  plan.q_norm = norm_of(params, can_normalize_q_in_sm90(params, tile));
+  plan.k_norm = norm_of(params, false);
+  plan.num_counters = ForwardSm90Counters::kNumWithoutKeys;
+  if (params.l2norm_qk && can_normalize_k_ahead_in_sm90(params)) {
+    const int64_t num_blocks_k = divide_up(params.seq_len_k, tile.block_k);
+    plan.k_norm = Norm::kAhead;
+    plan.num_counters = ForwardSm90Counters::kChunksOfBlockDone +
+                        int64_t(params.batch) * params.num_kv_heads * num_blocks_k;
+  }
+  return plan;
+}
+
+// Every block of queries of sm80/forward.cuh can normalise all keys anew. Float32's kernels are slower than the launch
+// that this saves, and have no registers left.
+bool can_normalize_in_sm80(const ForwardParams& params) {
+  return params.l2norm_qk && params.groups == 1 && params.dtype != DType::kFloat32 &&
+         group_of(params) * params.seq_len_q <= kFewQueries;
+}
+
+// Into how many shares the keys of num_tiles tiles go, on a GPU that has at_once blocks at a time. With so many waves
+// of blocks, each has to walk over `length` blocks of keys.
+int choose_splits(int64_t num_tiles, int64_t num_blocks_k, int64_t at_once) {
+  if (num_blocks_k < kBlocksWorthMerging) return 1;
+  int64_t num_splits = 1, shortest = divide_up(num_tiles, at_once) * num_blocks_k;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t most = std::min(waves * at_once / num_tiles, num_blocks_k / kLeastBlocksPerSplit);
+    if (most < 2) continue;
+    const int64_t length = divide_up(num_blocks_k, most);
+    if (100 * waves * length >= kWorthAWavePercent * shortest) continue;
+    shortest = waves * length;
+    num_splits = divide_up(num_blocks_k, length);
+  }
+  return static_cast<int>(num_splits);
+}
+
+// Whether a launch that writes k_hat takes less time than to normalise each key times_each times within the kernel.
+bool is_prologue_faster(const ForwardParams& params, int64_t times_each) {
+  const int64_t num_channels = int64_t(params.batch) * params.num_kv_heads * params.seq_len_k * params.head_dim;
+  return (times_each - kPrologueCopies) * num_channels > kPrologueLaunchChannels;
+}
+
+// Plans sm80/forward_split.cuh; without a split if another kernel is faster, or there is none.
+ForwardPlan plan_split(const ForwardParams& params, const Gpu& gpu) {
+  const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
+  const int64_t num_rows = group_of(params) * params.seq_len_q;  // that share a key
+  const Math math = forward_math_of(params);
+  if (num_rows == 0 || num_kv_heads == 0 || !has_split_kernel(math, padded_head_dim(params.head_dim))) return {};
+  const bool idle = kIdleShare * num_kv_heads * divide_up(num_rows, kIdleTileRows) <= gpu.num_multiprocessors;
+  if (num_rows > kFewRows && !idle) return {};
+
+  const SplitTile& tile = split_tile(math, params.head_dim);
+  const int64_t tile_rows = tile.warp_rows() * tile.warps_with_rows(num_rows);
+  const int64_t tiles_per_head = divide_up(num_rows, tile_rows);
+  const int num_splits = choose_splits(num_kv_heads * tiles_per_head, divide_up(params.seq_len_k, tile.block_keys),
+                                       int64_t(tile.min_blocks) * gpu.num_multiprocessors);
+  if (num_rows > kFewRows && num_splits == 1) return {};
+
+  ForwardPlan plan;
+  plan.num_splits = num_splits;
+  if (num_splits > 1) {
+    const int64_t num_queries = int64_t(params.batch) * params.num_heads * params.seq_len_q;
+    plan.split_sums = num_splits * num_queries * (params.head_dim + kRowSumPlaces);
+  }
+  const int64_t times_each = tiles_per_head * (split_normalizes_fragments(math) ? tile_rows / tile.warp_rows() : 1);
+  // Partials of two shards of the keys may come from two kernels and are added up: all must have the prologue's bits.
+  const bool can = params.groups == 1 && params.o.data != nullptr;
+  plan.q_norm = norm_of(params, can);
+  plan.k_norm = norm_of(params, can && !is_prologue_faster(params, times_each));
+  return plan;
+}
+
+// ---- Backward ----
+
+bool needs_dq(const BackwardParams& params) { return params.dq.data != nullptr || params.dscale != nullptr; }
+
+// What it does not take goes to the portable kernel, as above; so do head dims above 128 and l2norm_qk=False.
+bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
+  if (!gpu.runs_sm90 || params.dtype == DType::kFloat32 || !params.l2norm_qk || params.head_dim > 128 ||
+      params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
+    return false;
+  }
+  const auto is_written = [](const Tensor& gradient) { return gradient.data != nullptr; };
+  return keys_have_tensor_map(params, params.v) && queries_have_tensor_map(params, params.dout) &&
+         (!is_written(params.dk) || keys_have_tensor_map(params, params.dk)) &&
+         (!is_written(params.dv) || keys_have_tensor_map(params, params.dv)) &&
+         (!is_written(params.dq) || queries_have_tensor_map(params, params.dq));
+}
+
+// Its idle warps can normalise rows, but not groups of their channels, and make their delta while it works with
+// those that are done.
+bool can_prepare_rows_in_sm90(const BackwardParams& params) {
+  const int64_t fewest = std::min<int64_t>(group_of(params) * params.seq_len_q, params.seq_len_k);
+  return params.groups == 1 && (params.causal ? fewest / 2 : fewest) >= kManyProductsPerRow;
+}
+
+// How many blocks share the walk over num_blocks_q blocks of queries, where num_tiles walks are all that there are; 0
+// if there are enough. Each gets something to do.
+int split_walk(const WalkSplits& limits, int64_t num_tiles, int64_t num_blocks_q, int num_multiprocessors) {
+  if (kIdleMultiprocessors * num_tiles > num_multiprocessors || num_blocks_q < limits.least_blocks) return 0;
+  const int64_t wanted = divide_up(limits.blocks_per_multiprocessor * num_multiprocessors, num_tiles);
+  return static_cast<int>(std::min(wanted, num_blocks_q / limits.least_blocks_each));
+}
+
+// The gradients of k and v of every split.
+int64_t dkv_partials_of(const BackwardParams& params, int num_splits) {
+  return int64_t(num_splits) * 2 * params.batch * params.num_kv_heads * params.seq_len_k * params.head_dim;
+}
+
+BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
+  const BackwardSm90Tile& tile = backward_sm90_tile(params.head_dim);
+  const int64_t num_heads = int64_t(params.batch) * params.num_heads;
+  const int64_t num_blocks_q = divide_up(params.seq_len_q, tile.block_q);
+  const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
+  BackwardPlan plan;
+  plan.sm90 = true;
+  plan.padded_rows = static_cast<int>(num_blocks_q * tile.block_q);
+  plan.padded_dim = tile.head_dim;
+  plan.block_q = tile.block_q;
+  plan.block_k = tile.block_k();
+  if (needs_dq(params)) {
+    plan.dq_accumulator = num_heads * plan.padded_rows * plan.padded_dim;
+    // A turn for each warp.
+    if (params.deterministic) plan.dq_order = num_heads * num_blocks_q * (4 * BackwardSm90Tile::kConsumers);
+  }
+  plan.prepares_rows = can_prepare_rows_in_sm90(params);
+  plan.num_counters = plan.prepares_rows
+                          ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
+                          : BackwardSm90Counters::kNumWithoutRows;
+  plan.num_splits = split_walk(kWalkSplitsSm90, num_tiles, group_of(params) * num_blocks_q, gpu.num_multiprocessors);
+  // The main kernel takes dk through the norm of whole rows only.
+  if (params.groups > 1) plan.num_splits = std::max(plan.num_splits, 1);
+  plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
+  return plan;
+}
+
+int choose_splits_sm80(const BackwardParams& params, const BackwardTile& tile, const Gpu& gpu) {
+  const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
+  if (num_tiles == 0) return 0;
+  const int64_t group = group_of(params);
+  if (!params.l2norm_qk && params.scale_stride != 0) {
+    // A factor per head, which a split has but one of. No split may be without a share, for it has no head.
+    return static_cast<int>(group > 1 || tile.slices() > 1 ? group : 0);
+  }
+  const int64_t num_blocks_q = group * divide_up(params.seq_len_q, tile.block_q);
+  const int num_splits = split_walk(kWalkSplitsSm80, num_tiles, num_blocks_q, gpu.num_multiprocessors);
+  // Where a row of dk is in slices, no block has a whole one to take through the norm.
+  return tile.slices() > 1 ? std::max(num_splits, 1) : num_splits;
+}
+
+BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
+  const BackwardTile& tile = backward_tile(math_of(params), padded_head_dim(params.head_dim));
+  const int64_t num_heads = int64_t(params.batch) * params.num_heads;
+  BackwardPlan plan;
+  if (needs_dq(params)) {
+    plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
+    if (params.deterministic) plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
+  }
+  plan.num_splits = choose_splits_sm80(params, tile, gpu);
+  plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
+  return plan;
+}
+
+}  // namespace
+
+int padded_head_dim(int head_dim) {
+  for (const int padded : {16, 32, 64, 96, 128, 256}) {
+    if (head_dim <= padded) return padded;
+  }
+  throw std::runtime_error("head_dim must be at most 256, got " + std::to_string(head_dim));
+}
+
+Math math_of(const Attention& params) {
+  switch (params.dtype) {
+    case DType::kBFloat16: return Math::kBf16;
+    case DType::kFloat16: return Math::kFp16;
+    case DType::kFloat32: return params.allow_tf32 ? Math::kTf32 : Math::kFp32;
+  }
+  throw std::runtime_error("unknown dtype");
+}
+
+Math forward_math_of(const Attention& params) {
+  return params.dtype == DType::kFloat16 && exceeds_fp16(params) ? Math::kFp16WideP : math_of(params);
+}
+
+bool needs_main_kernel(const BackwardParams& params) {
+  return needs_dq(params) || params.dk.data != nullptr || params.dv.data != nullptr;
+}
+
+ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
+  const ForwardPlan split = plan_split(params, gpu);
+  if (split.num_splits > 0) return split;
+  const bool in_kernel = can_normalize_in_sm80(params);
+  if (takes_forward_sm90(params, gpu) && !in_kernel) return plan_forward_sm90(params);
+  ForwardPlan plan;
+  plan.q_norm = plan.k_norm = norm_of(params, in_kernel);
+  return plan;
+}
+
+BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu) {
+  if (!needs_main_kernel(params) || params.batch == 0) return {};
+  return takes_backward_sm90(params, gpu) ? plan_backward_sm90(params, gpu) : plan_backward_sm80(params, gpu);
+}
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,315 @@
+// What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
+// the partial dk and dv.
+#include "attention.h"
+#include "cuda_check.h"
+#include "common/rows.cuh"
+
+namespace flash_cosine_sim {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+int rows_per_block(int head_dim) {
+  return kThreads >> rows::log2_lanes(head_dim, rows::RowLanes<T>::kSlice);
+}
+
+// A full block reads 4 KiB at least of a contiguous tensor, so no memory is large enough for 2^31 of them.
+template <typename T>
+unsigned blocks_for(int64_t num_rows, int head_dim) {
+  return static_cast<unsigned>((num_rows + rows_per_block<T>(head_dim) - 1) / rows_per_block<T>(head_dim));
+}
+
+template <typename T>
+__device__ int64_t flat_row_of_thread(const rows::RowLanes<T>& lanes, int64_t block) {
+  return block * (kThreads >> lanes.log2) + (threadIdx.x >> lanes.log2);
+}
+
+// Without kGrouped, one group. With it, x and gradient change hands through shared memory, as the lanes that have a
+// group's channels are not those that load them.
+template <bool kGrouped, typename T>
+__device__ void project(const rows::RowLanes<T>& lanes, typename rows::RowLanes<T>::Slice& x,
+                        typename rows::RowLanes<T>::Slice& gradient, int groups) {
+  if constexpr (kGrouped) {
+    extern __shared__ float4 shared_memory[];
+    constexpr int kTileSize = 32 * rows::RowLanes<T>::kSlice;
+    float* x_tile = reinterpret_cast<float*>(shared_memory) + threadIdx.x / 32 * (2 * kTileSize);
+    float* gradient_tile = x_tile + kTileSize;
+    const int tile_row = lanes.row_in_warp() * lanes.head_dim;
+    lanes.store(x_tile + tile_row, x, true);
+    lanes.store(gradient_tile + tile_row, gradient, true);
+    __syncwarp();
+    const int num_groups = lanes.rows_per_warp() * groups;
+    rows::for_each_group(num_groups, lanes.head_dim / groups, [&](const auto& channels, int group_lanes) {
+      float group_x[rows::kGroupSlice], group_gradient[rows::kGroupSlice];
+      rows::load_group(group_x, x_tile, channels);
+      rows::load_group(group_gradient, gradient_tile, channels);
+      rows::project(group_x, group_gradient, group_lanes);
+      rows::store_group(x_tile, group_x, channels);
+      rows::store_group(gradient_tile, group_gradient, channels);
+    });
+    __syncwarp();
+    lanes.load(x, x_tile + tile_row, true);
+    lanes.load(gradient, gradient_tile + tile_row, true);
+  } else {
+    rows::project(x, gradient, lanes.lanes());
+  }
+}
+
+template <typename T>
+constexpr size_t shared_bytes(bool grouped) {
+  return grouped ? 2 * kThreads * rows::RowLanes<T>::kSlice * sizeof(float) : 0;
+}
+
+// How many rows of a head delta_kernel goes through: sm90/backward.cuh adds to whole tiles of dq_accumulator.
+__host__ __device__ int rows_of_delta(const BackwardParams& params) {
+  return params.plan.sm90 ? params.plan.padded_rows : params.seq_len_q;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__ BackwardParams params) {
+  const rows::RowLanes<T> lanes(params.head_dim);
+  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x);
+  const rows::Position position = rows::position_of(flat_row, params.num_heads, rows_of_delta(params));
+  const bool exists = position.batch < params.batch;
+  const bool active = exists && position.row < params.seq_len_q;
+  typename rows::RowLanes<T>::Slice o, dout;
+  lanes.load(o, rows::row_of<const T>(params.o, position), active);
+  lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
+  const float sum = rows::dot_over_lanes(dout, o, lanes.lanes());
+  if (exists && params.plan.sm90 && params.dq_accumulator) {
+    // Which row's tiles put here does not matter.
+    float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + flat_row * params.plan.padded_dim);
+    for (int i = lanes.lane; i < params.plan.padded_dim / 4; i += lanes.lanes()) {
+      zeros[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
+  if (active && lanes.lane == 0) {
+    const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
+    params.delta[row] = params.drow_sum_log2 ? fmaf(-kLog2E, params.drow_sum_log2[row], sum) : sum;
+  }
+}
+
+// A slice of a row of dq_accumulator, in order.
+template <typename T>
+__device__ void load_accumulator(const BackwardParams& params, const rows::RowLanes<T>& lanes,
+                                 typename rows::RowLanes<T>::Slice& slice, int64_t flat_row,
+                                 const rows::Position& position, bool active) {
+  if (params.plan.padded_dim == 0) {
+    lanes.load(slice, params.dq_accumulator + flat_row * params.head_dim, active);
+    return;
+  }
+  const int dim = params.plan.padded_dim;
+  const float* head = params.dq_accumulator +
+                      (position.batch * params.num_heads + position.head) * params.plan.padded_rows * dim;
+  lanes.for_each_vector([&](int first, int channel) {
+#pragma unroll
+    for (int i = 0; i < lanes.kVector; i += 2) {
+      const bool there = active && channel < params.head_dim;
+      const float* pair = head + rows::tiled_offset(static_cast<int>(position.row), channel + i, dim);
+      const float2 x = there ? *reinterpret_cast<const float2*>(pair) : make_float2(0.f, 0.f);
+      slice[first + i] = x.x;
+      slice[first + i + 1] = x.y;
+    }
+  });
+}
+
+template <typename T, bool kGrouped>
+__global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ BackwardParams params) {
+  const rows::RowLanes<T> lanes(params.head_dim);
+  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x);
+  const bool active = flat_row < int64_t{params.batch} * params.num_heads * params.seq_len_q;
+  const rows::Position position = rows::position_of(flat_row, params.num_heads, params.seq_len_q);
+
+  typename rows::RowLanes<T>::Slice q, accumulator, gradient;
+  load_accumulator(params, lanes, accumulator, flat_row, position, active);
+  if (params.l2norm_qk || params.dscale) {
+    lanes.load(q, rows::row_of<const T>(params.q, position), active);
+  }
+  // position.head is in range even where the row is not active.
+  const float scale = params.scale ? params.scale[position.head * params.scale_stride] : params.scale_value;
+#pragma unroll
+  for (int i = 0; i < lanes.kSlice; ++i) {
+    gradient[i] = scale * accumulator[i];
+  }
+  if (params.l2norm_qk) {
+    project<kGrouped>(lanes, q, gradient, params.groups);
+  }
+  if (params.dscale) {
+    // q is q^ by now; the accumulator is without the factor scale.
+    const float share = rows::dot_over_lanes(q, accumulator, lanes.lanes());
+    if (active && lanes.lane == 0) {
+      params.delta[flat_row] = share;
+    }
+  }
+  if (params.dq.data) {
+    lanes.store(rows::row_of<T>(params.dq, position), gradient, active);
+  }
+}
+
+// The gradients of the scale are sums over the rows of all batches, of one head or of all. Each is taken as a tree:
+// a level adds up chunks of kChunk numbers in fixed order and leaves every sum where its chunk began, which no other
+// block reads. So it needs no workspace, and its error grows with the depth and not with the number of rows.
+constexpr int kChunk = 4096;
+
+struct ShareSums {
+  float* shares;  // (batch, num_sums, seq_len_q)
+  float* result;  // nullptr but at the last level
+  int64_t seq_len_q;
+  int64_t num_sums;
+  int64_t count;  // of numbers that this level adds up for each sum
+  int64_t step;   // how many rows apart they are
+  int64_t chunks_per_sum;
+};
+
+__global__ void __launch_bounds__(kThreads) sum_shares_kernel(const __grid_constant__ ShareSums params) {
+  const int64_t sum_index = blockIdx.x / params.chunks_per_sum;
+  const int64_t first = (blockIdx.x - sum_index * params.chunks_per_sum) * kChunk;
+  const auto share = [&](int64_t index) -> float& {
+    const uint64_t row = static_cast<uint64_t>(index * params.step);
+    const uint64_t batch = row / static_cast<uint64_t>(params.seq_len_q);
+    return params.shares[(batch * params.num_sums + sum_index) * params.seq_len_q + (row - batch * params.seq_len_q)];
+  };
+  float sum = 0.f;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kChunk; i += kThreads) {
+    sum += first + i < params.count ? share(first + i) : 0.f;
+  }
+  sum = rows::sum_over_lanes(sum, 32);
+  __shared__ float warp_sums[kThreads / 32];
+  if (threadIdx.x % 32 == 0) {
+    warp_sums[threadIdx.x / 32] = sum;
+  }
+  __syncthreads();  // also: all of the chunk has been read before its first number is replaced
+  if (threadIdx.x == 0) {
+    sum = 0.f;
+    for (const float warp_sum : warp_sums) {
+      sum += warp_sum;
+    }
+    (params.result ? params.result[sum_index] : share(first)) = sum;
+  }
+}
+
+void sum_shares(const BackwardParams& params, cudaStream_t stream) {
+  const bool per_head = params.scale_stride != 0;
+  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.seq_len_q;
+  ShareSums arguments{};
+  arguments.shares = params.delta;
+  arguments.seq_len_q = params.seq_len_q;
+  arguments.num_sums = per_head ? params.num_heads : 1;
+  if (num_rows == 0) {
+    CUDA_CHECK(cudaMemsetAsync(params.dscale, 0, arguments.num_sums * sizeof(float), stream));
+    return;
+  }
+  arguments.step = 1;
+  for (int64_t count = num_rows / arguments.num_sums; !arguments.result; count = arguments.chunks_per_sum) {
+    arguments.count = count;
+    arguments.chunks_per_sum = (count + kChunk - 1) / kChunk;
+    arguments.result = arguments.chunks_per_sum == 1 ? params.dscale : nullptr;
+    const unsigned blocks = static_cast<unsigned>(arguments.num_sums * arguments.chunks_per_sum);
+    sum_shares_kernel<<<blocks, kThreads, 0, stream>>>(arguments);
+    CUDA_CHECK(cudaGetLastError());
+    arguments.step *= kChunk;
+  }
+}
+
+// How many splits have a share of the walk over queries that see a key. sm80/backward.cuh's write zeros without one.
+__device__ int splits_of_key(const BackwardParams& params, int key) {
+  const auto& plan = params.plan;
+  if (!plan.sm90) return plan.num_splits;
+  const int first_key = key / plan.block_k * plan.block_k;
+  const int first_block_q = rows::first_block_of_queries(params, first_key, plan.block_q);
+  const int num_blocks = plan.padded_rows / plan.block_q - first_block_q;
+  return min(plan.num_splits, params.num_heads / params.num_kv_heads * num_blocks);
+}
+
+// The first key_blocks blocks have rows of dk, the others of dv.
+template <typename T, bool kGrouped>
+__global__ void __launch_bounds__(kThreads)
+    dkv_merge_kernel(const __grid_constant__ BackwardParams params, unsigned key_blocks) {
+  const rows::RowLanes<T> lanes(params.head_dim);
+  const bool is_key = blockIdx.x < key_blocks;
+  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x - (is_key ? 0 : key_blocks));
+  const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
+  const bool active = flat_row < num_rows;
+  const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
+
+  const float* partial = params.dkv_partials + ((is_key ? 0 : num_rows) + flat_row) * params.head_dim;
+  typename rows::RowLanes<T>::Slice gradient;
+  lanes.load(gradient, partial, active);
+  const int num_splits = splits_of_key(params, static_cast<int>(position.row));
+#pragma unroll 2
+  for (int split = 1; split < params.plan.num_splits; ++split) {
+    partial += 2 * num_rows * params.head_dim;
+    typename rows::RowLanes<T>::Slice next;
+    lanes.load(next, partial, active && split < num_splits);
+#pragma unroll
+    for (int i = 0; i < lanes.kSlice; ++i) {
+      gradient[i] += next[i];
+    }
+  }
+  if (is_key && params.l2norm_qk) {
+    typename rows::RowLanes<T>::Slice k;
+    lanes.load(k, rows::row_of<const T>(params.k, position), active);
+    project<kGrouped>(lanes, k, gradient, params.groups);
+  }
+  lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), gradient, active);
+}
+
+template <typename T>
+void launch_delta_as(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_heads * rows_of_delta(params);
+  if (num_rows == 0) {
+    return;
+  }
+  delta_kernel<T><<<blocks_for<T>(num_rows, params.head_dim), kThreads, 0, stream>>>(params);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T>
+void launch_dq_as(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.seq_len_q;
+  if (num_rows > 0) {
+    const bool grouped = params.l2norm_qk && params.groups > 1;
+    const auto kernel = grouped ? dq_kernel<T, true> : dq_kernel<T, false>;
+    kernel<<<blocks_for<T>(num_rows, params.head_dim), kThreads, shared_bytes<T>(grouped), stream>>>(params);
+    CUDA_CHECK(cudaGetLastError());
+  }
+  if (params.dscale) {
+    sum_shares(params, stream);
+  }
+}
+
+template <typename T>
+void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
+  const unsigned blocks_per_tensor = blocks_for<T>(num_rows, params.head_dim);
+  const unsigned key_blocks = params.dk.data ? blocks_per_tensor : 0;
+  const unsigned blocks = key_blocks + (params.dv.data ? blocks_per_tensor : 0);
+  if (blocks == 0 || params.plan.num_splits == 0) {
+    return;
+  }
+  const bool grouped = params.l2norm_qk && params.groups > 1;
+  const auto kernel = grouped ? dkv_merge_kernel<T, true> : dkv_merge_kernel<T, false>;
+  kernel<<<blocks, kThreads, shared_bytes<T>(grouped), stream>>>(params, key_blocks);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+void launch_delta(const BackwardParams& params, cudaStream_t stream) {
+  rows::with_dtype(params.dtype, [&]<typename T>() { launch_delta_as<T>(params, stream); });
+}
+
+void launch_dq(const BackwardParams& params, cudaStream_t stream) {
+  if (!params.dq.data && !params.dscale) {
+    return;
+  }
+  rows::with_dtype(params.dtype, [&]<typename T>() { launch_dq_as<T>(params, stream); });
+}
+
+void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream) {
+  rows::with_dtype(params.dtype, [&]<typename T>() { launch_dkv_merge_as<T>(params, stream); });
+}
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,79 @@
+// The tile sizes of sm80/backward.cuh.
+#pragma once
+
+#include "common/tile_table.h"
+
+namespace flash_cosine_sim {
+
+// A block owns kBlockK keys, and walks over queries in blocks of block_q.
+struct BackwardTile {
+  int head_dim;
+  int out_dim;  // columns of dK and dV that a block adds up in registers; other blocks do those that are left
+  int warps;
+  int row_tiles;  // keys of a warp, 16 each
+  int block_q;
+  int chunk_q;  // scores are made for so many queries at a time: chunk_q * row_tiles registers for S and dP
+  int stages;   // of Q and dO
+
+  constexpr int block_k() const { return 16 * row_tiles * warps; }
+  constexpr int slices() const { return head_dim / out_dim; }
+};
+
+inline constexpr BackwardTile kBackwardTiles16Bit[] = {
+    // head_dim, out_dim, warps, row_tiles, block_q, chunk_q, stages
+    { 16,  16, 4, 2, 64, 32, 2},
+    { 32,  32, 4, 2, 64, 32, 2},
+    { 64,  64, 4, 2, 64, 32, 2},
+    { 96,  96, 4, 1, 64, 32, 2},
+    {128, 128, 4, 1, 32, 32, 2},
+    {256, 128, 4, 1, 16, 16, 2},
+};
+inline constexpr BackwardTile kBackwardTiles32Bit[] = {
+    // head_dim, out_dim, warps, row_tiles, block_q, chunk_q, stages
+    { 16, 16, 4, 1, 64, 32, 2},
+    { 32, 32, 4, 1, 64, 32, 2},
+    { 64, 64, 4, 1, 32, 32, 2},
+    { 96, 96, 4, 1, 32, 16, 1},
+    {128, 64, 4, 1, 16, 16, 1},
+    {256, 64, 2, 1, 16, 16, 1},
+};
+
+constexpr const BackwardTile& backward_tile(Math math, int head_dim) {
+  return tile_of(element_size(math) == 4 ? kBackwardTiles32Bit : kBackwardTiles16Bit, head_dim);
+}
+
+template <Math kMath, int kHeadDim>
+struct BackwardTraits {
+  static constexpr BackwardTile kTile = backward_tile(kMath, kHeadDim);
+  static_assert(kTile.head_dim == kHeadDim);
+  static constexpr int kOutDim = kTile.out_dim, kWarps = kTile.warps, kRowTiles = kTile.row_tiles;
+  static constexpr int kBlockQ = kTile.block_q, kChunkQ = kTile.chunk_q, kStages = kTile.stages;
+  static constexpr int kMinBlocks = 2;
+
+  static constexpr int kElementSize = element_size(kMath);
+  static constexpr int kRowBytes = kHeadDim * kElementSize;
+  static constexpr int kSlices = kTile.slices();
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlockK = kTile.block_k();
+  // The warps share out dQ, kBlockQ x kOutDim: so many along the queries, the others along the head dim.
+  static constexpr int kWarpsQ = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
+  static constexpr int kWarpsDim = kWarps / kWarpsQ;
+  static constexpr int kDimPerWarp = kOutDim / kWarpsDim;
+
+  static constexpr int kTileBytesK = kBlockK * kRowBytes;
+  static constexpr int kTileBytesQ = kBlockQ * kRowBytes;
+  static constexpr int kRowBytesDS = kBlockQ * kElementSize;
+  static constexpr int kOffsetQ = 2 * kTileBytesK;                        // after K and V
+  static constexpr int kOffsetDS = kOffsetQ + 2 * kStages * kTileBytesQ;  // after Q and dO
+  static constexpr int kOffsetRows = kOffsetDS + kBlockK * kRowBytesDS;   // row statistics, two stages
+  static constexpr int kLoopBytes = kOffsetRows + 2 * 2 * kBlockQ * static_cast<int>(sizeof(float));
+  // After the loop the same memory holds dV, then dK, as float32.
+  static constexpr int kPitch = kHeadDim + 4;
+  static constexpr int kEpilogueBytes = kSlices == 1 ? kBlockK * kPitch * static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kSharedBytes = kLoopBytes > kEpilogueBytes ? kLoopBytes : kEpilogueBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kSlices * kOutDim == kHeadDim && kBlockQ % kChunkQ == 0);
+  static_assert(kWarpsQ * 16 == kBlockQ && kDimPerWarp % 16 == 0);
+};
+
+}  // namespace flash_cosine_sim

@@ -1,0 +1,451 @@
+"""plan.cpp, compiled by any C++ compiler: for every call one kernel that exists, and workspace for all that it writes.
+
+Where a kernel writes is said again here, from the kernels' own files, so that a plan cannot agree with itself alone.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from dataclasses import astuple, dataclass, field, fields, replace
+from pathlib import Path
+
+import pytest
+from emulator.build import CSRC, load_setup
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ or g++ on PATH)")
+
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # attention.h's DType
+NONE, PROLOGUE, KERNEL, AHEAD = range(4)  # its Norm
+MATHS = ("bf16", "fp16", "fp16_wide", "fp32", "tf32")  # its Math, as setup.py names them
+ROW_SUM_PLACES = 4
+SETUP = load_setup()
+HEAD_DIMS = {kernel.header: kernel.head_dims for kernel in SETUP.INSTANTIATIONS}
+
+
+@dataclass(frozen=True)
+class Operand:
+    exists: bool = True
+    expanded: bool = False  # along the heads, with a stride of 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """In the order in which plan_library.cpp takes the numbers."""
+
+    num_multiprocessors: int = 132
+    runs_sm90: bool = True
+    dtype: int = BFLOAT16
+    batch: int = 1
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    seq_len_q: int = 1024
+    seq_len_k: int = 1024
+    head_dim: int = 64
+    groups: int = 1
+    causal: bool = False
+    l2norm_qk: bool = True
+    allow_tf32: bool = False
+    scale_on_device: bool = False
+    scale_stride: int = 0
+    scale_value: int = 8
+    bias: bool = False
+    q: Operand = field(default_factory=Operand)
+    k: Operand = field(default_factory=Operand)
+    v: Operand = field(default_factory=Operand)
+
+    @property
+    def group(self):
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def heads(self):
+        return self.batch * self.num_heads
+
+    @property
+    def kv_heads(self):
+        return self.batch * self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Forward(Call):
+    o: Operand = field(default_factory=Operand)  # without it, partials are wanted
+
+
+@dataclass(frozen=True)
+class Backward(Call):
+    o: Operand = field(default_factory=Operand)
+    dq: Operand = field(default_factory=Operand)
+    dk: Operand = field(default_factory=Operand)
+    dv: Operand = field(default_factory=Operand)
+    dscale: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    sm90: int
+    num_splits: int
+    split_sums: int
+    q_norm: int
+    k_norm: int
+    num_counters: int
+    math: int
+    padded_head_dim: int
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    sm90: int
+    num_splits: int
+    padded_rows: int
+    padded_dim: int
+    block_q: int
+    block_k: int
+    dq_accumulator: int
+    dq_order: int
+    dkv_partials: int
+    prepares_rows: int
+    num_counters: int
+    math: int
+    padded_head_dim: int
+    needs_main_kernel: int
+
+
+@pytest.fixture(scope="module")
+def library(make_once):
+    def make(folder):
+        sources = [Path(__file__).with_name("plan_library.cpp"), CSRC / "plan.cpp"]
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{CSRC}"]
+        subprocess.run([COMPILER, *flags, *sources, "-o", folder / "plan.so"], check=True)
+
+    return ctypes.CDLL(make_once("plan", make) / "plan.so")
+
+
+def numbers_of(call):
+    numbers = []
+    for value in astuple(call):
+        numbers += value if isinstance(value, tuple) else [value]
+    return (ctypes.c_int64 * len(numbers))(*map(int, numbers))
+
+
+def plan_of(library, call):
+    kind, function = (
+        (ForwardPlan, library.plan_forward_call)
+        if isinstance(call, Forward)
+        else (BackwardPlan, library.plan_backward_call)
+    )
+    plan = (ctypes.c_int64 * len(fields(kind)))()
+    function(numbers_of(call), plan)
+    return kind(*plan)
+
+
+def tile_sizes(library, kernel, *arguments):
+    sizes = (ctypes.c_int * 3)()
+    getattr(library, f"{kernel}_tile_sizes")(*arguments, sizes)
+    return list(sizes)
+
+
+def blocks(size, block):
+    return -(-size // block)
+
+
+lengths = st.one_of(st.integers(0, 70), st.integers(0, 1200), st.sampled_from([2048, 8192, 8193, 65536]))
+operands = st.builds(Operand, expanded=st.sampled_from([False, False, False, True]))
+maybe = st.builds(Operand, exists=st.sampled_from([True, True, False]), expanded=st.just(False))
+
+
+@st.composite
+def calls(draw, kind, **extra):
+    groups, num_kv_heads = draw(st.sampled_from([1, 1, 2, 4])), draw(st.sampled_from([1, 2, 3, 8]))
+    on_device = draw(st.booleans())
+    return kind(
+        num_multiprocessors=draw(st.sampled_from([3, 40, 108, 132])),
+        runs_sm90=draw(st.booleans()),
+        dtype=draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16])),
+        batch=draw(st.integers(0, 9)),
+        num_heads=num_kv_heads * draw(st.sampled_from([1, 1, 2, 4, 16])),
+        num_kv_heads=num_kv_heads,
+        seq_len_q=draw(lengths),
+        seq_len_k=draw(lengths),
+        head_dim=8 * groups * draw(st.integers(1, 32 // groups)),
+        groups=groups,
+        causal=draw(st.booleans()),
+        l2norm_qk=draw(st.booleans()),
+        allow_tf32=draw(st.booleans()),
+        scale_on_device=on_device,
+        scale_stride=int(on_device and draw(st.booleans())),
+        scale_value=draw(st.sampled_from([1, 8, 10, 11])),
+        bias=draw(st.sampled_from([False, False, True])),
+        q=draw(operands),
+        k=draw(operands),
+        v=draw(operands),
+        **{name: draw(strategy) for name, strategy in extra.items()},
+    )
+
+
+forward_calls = calls(Forward, o=maybe)
+backward_calls = calls(
+    Backward, o=operands, dq=maybe, dk=maybe, dv=maybe, dscale=st.booleans(), deterministic=st.booleans()
+)
+many = settings(max_examples=200, deadline=None)
+
+
+# Which kernel
+
+
+def kernel_of(call, plan):
+    if isinstance(call, Backward):
+        return "sm90/backward" if plan.sm90 else "sm80/backward"
+    assert not (plan.sm90 and plan.num_splits), "two kernels at once"
+    return "sm90/forward" if plan.sm90 else "sm80/forward_split" if plan.num_splits else "sm80/forward"
+
+
+def assert_one_kernel(call, plan):
+    header, math = kernel_of(call, plan), MATHS[plan.math]
+    (kernel,) = [kernel for kernel in SETUP.INSTANTIATIONS if kernel.header == header]
+    assert math in kernel.maths, (header, math)
+    head_dims = kernel.head_dims.get(math, kernel.head_dims[""])
+    # As dispatch.cpp pads: the kernels of sm90/ have none for head dim 16.
+    head_dim = max(plan.padded_head_dim, 32) if plan.sm90 else plan.padded_head_dim
+    assert head_dims.count(head_dim) == 1, (header, math, head_dim)
+    assert min(dim for dim in SETUP.HEAD_DIMS if dim >= call.head_dim) == plan.padded_head_dim
+    assert {FLOAT32: ("fp32", "tf32"), FLOAT16: ("fp16", "fp16_wide"), BFLOAT16: ("bf16",)}[call.dtype].count(math)
+    assert not plan.sm90 or (call.runs_sm90 and call.dtype != FLOAT32 and not call.bias)
+
+
+def assert_norms(call, plan):
+    assert (plan.q_norm == NONE) == (plan.k_norm == NONE) == (not call.l2norm_qk)
+    # Kernels normalise whole rows; ahead of where it reads keys, Hopper's alone.
+    if call.groups > 1:
+        assert {plan.q_norm, plan.k_norm} <= {NONE, PROLOGUE}
+    assert plan.q_norm != AHEAD and (plan.k_norm != AHEAD or plan.sm90)
+    assert not (plan.sm90 and plan.k_norm == KERNEL)
+
+
+@many
+@given(call=forward_calls)
+@example(Forward(dtype=FLOAT32, head_dim=256, seq_len_q=1, seq_len_k=65536))  # no split kernel has such rows
+@example(Forward(dtype=FLOAT16, scale_value=11))
+def test_forward_takes_one_kernel_that_exists(library, call):
+    plan = plan_of(library, call)
+    assert_one_kernel(call, plan)
+    assert_norms(call, plan)
+
+
+@many
+@given(call=backward_calls)
+@example(Backward(head_dim=136))  # longer rows than Hopper's kernel takes
+@example(Backward(l2norm_qk=False))
+def test_backward_takes_one_kernel_that_exists(library, call):
+    plan = plan_of(library, call)
+    assert_one_kernel(call, plan)
+    assert plan.needs_main_kernel == (call.dq.exists or call.dk.exists or call.dv.exists or call.dscale)
+    if not plan.needs_main_kernel or call.batch == 0:
+        assert astuple(plan)[:11] == (0,) * 11
+
+
+def test_hopper_takes_what_the_examples_have(library):
+    """The kernels that a bfloat16 training or prefill is to run on, by name."""
+    for head_dim in (64, 96, 128):
+        forward, backward = (
+            plan_of(library, kind(head_dim=head_dim, batch=8, num_heads=16, num_kv_heads=16, causal=True))
+            for kind in (Forward, Backward)
+        )
+        assert (forward.sm90, forward.q_norm, forward.k_norm) == (1, KERNEL, AHEAD)
+        assert (backward.sm90, backward.prepares_rows, backward.num_splits) == (1, 1, 0)
+    decoding = plan_of(library, Forward(batch=8, num_heads=16, num_kv_heads=16, seq_len_q=1, seq_len_k=8192))
+    assert (decoding.sm90, decoding.num_splits > 1, decoding.q_norm, decoding.k_norm) == (0, True, KERNEL, KERNEL)
+
+
+# What is written, as places in the workspace
+
+
+@many
+@given(call=forward_calls)
+def test_forward_workspace_covers_what_is_written(library, call):
+    plan = plan_of(library, call)
+    if plan.num_splits > 1:  # split_sums.cuh, store_part: of the last split's last row, the sums behind the channels
+        last_row = (plan.num_splits - 1) * call.heads * call.seq_len_q + call.heads * call.seq_len_q - 1
+        end = last_row * (call.head_dim + ROW_SUM_PLACES) + call.head_dim + 2
+        assert end <= plan.split_sums <= end + ROW_SUM_PLACES
+        # float4 and float2 at the beginning of a row
+        assert (call.head_dim + ROW_SUM_PLACES) % 4 == 0
+    else:
+        assert plan.split_sums == 0
+    if plan.sm90:
+        counters = {0}  # kTilesTaken
+        if plan.k_norm == AHEAD:
+            _, block_k, *_ = tile_sizes(library, "forward_sm90", call.head_dim)
+            # Chunks taken and done, then sm90/forward.cuh's chunks_done of each block of keys
+            counters |= {8, 16}
+            if call.kv_heads and call.seq_len_k:
+                last_block = (call.seq_len_k - 1) // block_k
+                counters.add(24 + (call.kv_heads - 1) * blocks(call.seq_len_k, block_k) + last_block)
+        assert max(counters) < plan.num_counters
+    else:
+        assert plan.num_counters == 0
+
+
+@many
+@given(call=backward_calls)
+def test_backward_workspace_covers_what_is_written(library, call):
+    plan = plan_of(library, call)
+    if not plan.needs_main_kernel or call.batch == 0:
+        return
+    needs_dq = call.dq.exists or call.dscale
+    if plan.sm90:
+        block_q, block_k, turns = tile_sizes(library, "backward_sm90", call.head_dim)
+        assert (plan.block_q, plan.block_k) == (block_q, block_k)
+        # Whole tiles are added to the accumulator, of the last queries, too.
+        rows, columns = plan.padded_rows, plan.padded_dim
+        assert rows >= blocks(call.seq_len_q, block_q) * block_q and columns >= call.head_dim
+    else:
+        block_q, block_k, slices = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
+        rows, columns, turns = call.seq_len_q, call.head_dim, slices
+    num_blocks_q = blocks(call.seq_len_q, block_q)
+    assert plan.dq_accumulator == (call.heads * rows * columns if needs_dq else 0)
+    # wait_for_turn, dq_order: a number for each block of queries of each head, of each warp or slice
+    assert plan.dq_order == (call.heads * num_blocks_q * turns if needs_dq and call.deterministic else 0)
+    # write_partial: dk and dv of every split
+    assert plan.dkv_partials == plan.num_splits * 2 * call.kv_heads * call.seq_len_k * call.head_dim
+    if plan.sm90:
+        last = 8  # kTilesTaken
+        if plan.prepares_rows:  # RowPreparer: counters of blocks of keys, then of queries
+            num_blocks_k = blocks(call.seq_len_k, block_k)
+            last = 16 + call.kv_heads * num_blocks_k + (call.heads - 1) * num_blocks_q + num_blocks_q - 1
+        assert last < plan.num_counters
+    else:
+        assert plan.num_counters == 0 and not plan.prepares_rows
+
+
+# Shares of a split
+
+
+@many
+@given(call=forward_calls)
+def test_every_split_of_the_keys_has_a_share(library, call):
+    plan = plan_of(library, call)
+    if plan.num_splits < 2:
+        return
+    num_rows = call.group * call.seq_len_q
+    _, block_keys, *_ = tile_sizes(library, "split", plan.math, plan.padded_head_dim, ctypes.c_int64(num_rows))
+    num_blocks = blocks(call.seq_len_k, block_keys)
+    # forward_split_sm80_kernel: from first_block to end_block, if no causal mask shortens the keys
+    shares = [num_blocks * (split + 1) // plan.num_splits - num_blocks * split // plan.num_splits
+              for split in range(plan.num_splits)]  # fmt: skip
+    assert min(shares) >= 1 and sum(shares) == num_blocks
+
+
+@many
+@given(call=backward_calls)
+@example(Backward(l2norm_qk=False, scale_on_device=True, scale_stride=1, num_heads=16, num_kv_heads=1, seq_len_q=1))
+def test_every_split_of_the_queries_has_a_share(library, call):
+    plan = plan_of(library, call)
+    if plan.num_splits < 2:
+        return
+    block_q = plan.block_q
+    if not plan.sm90:
+        block_q, *_ = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
+    items = call.group * blocks(call.seq_len_q, block_q)
+    if not call.l2norm_qk and call.scale_stride:
+        assert plan.num_splits == call.group  # a head each, for a split has but one factor
+        assert items % plan.num_splits == 0
+    else:
+        assert items // plan.num_splits >= 1
+
+
+@many
+@given(call=forward_calls)
+def test_few_splits_fill_the_gpu(library, call):
+    """No more splits than the GPU can run in the waves that heuristics.h allows, and none of few keys."""
+    plan = plan_of(library, call)
+    if plan.num_splits < 2:
+        return
+    num_rows = call.group * call.seq_len_q
+    sizes = tile_sizes(library, "split", plan.math, plan.padded_head_dim, ctypes.c_int64(num_rows))
+    tile_rows, block_keys, min_blocks = sizes
+    tiles = call.kv_heads * blocks(num_rows, tile_rows)
+    most_waves, worth_merging = heuristic("kMostWaves"), heuristic("kBlocksWorthMerging")
+    assert plan.num_splits * tiles <= most_waves * min_blocks * call.num_multiprocessors
+    assert blocks(call.seq_len_k, block_keys) >= worth_merging
+
+
+# Thresholds
+
+
+def heuristic(name):
+    (value,) = re.findall(rf"\b{name} = ([^;]+);", (CSRC / "heuristics.h").read_text())
+    return eval(value.replace("f", ""), {"__builtins__": {}})
+
+
+# What a call is to be just beyond a threshold, and on it; what differs.
+CROSSINGS = {
+    "kFewRows": (
+        Forward(batch=128, num_heads=8, num_kv_heads=8, runs_sm90=False, seq_len_k=4096),
+        lambda call, limit, beyond: replace(call, seq_len_q=limit + beyond),
+        lambda plan: plan.num_splits > 0,
+    ),
+    "kIdleShare": (
+        Forward(num_heads=44, num_kv_heads=44, seq_len_q=128, seq_len_k=8192, groups=2),
+        lambda call, limit, beyond: replace(call, num_multiprocessors=limit * call.num_heads - beyond),
+        lambda plan: plan.num_splits > 0,
+    ),
+    "kBlocksWorthMerging": (
+        Forward(seq_len_q=1),
+        lambda call, limit, beyond: replace(call, seq_len_k=128 * (limit - beyond)),
+        lambda plan: plan.num_splits > 1,
+    ),
+    "kLargestFp16Logit": (
+        Forward(dtype=FLOAT16),
+        lambda call, limit, beyond: replace(call, scale_value=limit + beyond),
+        lambda plan: MATHS[plan.math] == "fp16",
+    ),
+    "kFewQueries": (
+        Forward(batch=512, runs_sm90=False),
+        lambda call, limit, beyond: replace(call, seq_len_q=limit + beyond),
+        lambda plan: plan.k_norm == KERNEL,
+    ),
+    "kManyQueriesPerKey": (
+        Forward(batch=512),
+        lambda call, limit, beyond: replace(call, seq_len_q=limit - beyond),
+        lambda plan: plan.k_norm == AHEAD,
+    ),
+    "kManyProductsPerRow": (
+        Backward(batch=512),
+        lambda call, limit, beyond: replace(call, seq_len_k=limit - beyond),
+        lambda plan: plan.prepares_rows == 1,
+    ),
+    "kIdleMultiprocessors": (
+        Backward(num_heads=66, num_kv_heads=66, seq_len_k=128),
+        lambda call, limit, beyond: replace(call, num_multiprocessors=limit * call.num_heads - beyond),
+        lambda plan: plan.num_splits > 0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_the_kernel_changes_at_the_threshold(library, name):
+    call, at, holds = CROSSINGS[name]
+    limit = int(heuristic(name))
+    assert holds(plan_of(library, at(call, limit, 0)))
+    assert not holds(plan_of(library, at(call, limit, 1)))
+
+
+def test_a_head_dim_without_a_kernel_is_an_error_of_the_binding_not_a_plan(library):
+    assert {dim for dims in HEAD_DIMS.values() for dim in dims[""]} == set(SETUP.HEAD_DIMS)
+    padded = {plan_of(library, Forward(head_dim=dim)).padded_head_dim for dim in range(8, 257, 8)}
+    assert padded == set(SETUP.HEAD_DIMS)
+
+
+def test_the_edges_that_other_tests_try_are_those_of_the_tiles(library):
+    """test_kernels.py and test_emulation.py spell them out."""
+    from test_kernels import SM90_EDGES_K, SM90_EDGES_Q
+
+    for head_dim in SETUP.HEAD_DIMS[1:]:
+        block_q, block_k, _ = tile_sizes(library, "forward_sm90", head_dim)
+        assert {block_q - 1, block_q, block_q + 1} <= set(SM90_EDGES_Q), head_dim
+        assert {block_k - 1, block_k, block_k + 1} <= set(SM90_EDGES_K), head_dim
