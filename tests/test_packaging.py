@@ -191,7 +191,7 @@ def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     expected = [f"{PACKAGE}/{path.name}" for path in (ROOT / "kernels" / PACKAGE).glob("*.py")]
-    assert sorted(files) == sorted(expected)
+    assert sorted(files) == sorted([*expected, f"{PACKAGE}/py.typed"])
     assert f"{PACKAGE}/__init__.py" in files
     assert output.count("pure-Python build without CUDA kernels because torch cannot be imported") == 1
 
@@ -206,7 +206,7 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     csrc = f"kernels/{PACKAGE}/csrc"
-    required = {"setup.py", "pyproject.toml", "LICENSE"}
+    required = {"setup.py", "pyproject.toml", "LICENSE", f"kernels/{PACKAGE}/py.typed"}
     assert required | {f"{csrc}/{name}" for name in ["probe.cu", "traits.cuh", "binding.cpp"]} <= files
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 
