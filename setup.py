@@ -155,6 +155,7 @@ def main() -> None:
         extras_require={"train": TRAIN, "test": TEST},
         package_dir={"": "kernels"},
         packages=[PACKAGE],
+        package_data={PACKAGE: ["py.typed"]},  # its annotations are for its users' type checkers
         include_package_data=False,  # a wheel needs no csrc/, and no library left behind by an earlier build
         ext_modules=[] if toolchain is None else [kernel_extension()],
         cmdclass={} if toolchain is None else {"build_ext": kernel_builder(toolchain)},

@@ -27,6 +27,7 @@ from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, desc
 from support.gates import GATES, assert_within_gate, attend, check, results, rms
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
+from flash_cosine_sim_attention.call import Call
 from flash_cosine_sim_attention.reference import reference_backward, reference_forward
 
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -127,8 +128,8 @@ def check_operators(case, rows_limit=1):
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
     exact_inputs = *(tensor.double() for tensor in (q, k, v)), mask, None if bias is None else bias.double()
-    exact_scale = scale_value if scale is None else scale.double()
-    exact_o, exact_rows = reference_forward(*exact_inputs, exact_scale, *settings)
+    call = Call(*exact_inputs, None if scale is None else scale.double(), scale_value, *settings)
+    exact_o, exact_rows = reference_forward(call)
     operators = torch.ops.flash_cosine_sim_attention
     o, rows = operators.forward(*inputs, scale, scale_value, *settings, False)
     seen = exact_rows.isfinite()
@@ -140,7 +141,7 @@ def check_operators(case, rows_limit=1):
     for wanted in [names, *([name] for name in names)]:
         needs = [name in wanted for name in ("dq", "dk", "dv", "dattn_bias", "dscale")]
         rows_exact = exact_o, exact_rows, drow.double()
-        exact = reference_backward(do.double(), *exact_inputs, exact_scale, *rows_exact, *settings, needs)
+        exact = reference_backward(do.double(), call, *rows_exact, needs)
         ours = operators.backward(do, *inputs, scale, scale_value, o, rows, drow, *settings, False, *needs, True)
         for need, gradient, expected in zip(needs, ours, exact, strict=True):
             assert gradient.shape == expected.shape

@@ -12,7 +12,17 @@ import time
 
 import pytest
 import torch
-from support.cases import BIASES, HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
+from support.cases import (
+    BIASES,
+    HEAD_DIMS,
+    OPTIONS,
+    PADDED_HEAD_DIMS,
+    SM90_EDGES_K,
+    SM90_EDGES_Q,
+    Case,
+    Hard,
+    describe,
+)
 from support.gates import (
     GATES,
     assert_near_plain,
@@ -132,8 +142,6 @@ def test_padded_head_dims(case):
 # For the kernels of compute capability 9.0, which take no bias: where their tiles end, in blocks of 128 or 192 queries
 # (64 a warpgroup) and 64, 96 or 128 keys.
 SM90_HEAD_DIMS = [32, 64, 96, 128, 256, 40, 80, 136]
-SM90_EDGES_Q = [edge + step for edge in (64, 128, 192, 256, 384) for step in (-1, 0, 1)]
-SM90_EDGES_K = [edge + step for edge in (64, 96, 128, 192, 256) for step in (-1, 0, 1)]
 SM90_OPTIONS = [
     {"causal": True},
     {"mask": True},

@@ -17,13 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import flash_cosine_sim_attention.interface as interface
 import flash_cosine_sim_attention.ops as ops
 from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, Call
 
 forward = torch.ops.flash_cosine_sim_attention.forward
 partials = torch.ops.flash_cosine_sim_attention.partials
 backward = torch.ops.flash_cosine_sim_attention.backward
 
 
-GRADIENTS = ("dq", "dk", "dv", "dattn_bias", "dscale")
+def attend(q, k, v, mask=None, attn_bias=None, scale=8.0, return_partials=False, **options):
+    """The operators as the library calls them."""
+    scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    options = {"groups": 1, "causal": True, "l2norm_qk": True} | options
+    call = Call(q, k, v, mask, attn_bias, scale, scale_value, **options)
+    return ops.kernel_attention(tuple(call), return_partials)
 
 
 def gradients(*names):
@@ -102,7 +108,7 @@ def test_gradients_that_are_not_needed_are_not_made(number):
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
             if function is backward.default:
-                asked.append(args[-6:-1])
+                asked.append(tuple(getattr(BACKWARD.decode(args), f"need_{name}") for name in GRADIENTS))
             return function(*args, **(kwargs or {}))
 
     differentiable = dict(zip(GRADIENTS, (*tensors[:3], *tensors[4:6]), strict=True))
@@ -129,7 +135,7 @@ def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
     q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64)
     differentiable = (q, k, v, attn_bias, scale)
     options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "return_partials": return_partials}
-    ours = ops.kernel_attention(q, k, v, mask=mask, attn_bias=attn_bias, scale=scale, **options)
+    ours = attend(q, k, v, mask, attn_bias, scale, **options)
     plain = plain_cosine_sim_attention(q, k, v, mask, attn_bias, scale, **options)
     if not return_partials:
         ours, plain = (ours,), (plain,)
@@ -187,8 +193,7 @@ def test_gradient_of_partials_in_any_dtype(dtype, peaked):
     if peaked:
         k[:, :, :33] = q + 0.3 * torch.randn_like(q)  # each query has its own key, all but parallel to it
     tensors = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-    options = {"scale": 14.0 if peaked else 12.0, "groups": 1, "causal": False, "l2norm_qk": True}
-    options["return_partials"] = True
+    options = {"scale": 14.0 if peaked else 12.0, "causal": False, "return_partials": True}
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = plain_cosine_sim_attention(*exact, **options)
     row_sum = expected[1].detach()
@@ -197,7 +202,7 @@ def test_gradient_of_partials_in_any_dtype(dtype, peaked):
         do = do[0] / row_sum.unsqueeze(-1), do[1] / row_sum
     else:
         assert (row_sum.unsqueeze(-1) * do[0]).abs().max() > 2**16
-    ours = ops.kernel_attention(*tensors, mask=None, attn_bias=None, **options)
+    ours = attend(*tensors, **options)
     plain = plain_cosine_sim_attention(*tensors, **options)
     grads, plain_grads, expected_grads = (
         torch.autograd.grad(results, leaves, [part.to(results[0].dtype) for part in do])
@@ -250,8 +255,7 @@ def test_the_last_dimension_reaches_the_operators_contiguous(monkeypatch):
 
     monkeypatch.setattr(ops, "_call_forward", record)
     q, k, v, *_ = (t.mT.contiguous().mT for t in inputs()[:3])
-    options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
-    ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
+    attend(q, k, v)
     assert seen == [1, 1, 1]
 
 
@@ -274,21 +278,16 @@ def test_forward_and_backward_get_the_same_tf32_setting(setting, compiled):
                 seen.append(args[position])
             return function(*args, **(kwargs or {}))
 
-    def attend(q, k, v):
-        options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
-        return ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
-
-    if compiled:
-        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    call = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
     q, k, v, *_ = inputs()
     try:
         for on in (True, False):
             switch(on)
-            o = attend(q, k, v)
+            o = call(q, k, v)
             switch(not on)
             with Record():
                 if not compiled:
-                    o = attend(q, k, v)
+                    o = call(q, k, v)
                     switch(on)
                 o.sum().backward()
     finally:
@@ -317,10 +316,6 @@ def test_forward_mode_is_a_clear_error(differentiate, requires_grad):
 def test_transforms_get_between_the_call_and_autograd():
     """Eager calls pass the dispatcher by on their way to autograd: nothing else may."""
 
-    def attend(q, k, v):
-        options = {"scale": 8.0, "groups": 1, "causal": True, "l2norm_qk": True, "return_partials": False}
-        return ops.kernel_attention(q, k, v, mask=None, attn_bias=None, **options)
-
     tensors = [torch.randn(3, 1, 2, 5, 8, requires_grad=True) for _ in range(3)]
     one_by_one = torch.stack([attend(*example) for example in zip(*tensors, strict=True)])
     at_once = torch.vmap(attend)(*tensors)
@@ -334,7 +329,7 @@ def test_transforms_get_between_the_call_and_autograd():
         with pytest.raises(NotImplementedError, match="under torch.func's .*; use backend='sdpa'"):  # none of zero
             function(example)
     for pre_dispatch in (False, True):
-        graph = make_fx(attend, pre_dispatch=pre_dispatch)(q, k, v).graph
+        graph = make_fx(lambda q, k, v: attend(q, k, v), pre_dispatch=pre_dispatch)(q, k, v).graph
         assert forward.default in [node.target for node in graph.nodes]
 
 
@@ -404,7 +399,7 @@ def test_deterministic_flag_reaches_the_backward():
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
             if function is backward.default:
-                flags.append(args[-1])
+                flags.append(BACKWARD.decode(args).deterministic)
             return function(*args, **(kwargs or {}))
 
     tensors = inputs()

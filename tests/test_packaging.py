@@ -161,7 +161,7 @@ def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     expected = [f"{PACKAGE}/{path.name}" for path in (ROOT / "kernels" / PACKAGE).glob("*.py")]
-    assert sorted(files) == sorted(expected)
+    assert sorted(files) == sorted([*expected, f"{PACKAGE}/py.typed"])
     assert f"{PACKAGE}/__init__.py" in files
     assert output.count("pure-Python build without CUDA kernels because torch cannot be imported") == 1
 
@@ -178,7 +178,7 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / csrc).rglob("*") if path.is_file()}
-    assert {"setup.py", "pyproject.toml", "LICENSE"} | sources <= files
+    assert {"setup.py", "pyproject.toml", "LICENSE", f"kernels/{PACKAGE}/py.typed"} | sources <= files
     assert {f"{csrc}/{name}" for name in ["binding.cpp", "rowwise/normalize.cu", "sm90/forward.cuh"]} <= sources
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 

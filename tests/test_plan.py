@@ -14,6 +14,7 @@ import pytest
 from emulator.build import CSRC, load_setup
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.cases import SM90_EDGES_K, SM90_EDGES_Q
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ or g++ on PATH)")
@@ -442,9 +443,7 @@ def test_a_head_dim_without_a_kernel_is_an_error_of_the_binding_not_a_plan(libra
 
 
 def test_the_edges_that_other_tests_try_are_those_of_the_tiles(library):
-    """test_kernels.py and test_emulation.py spell them out."""
-    from test_kernels import SM90_EDGES_K, SM90_EDGES_Q
-
+    """support/cases.py spells them out."""
     for head_dim in SETUP.HEAD_DIMS[1:]:
         block_q, block_k, _ = tile_sizes(library, "forward_sm90", head_dim)
         assert {block_q - 1, block_q, block_q + 1} <= set(SM90_EDGES_Q), head_dim

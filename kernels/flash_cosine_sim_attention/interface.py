@@ -2,6 +2,8 @@
 
 import logging
 import numbers
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,11 +19,25 @@ MAX_HEAD_DIM = 256
 # exp(60) = 2^86.6: row sums over 2^20 keys and |v| up to 2^15 still fit into float32 without any shift.
 MAX_LOGIT = 60
 
+Result = Tensor | tuple[Tensor, Tensor]  # the output, or numerator and denominator
+
 logger = logging.getLogger("flash_cosine_sim_attention")
 _logged_reasons: set[str] = set()
 _gpu_reasons: dict[int, str | None] = {}  # by device index: asking a GPU in every call would cost host time
 
 
+@overload
+def flash_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, backend: str = ..., return_partials: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, backend: str = ..., return_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_cosine_sim_attention(
     q: Tensor,
     k: Tensor,
@@ -39,8 +55,8 @@ def flash_cosine_sim_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * l2norm(q) l2norm(k)^T + attn_bias) v per head, without materialising the scores.
 
-    Cosine-similarity attention after Henry et al. 2020 (arXiv:2010.04245). float32, float16 and bfloat16; the
-    output has the inputs' dtype, or autocast's. A row that sees no key yields zeros, with zero gradients.
+    Cosine-similarity attention after Henry et al. 2020 (arXiv:2010.04245), in float32, float16 and bfloat16. A row
+    that sees no key yields zeros, with zero gradients.
 
     Args:
         q: (batch, num_heads, seq_len_q, head_dim), or (batch * num_heads, seq_len_q, head_dim) with k and v
@@ -67,21 +83,62 @@ def flash_cosine_sim_attention(
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once. A named
             back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
-        return_partials: return (numerator, denominator) in float32, of shapes (batch, num_heads, seq_len_q,
-            head_dim) and (batch, num_heads, seq_len_q), whose quotient is the output. They are not shifted,
+        return_partials: return (numerator, denominator), whose quotient is the output. They are not shifted,
             so shards over the keys merge by plain addition, and logits beyond the range, by a larger bias
             say, overflow.
 
+    Returns:
+        The output, in q's shape, (batch, num_heads, seq_len_q, head_dim) or merged, and in q's dtype, or autocast's.
+        With return_partials two tensors in float32 (float64 for float64): numerator, in q's shape, and denominator,
+        (batch, num_heads, seq_len_q) or merged.
+
     Raises:
-        ValueError, TypeError: an argument is not as above; the message says what is accepted.
+        ValueError: a shape, a value, a device or the back end is not as above. This message and the others say what
+            was got and what is accepted.
+        TypeError: a type or a dtype is not as above.
         ImportError: backend="cuda" without the compiled kernels.
+        NotImplementedError, RuntimeError: a derivative that the back end does not have (forward mode, a derivative of
+            a derivative); "reference" has all.
     """
     attend = _choose_backend(backend, q)
-    options = (causal, l2norm_qk, attn_bias_batch_dim, return_partials)
-    any_head_dim = backend == "reference"
-    return _attend(attend, q, k, v, mask, attn_bias, scale, groups, *options, any_head_dim=any_head_dim)
+    q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
+    _check_tensors(q, k, v)
+    if not type(causal) is type(l2norm_qk) is type(attn_bias_batch_dim) is type(return_partials) is bool:
+        _check_flag("causal", causal)
+        _check_flag("l2norm_qk", l2norm_qk)
+        _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
+        _check_flag("return_partials", return_partials)
+    merged = q.ndim == 3
+    if k.ndim == 3:
+        q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
+    _check_shapes(q, k, v, any_head_dim=backend == "reference")
+    if groups != 1 or type(groups) is not int:
+        check_groups(groups, q.shape[-1], "head_dim")
+    mask = _as_2d_mask(mask, q, k)
+    attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
+    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged)
+    # A Call's values in its order, but no Call: see call.py.
+    call = q, k, v, mask, attn_bias, scale_tensor, scale_value, groups, causal, l2norm_qk
+    if leave_autocast:
+        with torch.autocast(q.device.type, enabled=False):
+            result = attend(call, return_partials)
+    else:
+        result = attend(call, return_partials)
+    return _squeeze_heads(result) if merged else result
 
 
+@overload
+def plain_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, return_partials: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def plain_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, return_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
     k: Tensor,
@@ -96,52 +153,23 @@ def plain_cosine_sim_attention(
     *,
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Like flash_cosine_sim_attention, in plain PyTorch: the specification.
+    """Like flash_cosine_sim_attention with backend="reference": plain PyTorch, the specification.
 
-    It materialises the scores, and takes any head_dim.
+    It materialises the scores, takes any head_dim and float64, and has every derivative. Arguments, results and errors
+    are the same, but that it has no `backend`.
     """
-    options = (causal, l2norm_qk, attn_bias_batch_dim, return_partials)
-    return _attend(reference_attention, q, k, v, mask, attn_bias, scale, groups, *options, any_head_dim=True)
+    return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return]  # mypy takes a bool for no Literal
+        q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
+        backend="reference", return_partials=return_partials,
+    )  # fmt: skip
 
 
-def _attend(
-    attend, q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim, return_partials,
-    *, any_head_dim: bool,
-):  # fmt: skip
-    """Validate, normalise the arguments' shapes and dtypes, call the back end `attend`, restore q's shape."""
-    q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
-    _check_tensors(q, k, v)
-    if not type(causal) is type(l2norm_qk) is type(attn_bias_batch_dim) is type(return_partials) is bool:
-        _check_flag("causal", causal)
-        _check_flag("l2norm_qk", l2norm_qk)
-        _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
-        _check_flag("return_partials", return_partials)
-    merged = q.ndim == 3
-    if k.ndim == 3:
-        q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
-    _check_shapes(q, k, v, any_head_dim)
-    if groups != 1 or type(groups) is not int:
-        check_groups(groups, q.shape[-1], "head_dim")
-    options = {
-        "mask": _as_2d_mask(mask, q, k),
-        "attn_bias": _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged),
-        "scale": _as_number_or_vector(scale, groups, q, merged),
-        "groups": groups,
-        "causal": causal,
-        "l2norm_qk": l2norm_qk,
-        "return_partials": return_partials,
-    }
-    if leave_autocast:
-        with torch.autocast(q.device.type, enabled=False):
-            result = attend(q, k, v, **options)
-    else:
-        result = attend(q, k, v, **options)
-    if not merged:
-        return result
-    return tuple(part.squeeze(1) for part in result) if return_partials else result.squeeze(1)
+def _squeeze_heads(result: Result) -> Result:
+    """Undo the dimension of one head that merged q, k and v got."""
+    return result.squeeze(1) if isinstance(result, Tensor) else (result[0].squeeze(1), result[1].squeeze(1))
 
 
-def _choose_backend(backend: str, q: Tensor):
+def _choose_backend(backend: str, q: Tensor) -> Callable[[tuple[Any, ...], bool], Result]:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "reference":
@@ -203,15 +231,20 @@ def _require_cuda(q: Tensor) -> None:
         raise ValueError(f"backend='cuda' cannot serve: {reason}; use backend='auto', 'sdpa' or 'reference'")
 
 
-def _autocast(q, k, v, attn_bias):
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
     """Cast to autocast's dtype once, here, so that no back end is cast half-way; the scale stays float32."""
-    tensors = (q, k, v, attn_bias)
     # is_cuda first: the name of a device costs half a microsecond.
     device_type = "cpu" if not isinstance(q, Tensor) else "cuda" if q.is_cuda else q.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
-        return *tensors, False
+        return q, k, v, attn_bias, False
     dtype = torch.get_autocast_dtype(device_type)
-    return *(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors), True
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in DTYPES else tensor
+
+    return cast(q), cast(k), cast(v), attn_bias if attn_bias is None else cast(attn_bias), True
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -299,7 +332,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
         raise TypeError(f"attn_bias must be a tensor of a floating dtype, got {got}")
     if attn_bias.device != q.device:
         raise ValueError(f"attn_bias must be on q's device {q.device}, got {attn_bias.device}")
-    got = attn_bias.shape
+    shape = attn_bias.shape
     if attn_bias.ndim == 2:
         attn_bias = attn_bias[None, None]
     elif attn_bias.ndim == 3:
@@ -308,19 +341,24 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     sizes = zip(attn_bias.shape, full, strict=False)
     # A 2-D one is not broadcast further: (1, seq_len_k) would more likely be meant as a mask.
     broadcastable = attn_bias.ndim == 4 and all(size in (1, full_size) for size, full_size in sizes)
-    if not broadcastable or (len(got) == 2 and got != full[2:]):
+    if not broadcastable or (len(shape) == 2 and shape != full[2:]):
         batch, num_heads, seq_len_q, seq_len_k = full
         first = batch if batch_dim else num_heads
         raise ValueError(
             f"attn_bias must be ({'batch' if batch_dim else 'num_heads'}, seq_len_q, seq_len_k) = "
             f"{(first, seq_len_q, seq_len_k)}, or (seq_len_q, seq_len_k), or 4-D and broadcastable to (batch, "
-            f"num_heads, seq_len_q, seq_len_k) = {full}; got {tuple(got)}"
+            f"num_heads, seq_len_q, seq_len_k) = {full}; got {tuple(shape)}"
         )
     return attn_bias.to(q.dtype)
 
 
-def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> float | Tensor:
-    """Return scale as a number, or as a tensor (1,) or (num_heads,) in float32 (float64 for float64)."""
+def _as_vector_or_number(
+    scale: float | Tensor, groups: int, q: Tensor, merged: bool
+) -> tuple[Tensor | None, float]:
+    """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and 1; a number as None and it.
+
+    A number stays one: no tensor is made for it, and no gradient.
+    """
     if not isinstance(scale, Tensor):
         plain = type(scale) is float or type(scale) is int  # first: the others take longer to ask for
         if not plain:
@@ -328,7 +366,7 @@ def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: 
             if isinstance(scale, bool) or not number:
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
         _check_range(scale, groups)
-        return float(scale) if plain else torch.sym_float(scale)
+        return None, float(scale) if plain else torch.sym_float(scale)  # type: ignore[no-untyped-call]
     num_heads = q.shape[1]
     if not scale.is_floating_point():
         raise TypeError(f"a scale tensor must be of a floating dtype, got {scale.dtype}")
@@ -341,7 +379,7 @@ def _as_number_or_vector(scale: float | Tensor, groups: int, q: Tensor, merged: 
         for value in scale.reshape(-1).tolist():
             _check_range(value, groups)
     scale = scale.to(compute_dtype(q.dtype))
-    return scale if scale.ndim == 1 else scale.reshape(1)
+    return scale if scale.ndim == 1 else scale.reshape(1), 1.0
 
 
 def _check_range(scale: float, groups: int) -> None:

@@ -1,15 +1,11 @@
 """The operators torch.ops.flash_cosine_sim_attention.{forward, partials, backward}.
 
-Schemas, autograd, autocast, fake tensors and FLOP formulas live here and need no build. On the CPU the closed
-forms of reference.py serve; on CUDA the kernels of csrc/, which a compiled library `_C*.so` in this directory
-registers for the same schemas when it is loaded. The schemas are the seam to that library: it is built
-against them, and a library built for other ones must be built again.
+Autograd, autocast, fake tensors and FLOP formulas live here and need no build; what the operators' arguments are, and
+in which order, is call.py's. On the CPU the closed forms of reference.py serve; on CUDA the kernels of csrc/, which a
+compiled library `_C*.so` in this directory registers for the same schemas when it is loaded. The schemas are the seam
+to that library: it is built against them, and a library built for other ones must be built again.
 
-    q, o, do, numerator          (batch, num_heads, seq_len_q, head_dim)
-    k, v                         (batch, num_kv_heads, seq_len_k, head_dim)
-    mask                         bool (batch, seq_len_k)
-    attn_bias                    in q's dtype, broadcastable to (batch, num_heads, seq_len_q, seq_len_k)
-    scale                        float32 (1,) or (num_heads,); None: it is scale_value, else that is ignored
+    o, do, numerator             (batch, num_heads, seq_len_q, head_dim)
     row_sum_log2, denominator    float32 (batch, num_heads, seq_len_q)
 
 The operators do not validate: interface.py did. What an implementation may rely on, and what it must keep to:
@@ -29,32 +25,38 @@ The operators do not validate: interface.py did. What an implementation may rely
 """
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from .call import (
+    BACKWARD,
+    DIFFERENTIABLE,
+    FORWARD,
+    IN_DTYPE_OF_Q,
+    NEEDS,
+    PARTIALS,
+    SHARED,
+    TENSORS,
+    VALUES,
+    Operator,
+    picker,
+)
 from .reference import LOG2_E, compute_dtype, reference_backward, reference_forward, reference_partials
 
+Function = TypeVar("Function")
+
 NAMESPACE = "flash_cosine_sim_attention"
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? attn_bias, Tensor? scale, float scale_value"
-_OPTIONS = "int groups, bool causal, bool l2norm_qk, bool allow_tf32"
-_NEEDS = "bool need_dq, bool need_dk, bool need_dv, bool need_dattn_bias, bool need_dscale"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-# Without gradients nobody needs the row sums: they cost the kernels an addition a score.
-_library.define(f"forward({_INPUTS}, {_OPTIONS}, bool need_row_sum_log2=True) -> (Tensor o, Tensor row_sum_log2)")
-_library.define(f"partials({_INPUTS}, {_OPTIONS}) -> (Tensor numerator, Tensor denominator)")
-# drow_sum_log2 joins the row statistic delta = rowsum(do * o) - log2(e) * drow_sum_log2; None is zero.
-_library.define(
-    f"backward(Tensor do, {_INPUTS}, Tensor o, Tensor row_sum_log2, Tensor? drow_sum_log2, {_OPTIONS}, {_NEEDS}, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dattn_bias, Tensor dscale)"
-)
-_NUM_SHARED = 11  # of arguments that forward and partials have in common
+for _operator in (FORWARD, PARTIALS, BACKWARD):
+    _library.define(_operator.schema)
 # Resolved once: looking an overload up costs a microsecond per call.
 _forward, _partials, _backward = (
-    getattr(torch.ops.flash_cosine_sim_attention, name).default for name in ("forward", "partials", "backward")
+    getattr(torch.ops.flash_cosine_sim_attention, operator.name).default for operator in (FORWARD, PARTIALS, BACKWARD)
 )
 
 _kernels_error: str | None = "no compiled library in the package directory"
@@ -75,7 +77,7 @@ def load_kernels(directory: Path = Path(__file__).parent) -> None:
         _kernels_error = f"{libraries[0].name} does not load: {error}"
         return
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = ("forward", "partials", "backward")
+    names = [operator.name for operator in (FORWARD, PARTIALS, BACKWARD)]
     missing = [name for name in names if not has_kernel(f"{NAMESPACE}::{name}", "CUDA")]
     if missing:
         _kernels_error = f"{libraries[0].name} loads, but has no CUDA kernel for {', '.join(missing)}; build it again"
@@ -93,9 +95,9 @@ def kernels_error() -> str | None:
     return _kernels_error
 
 
-def constant_when_compiled(function):
+def constant_when_compiled(function: Function) -> Function:
     """torch.compiler.assume_constant_result, which would import torch._dynamo: that takes seconds."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -106,57 +108,44 @@ def _tf32_allowed() -> bool:
     torch.backends.cuda.matmul.allow_tf32 and torch.set_float32_matmul_precision set it too, but reading
     allow_tf32 raises once fp32_precision has been set. torch.compile guards this setting.
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def kernel_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-    return_partials: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention by the operators, on 4-D tensors as normalised by interface.py."""
+def kernel_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by the operators, of the values of a Call."""
+    q, k, v, *rest = call
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = k if k.stride(-1) == 1 else k.contiguous()
     v = v if v.stride(-1) == 1 else v.contiguous()
-    # A number stays one: no tensor is made for it, and no gradient.
-    scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     # Read here alone; the backward pass gets it from the autograd graph.
     allow_tf32 = q.dtype == torch.float32 and _tf32_allowed()
-    arguments = q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32
     if return_partials:
-        return _call_partials(*arguments)
-    return _call_forward(*arguments, False)[0]  # where there are gradients, autograd asks for the row sums
+        return _call_partials(q, k, v, *rest, allow_tf32)
+    # No row sums: where there are gradients, autograd asks for them.
+    return _call_forward(q, k, v, *rest, allow_tf32, False)[0]
 
 
 # The CPU implementations. allow_tf32 and deterministic change nothing: there is no TF32 on the CPU, and the
 # reference is deterministic.
 
 
-def _forward_cpu(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, _allow_tf32, need_sums=True):
-    scale = scale_value if scale is None else scale
-    o, row_sum_log2 = reference_forward(q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk)
-    return o, row_sum_log2 if need_sums else row_sum_log2.new_empty(0)
+def _forward_cpu(*arguments):
+    o, row_sum_log2 = reference_forward(FORWARD.call(arguments))
+    return o, row_sum_log2 if FORWARD.decode(arguments).need_row_sum_log2 else row_sum_log2.new_empty(0)
 
 
-def _partials_cpu(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, _allow_tf32):
-    scale = scale_value if scale is None else scale
-    return reference_partials(q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk)
+def _partials_cpu(*arguments):
+    return reference_partials(PARTIALS.call(arguments))
 
 
-def _backward_cpu(do, q, k, v, mask, attn_bias, scale, scale_value, o, row_sum_log2, drow_sum_log2, *options):
-    groups, causal, l2norm_qk, _allow_tf32, *needs, _deterministic = options
-    scale = scale_value if scale is None else scale
-    rows = o, row_sum_log2, drow_sum_log2
-    return reference_backward(do, q, k, v, mask, attn_bias, scale, *rows, groups, causal, l2norm_qk, needs)
+def _backward_cpu(*arguments):
+    given = BACKWARD.decode(arguments)
+    rows = given.o, given.row_sum_log2, given.drow_sum_log2
+    return reference_backward(given.do, BACKWARD.call(arguments), *rows, _needs_of_backward(arguments))
 
+
+_differentiable_of_backward = picker(BACKWARD.fields, DIFFERENTIABLE)
+_needs_of_backward = picker(BACKWARD.fields, NEEDS)
 
 _library.impl("forward", _forward_cpu, "CPU")
 _library.impl("partials", _partials_cpu, "CPU")
@@ -167,24 +156,29 @@ _library.impl("backward", _backward_cpu, "CPU")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::forward", lib=_library)
-def _forward_fake(q, *inputs):
-    need_row_sum_log2 = len(inputs) < _NUM_SHARED or inputs[-1]  # an argument at its default may be left out
-    return torch.empty_like(q), q.new_empty(q.shape[:-1] if need_row_sum_log2 else 0, dtype=compute_dtype(q.dtype))
+def _forward_fake(*arguments):
+    given = FORWARD.decode(arguments)
+    q, rows = given.q, given.q.shape[:-1] if given.need_row_sum_log2 else 0
+    return torch.empty_like(q), q.new_empty(rows, dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::partials", lib=_library)
-def _partials_fake(q, *_inputs):
+def _partials_fake(*arguments):
+    q = PARTIALS.decode(arguments).q
     dtype = compute_dtype(q.dtype)
     return q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:-1], dtype=dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::backward", lib=_library)
-def _backward_fake(_do, q, k, v, _mask, attn_bias, scale, *options):
-    needs = options[-6:-1]
-    dtypes = (q.dtype, q.dtype, q.dtype, q.dtype, compute_dtype(q.dtype))
+def _backward_fake(*arguments):
+    tensors = _differentiable_of_backward(arguments)
+    q, *_ = tensors
+    needed = zip(DIFFERENTIABLE, tensors, _needs_of_backward(arguments), strict=True)
     return tuple(
-        torch.empty_like(tensor) if needed else q.new_empty(0, dtype=dtype)
-        for tensor, needed, dtype in zip((q, k, v, attn_bias, scale), needs, dtypes, strict=True)
+        torch.empty_like(tensor)
+        if need
+        else q.new_empty(0, dtype=q.dtype if name in IN_DTYPE_OF_Q else compute_dtype(q.dtype))
+        for name, tensor, need in needed
     )
 
 
@@ -192,9 +186,9 @@ def _backward_fake(_do, q, k, v, _mask, attn_bias, scale, *options):
 
 
 def _forward_autograd(ctx, do, drow_sum_log2):
-    *inputs, o, row_sum_log2 = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    *tensors, o, row_sum_log2 = ctx.saved_tensors  # read once: activation checkpointing allows no more
     do = torch.zeros_like(o) if do is None else do
-    return _input_grads(ctx, inputs, do, o, row_sum_log2, drow_sum_log2)
+    return _input_grads(ctx, tensors, do, o, row_sum_log2, drow_sum_log2)
 
 
 def _partials_autograd(ctx, dnumerator, ddenominator):
@@ -202,10 +196,11 @@ def _partials_autograd(ctx, dnumerator, ddenominator):
 
     do = denominator * dnumerator is the well-scaled choice: dnumerator carries one over the total row sum.
     """
-    *inputs, numerator, denominator = ctx.saved_tensors
+    *tensors, numerator, denominator = ctx.saved_tensors
     dnumerator = torch.zeros_like(numerator) if dnumerator is None else dnumerator
     ddenominator = torch.zeros_like(denominator) if ddenominator is None else ddenominator
-    dtype, wide = inputs[0].dtype, numerator.dtype
+    q, *_ = tensors
+    dtype, wide = q.dtype, numerator.dtype
     o = numerator / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)
     do = dnumerator * denominator.unsqueeze(-1)
     row_sum_log2 = denominator.log2()
@@ -220,19 +215,24 @@ def _partials_autograd(ctx, dnumerator, ddenominator):
     # The operator takes rowsum(low_do * low_o) off dP = low_do V^T. Correcting it to rowsum(low_do * o) leaves
     # (low_do - do) (v - o)^T as the error of rounding do: small where the row is all but one-hot.
     drow = drow + (low_do.to(wide) * (low_o.to(wide) - o)).sum(-1)
-    return _input_grads(ctx, inputs, low_do, low_o, row_sum_log2, drow / LOG2_E)
+    return _input_grads(ctx, tensors, low_do, low_o, row_sum_log2, drow / LOG2_E)
 
 
-def _input_grads(ctx, inputs, do, o, row_sum_log2, drow_sum_log2):
+def _input_grads(ctx, tensors, do, o, row_sum_log2, drow_sum_log2):
     """Gradients of all arguments, given those of o and of row_sum_log2."""
-    need_dq, need_dk, need_dv, _, need_dattn_bias, need_dscale = ctx.needs_input_grad[:6]
-    needs = need_dq, need_dk, need_dv, need_dattn_bias, need_dscale
-    scale_value, *options = ctx.options
-    rows = o, row_sum_log2, drow_sum_log2
+    needs = _pick_differentiable(ctx.needs_input_grad)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _call_backward(do, *inputs, scale_value, *rows, *options, *needs, deterministic)
-    dq, dk, dv, dattn_bias, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dq, dk, dv, None, dattn_bias, dscale, *[None] * len(ctx.options)
+    known = *tensors, *ctx.values, do, o, row_sum_log2, drow_sum_log2, *needs, deterministic
+    grads = _call_backward(*_as_arguments_of_backward(known))
+    grads = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return _as_input_grads((*grads, None))
+
+
+_pick_differentiable = picker(tuple(SHARED), DIFFERENTIABLE)
+_as_arguments_of_backward = picker(
+    (*TENSORS, *VALUES, "do", "o", "row_sum_log2", "drow_sum_log2", *NEEDS, "deterministic"), BACKWARD.fields
+)
+_as_input_grads = picker((*DIFFERENTIABLE, "none"), [name if name in DIFFERENTIABLE else "none" for name in SHARED])
 
 
 def _double_backward(_ctx, *_grads):
@@ -248,25 +248,28 @@ _EAGER_KEYS = (
 )
 
 
-def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: int | None):
+def _register_autograd(overload, operator: Operator, backward, saves: bool = True):
     """Like torch.library.register_autograd, at less than half of its host time per call.
 
-    The first `num_saved_inputs` arguments and all outputs are saved as tensors, the other arguments as
-    ctx.options. Where there are gradients, arguments after the first `num_inputs` have their defaults.
-    Dual tensors are refused: a kernel below autograd would silently lose their tangents.
+    With `saves`, TENSORS and the results are saved as tensors, VALUES as ctx.values. Where there are gradients,
+    arguments that have a default have that. Dual tensors are refused: a kernel below autograd would silently lose
+    their tangents.
 
     Returns a function that calls the operator. In eager mode the dispatcher would only find the kernel registered
     here, which takes it longer than the kernel does; so that is called straight away.
     """
+    required = picker(operator.fields, operator.required)
+    tensors, values = picker(operator.fields, TENSORS), picker(operator.fields, VALUES)
+    pick_qkv = picker(operator.fields, ("q", "k", "v"))
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx, *arguments):
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator(*inputs)
-            if num_saved_inputs > 0:
-                ctx.save_for_backward(*inputs[:num_saved_inputs], *output)  # mask, attn_bias, scale may be None
-                ctx.options = inputs[num_saved_inputs:]
+                output = overload(*arguments)
+            if saves:
+                ctx.save_for_backward(*tensors(arguments), *output)  # mask, attn_bias, scale may be None
+                ctx.values = values(arguments)
             ctx.set_materialize_grads(False)
             return output
 
@@ -274,15 +277,15 @@ def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: in
         def backward(ctx, *grads):
             return backward(ctx, *grads)
 
-    def kernel(*inputs):
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+    def kernel(*arguments):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
             raise NotImplementedError(
                 "flash_cosine_sim_attention's operators have no forward-mode derivative; use backend='reference' "
                 "(or plain_cosine_sim_attention), which is plain PyTorch"
             )
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             try:
-                return Differentiable.apply(*inputs[:num_inputs])
+                return Differentiable.apply(*required(arguments))
             except RuntimeError as error:
                 if "functorch transforms" not in str(error):
                     raise
@@ -292,17 +295,19 @@ def _register_autograd(operator, backward, num_saved_inputs: int, num_inputs: in
                     "has every derivative"
                 ) from error
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+            return overload(*arguments)
 
-    _library.impl(operator._opname, kernel, "Autograd")
+    _library.impl(operator.name, kernel, "Autograd")
 
-    def call(*inputs):
+    def call(*arguments):
+        if torch.compiler.is_compiling():  # before anything that it cannot trace
+            return overload(*arguments)
+        q, k, v = pick_qkv(arguments)
         eager = (
-            not torch.compiler.is_compiling()
-            and torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER_KEYS
-            and type(inputs[0]) is type(inputs[1]) is type(inputs[2]) is Tensor  # a subclass may dispatch itself
+            torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER_KEYS
+            and type(q) is type(k) is type(v) is Tensor  # a subclass may dispatch itself
         )
-        return kernel(*inputs) if eager else operator(*inputs)
+        return kernel(*arguments) if eager else overload(*arguments)
 
     return call
 
@@ -311,30 +316,33 @@ def _has_tangent(argument) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-_call_forward = _register_autograd(_forward, _forward_autograd, num_saved_inputs=6, num_inputs=_NUM_SHARED)
-_call_partials = _register_autograd(_partials, _partials_autograd, num_saved_inputs=6, num_inputs=_NUM_SHARED)
-_call_backward = _register_autograd(_backward, _double_backward, num_saved_inputs=0, num_inputs=None)
+_call_forward = _register_autograd(_forward, FORWARD, _forward_autograd)
+_call_partials = _register_autograd(_partials, PARTIALS, _partials_autograd)
+_call_backward = _register_autograd(_backward, BACKWARD, _double_backward, saves=False)
 
 
 # Autocast: torch.library.register_autocast would cast every tensor, but a learned scale stays float32.
 
 
-def _autocast(operator, device_type: str):
+def _autocast(overload, operator: Operator, device_type: str):
+    is_cast = [name in IN_DTYPE_OF_Q for name in operator.fields]
+
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    def kernel(q, k, v, mask, attn_bias, scale, *options):
+    def kernel(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            q, k, v, attn_bias = (cast(tensor, dtype) for tensor in (q, k, v, attn_bias))
-            return operator(q, k, v, mask, attn_bias, scale, *options)
+            # Not strict: an argument at its default may be left out.
+            return overload(*(cast(a, dtype) if casts else a for a, casts in zip(arguments, is_cast, strict=False)))
 
     return kernel
 
 
 for _device_type in ("cpu", "cuda"):
-    for _operator in (_forward, _partials):
-        _library.impl(_operator._opname, _autocast(_operator, _device_type), f"Autocast{_device_type.upper()}")
+    for _overload, _operator in ((_forward, FORWARD), (_partials, PARTIALS)):
+        _kernel = _autocast(_overload, _operator, _device_type)
+        _library.impl(_operator.name, _kernel, f"Autocast{_device_type.upper()}")
 
 
 # FLOPs, from shapes alone: a multiply-add is two; causal counts the visible pairs only, a key mask is data.
@@ -351,17 +359,24 @@ def _matmul_flops(q, k, causal: bool) -> int:
     return 2 * batch * num_heads * pairs * head_dim
 
 
-@register_flop_formula([torch.ops.flash_cosine_sim_attention.forward, torch.ops.flash_cosine_sim_attention.partials])
-def _forward_flops(q, k, v, mask, attn_bias, scale, scale_value, groups, causal, *options, out_shape=None) -> int:  # noqa: ARG001
-    return 2 * _matmul_flops(q, k, causal)  # q k^T, P v
+def _register_forward_flops(operator: Operator) -> None:
+    @register_flop_formula(getattr(torch.ops.flash_cosine_sim_attention, operator.name))
+    def flops(*shapes, out_shape=None) -> int:  # noqa: ARG001
+        call = operator.call(shapes)
+        return 2 * _matmul_flops(call.q, call.k, call.causal)  # q k^T, P v
+
+
+_register_forward_flops(FORWARD)
+_register_forward_flops(PARTIALS)
 
 
 @register_flop_formula(torch.ops.flash_cosine_sim_attention.backward)
-def _backward_flops(do, q, k, *rest, out_shape=None) -> int:  # noqa: ARG001
-    *_, causal, _l2norm_qk, _allow_tf32, dq, dk, dv, dattn_bias, dscale, _deterministic = rest
+def _backward_flops(*shapes, out_shape=None) -> int:  # noqa: ARG001
+    given = BACKWARD.decode(shapes)
     # q k^T again, dO v^T; dS k, dS^T q, P^T dO
-    num_products = 1 + (dq or dk or dattn_bias or dscale) + dq + dk + dv
-    return num_products * _matmul_flops(q, k, causal)
+    need_ds = given.need_dq or given.need_dk or given.need_dattn_bias or given.need_dscale
+    num_products = 1 + need_ds + given.need_dq + given.need_dk + given.need_dv
+    return num_products * _matmul_flops(given.q, given.k, given.causal)
 
 
 load_kernels()

@@ -8,16 +8,17 @@
 `reference_backward` say the same in closed form: they are the specification of the CUDA kernels and the CPU
 implementation of the operators in ops.py. float16 and bfloat16 are computed in float32, float64 in float64.
 
-All functions but `l2norm_tensors` take what interface.py has normalised: 4-D q, k, v, mask
-(batch, seq_len_k) or None, attn_bias 4-D broadcastable or None, scale a number or a tensor of shape (1,) or
-(num_heads,).
+They take a Call, which says the shapes: what interface.py has normalised.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .call import Call, scale_of
 
 LOG2_E = math.log2(math.e)
 
@@ -25,10 +26,19 @@ LOG2_E = math.log2(math.e)
 def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
     """l2-normalise the last dimension of every tensor, in `groups` equal parts of unit norm each.
 
-    Takes tensors (..., head_dim) of any floating dtype and returns a tuple of the same shapes and dtypes. The
-    norm is taken in float32 (float64 for float64) and neither overflows nor underflows. A zero vector stays
-    zero, with a zero gradient. Raises ValueError without tensors or where `groups` does not divide head_dim,
-    TypeError for any other dtype or where `groups` is no int.
+    The norm is taken in float32 (float64 for float64) and neither overflows nor underflows. A zero vector stays
+    zero, with a zero gradient.
+
+    Args:
+        *tensors: (..., head_dim), one or more, of any floating dtype and each of its own shape.
+        groups: how many parts; it divides every head_dim.
+
+    Returns:
+        A tuple of as many tensors, each in the shape and dtype of its own.
+
+    Raises:
+        ValueError: there are no tensors, one has no last dimension or an empty one, or `groups` does not divide it.
+        TypeError: a tensor is of no floating dtype, or `groups` is no int.
     """
     if not tensors:
         raise ValueError("l2norm_tensors needs at least one tensor, got none")
@@ -67,22 +77,13 @@ def has_readable_values(tensor: Tensor) -> bool:
     return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-    return_partials: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention by autograd: o in q's dtype, or (numerator, denominator) in float32 before the division."""
-    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
-    logits = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal)
+def reference_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by autograd, of the values of a Call: o in q's dtype, or (numerator, denominator) in float32 before
+    the division.
+    """
+    call = Call._make(call)
+    q_hat, k_hat, value = _operands(call)
+    logits = _logits(q_hat @ k_hat.mT, call)
     if return_partials:
         # Unshifted by definition: only then do shards over the keys merge by plain addition.
         weights = logits.exp()  # (batch, num_heads, seq_len_q, seq_len_k)
@@ -91,77 +92,44 @@ def reference_attention(
     weights = (logits - _finite_row_max(logits)).exp()
     row_sum = weights.sum(-1, keepdim=True)
     o = (weights @ value) / row_sum.masked_fill(row_sum == 0, 1)  # 0 / 1 in a row without a visible key
-    return o.to(q.dtype)
+    return o.to(call.q.dtype)
 
 
-def reference_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-) -> tuple[Tensor, Tensor]:
+def reference_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return o (batch, num_heads, seq_len_q, head_dim) and row_sum_log2 (batch, num_heads, seq_len_q).
 
     row_sum_log2 = log2(rowsum(exp(S))), in float32, is all that the backward pass needs to restore the
     probabilities. It is -inf, and o is 0, in a row without a visible key.
     """
-    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
-    logits = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal)
+    q_hat, k_hat, value = _operands(call)
+    logits = _logits(q_hat @ k_hat.mT, call)
     row_max = _finite_row_max(logits)
     weights = (logits - row_max).exp()
     row_sum = weights.sum(-1, keepdim=True)
     o = (weights @ value) / row_sum.masked_fill(row_sum == 0, 1)
     row_sum_log2 = row_sum.log2() + row_max * LOG2_E
-    return _laid_out_like(q, o.to(q.dtype)), row_sum_log2.squeeze(-1).contiguous()
+    return _laid_out_like(call.q, o.to(call.q.dtype)), row_sum_log2.squeeze(-1).contiguous()
 
 
-def reference_partials(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-) -> tuple[Tensor, Tensor]:
+def reference_partials(call: Call) -> tuple[Tensor, Tensor]:
     """Return exp(S) v (batch, num_heads, seq_len_q, head_dim) and rowsum(exp(S)), in float32."""
-    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
-    weights = _logits(q_hat @ k_hat.mT, scale, attn_bias, mask, causal).exp()
+    q_hat, k_hat, value = _operands(call)
+    weights = _logits(q_hat @ k_hat.mT, call).exp()
     return (weights @ value).contiguous(), weights.sum(-1)
 
 
 def reference_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    o: Tensor,
-    row_sum_log2: Tensor,
-    drow_sum_log2: Tensor | None,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-    needs: Sequence[bool],
+    do: Tensor, call: Call, o: Tensor, row_sum_log2: Tensor, drow_sum_log2: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, dattn_bias and dscale, each in its input's dtype and layout, or (0,) if not in `needs`.
 
     The row statistics replace the softmax's Jacobian as in Dao et al. 2022, "FlashAttention", appendix B,
     arXiv:2205.14135; the scores are computed again instead of being stored.
     """
-    q_hat, k_hat, value = _operands(q, k, v, groups, l2norm_qk)
+    q_hat, k_hat, value = _operands(call)
     do, o = do.to(q_hat.dtype), o.to(q_hat.dtype)
     cos = q_hat @ k_hat.mT  # (batch, num_heads, seq_len_q, seq_len_k)
-    logits = _logits(cos, scale, attn_bias, mask, causal)
+    logits = _logits(cos, call)
 
     # P = exp(S) / rowsum(exp(S)). +inf in place of log2(0) makes P exactly 0 in an empty row.
     row_sum_log2 = row_sum_log2.masked_fill(row_sum_log2 == -math.inf, math.inf)
@@ -175,22 +143,24 @@ def reference_backward(
 
     # S = scale * cos + bias:  dq^ = scale * dS k^;  dk^ = scale * dS^T q^;  dbias = dS;  dscale = sum(dS cos)
     need_dq, need_dk, need_dv, need_dattn_bias, need_dscale = needs
-    dcos = dlogits * _per_head(scale)
+    dcos = dlogits * _per_head(scale_of(call))
     # Each its own tensor: an operator's outputs must not share memory.
-    dq, dk, dv, dattn_bias = (q.new_empty(0) for _ in range(4))
-    dscale = q.new_empty(0, dtype=q_hat.dtype)
+    dq, dk, dv, dattn_bias = (call.q.new_empty(0) for _ in range(4))
+    dscale = call.q.new_empty(0, dtype=q_hat.dtype)
     if need_dq:
-        dq = _laid_out_like(q, _unnormalised_grad(dcos @ k_hat, q, groups, l2norm_qk))
+        dq = _laid_out_like(call.q, _unnormalised_grad(dcos @ k_hat, call.q, call))
     if need_dk:
-        dk_hat = _sum_head_group(dcos.mT @ q_hat, k.shape[1])
-        dk = _laid_out_like(k, _unnormalised_grad(dk_hat, k, groups, l2norm_qk))
+        dk_hat = _sum_head_group(dcos.mT @ q_hat, call.k.shape[1])
+        dk = _laid_out_like(call.k, _unnormalised_grad(dk_hat, call.k, call))
     if need_dv:
-        dv = _laid_out_like(v, _sum_head_group(probabilities.mT @ do, v.shape[1]).to(v.dtype))
+        dv = _sum_head_group(probabilities.mT @ do, call.v.shape[1])
+        dv = _laid_out_like(call.v, dv.to(call.v.dtype))
     if need_dattn_bias:
-        dattn_bias = _laid_out_like(attn_bias, dlogits.sum_to_size(attn_bias.shape).to(attn_bias.dtype))
+        dattn_bias = dlogits.sum_to_size(call.attn_bias.shape)
+        dattn_bias = _laid_out_like(call.attn_bias, dattn_bias.to(call.attn_bias.dtype))
     if need_dscale:
         dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
-        dscale = (dscale.sum(0, keepdim=True) if scale.numel() == 1 else dscale).to(scale.dtype)
+        dscale = (dscale.sum(0, keepdim=True) if call.scale.numel() == 1 else dscale).to(call.scale.dtype)
     return dq, dk, dv, dattn_bias, dscale
 
 
@@ -217,22 +187,23 @@ def visible_keys(
     return visible
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, groups: int, l2norm_qk: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(q.dtype)
-    q_hat = l2norm(q, groups) if l2norm_qk else q.to(dtype)
-    k_hat = l2norm(k, groups) if l2norm_qk else k.to(dtype)
-    num_heads = q.shape[1]
-    return q_hat, expand_kv_heads(k_hat, num_heads), expand_kv_heads(v.to(dtype), num_heads)
+def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """q^, k^ and v in `compute_dtype`, each with num_heads heads."""
+    dtype = compute_dtype(call.q.dtype)
+    q_hat = l2norm(call.q, call.groups) if call.l2norm_qk else call.q.to(dtype)
+    k_hat = l2norm(call.k, call.groups) if call.l2norm_qk else call.k.to(dtype)
+    num_heads = call.q.shape[1]
+    return q_hat, expand_kv_heads(k_hat, num_heads), expand_kv_heads(call.v.to(dtype), num_heads)
 
 
-def _logits(cos: Tensor, scale: float | Tensor, attn_bias: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+def _logits(cos: Tensor, call: Call) -> Tensor:
     seq_len_q, seq_len_k = cos.shape[-2:]
-    logits = cos * _per_head(scale)
-    if attn_bias is not None:
-        logits = logits + attn_bias.to(cos.dtype)
+    logits = cos * _per_head(scale_of(call))
+    if call.attn_bias is not None:
+        logits = logits + call.attn_bias.to(cos.dtype)
     # Bottom-right aligned: the last query sees every key, as key/value caches need.
-    diagonal = seq_len_k - seq_len_q if causal else None
-    visible = visible_keys(mask, diagonal, seq_len_q, seq_len_k, cos.device)
+    diagonal = seq_len_k - seq_len_q if call.causal else None
+    visible = visible_keys(call.mask, diagonal, seq_len_q, seq_len_k, cos.device)
     return logits if visible is None else logits.masked_fill(~visible, -math.inf)
 
 
@@ -269,11 +240,11 @@ def _unit_groups(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return bounded * inverse_norm, inverse_norm, largest
 
 
-def _unnormalised_grad(dx_hat: Tensor, x: Tensor, groups: int, l2norm_qk: bool) -> Tensor:
+def _unnormalised_grad(dx_hat: Tensor, x: Tensor, call: Call) -> Tensor:
     """Project the gradient of x^ = x / |x| onto the tangent plane: dx = (dx^ - x^ (x^.dx^)) / |x|."""
-    if not l2norm_qk:
+    if not call.l2norm_qk:
         return dx_hat.to(x.dtype)
-    x_hat, inverse_norm, largest = _unit_groups(x, groups)
+    x_hat, inverse_norm, largest = _unit_groups(x, call.groups)
     dx_hat = dx_hat.unflatten(-1, x_hat.shape[-2:])
     tangent = dx_hat - x_hat * (x_hat * dx_hat).sum(-1, keepdim=True)
     return (tangent * inverse_norm / largest).flatten(-2).to(x.dtype)

@@ -12,12 +12,14 @@ PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .call import Call, scale_of
 from .reference import (
     compute_dtype,
     expand_kv_heads,
@@ -36,38 +38,17 @@ NO_FORWARD_MODE = f"backend='sdpa' has no forward-mode derivative: PyTorch's fus
 NO_DOUBLE_BACKWARD = f"backend='sdpa' has no double backward: PyTorch's fused attention has none; {_INSTEAD}"
 
 
-def sdpa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | Tensor,
-    groups: int,
-    causal: bool,
-    l2norm_qk: bool,
-    return_partials: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention on 4-D tensors as normalised by interface.py; see the public function for the arguments."""
+def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the values of a Call."""
+    call = Call._make(call)
+    q, k, v, mask, attn_bias = call.q, call.k, call.v, call.mask, call.attn_bias
     if q.numel() == 0 or k.numel() == 0:  # nothing to compute, and not every SDPA kernel takes it
-        return reference_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            attn_bias=attn_bias,
-            scale=scale,
-            groups=groups,
-            causal=causal,
-            l2norm_qk=l2norm_qk,
-            return_partials=return_partials,
-        )
+        return reference_attention(call, return_partials)
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
-    causal = causal and seq_len_q > 1  # bottom-right aligned, a single query sees every key
+    causal = call.causal and seq_len_q > 1  # bottom-right aligned, a single query sees every key
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
-    q, k = _scaled_and_normalised(q, k, scale, groups, l2norm_qk, dtype)
+    q, k = _scaled_and_normalised(call, dtype)
     if return_partials:
         return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, causal)
     if attn_bias is None and not causal:
@@ -77,12 +58,12 @@ def sdpa_attention(
     return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, causal)[0]
 
 
-def _scaled_and_normalised(
-    q: Tensor, k: Tensor, scale: float | Tensor, groups: int, l2norm_qk: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    wide = compute_dtype(q.dtype)
-    q_hat = l2norm(q, groups) if l2norm_qk else q.to(wide)
-    k_hat = l2norm(k, groups) if l2norm_qk else k.to(wide)
+def _scaled_and_normalised(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale * q^ and k^, each rounded once to dtype."""
+    wide = compute_dtype(call.q.dtype)
+    q_hat = l2norm(call.q, call.groups) if call.l2norm_qk else call.q.to(wide)
+    k_hat = l2norm(call.k, call.groups) if call.l2norm_qk else call.k.to(wide)
+    scale = scale_of(call)
     scale = scale.to(wide).view(-1, 1, 1) if isinstance(scale, Tensor) else scale
     return (q_hat * scale).to(dtype), k_hat.to(dtype)
 

@@ -13,6 +13,9 @@ BIASES = ["heads", "batch", "full", "shared", "per_key", "per_query", "plane", "
 MAX_SCORES = 2_500_000  # per case: a float64 forward and backward of that many takes a fraction of a second
 HEAD_DIMS = [16, 32, 64, 96, 128, 256]
 PADDED_HEAD_DIMS = [8, 24, 40, 80, 160, 200]
+# Where tiles of the kernels of compute capability 9.0 end; test_plan.py compares them with the tables of tile sizes.
+SM90_EDGES_Q = [edge + step for edge in (64, 128, 192, 256, 384) for step in (-1, 0, 1)]
+SM90_EDGES_K = [edge + step for edge in (64, 96, 128, 192, 256) for step in (-1, 0, 1)]
 OPTIONS = [
     {},
     {"causal": True},

@@ -1,0 +1,252 @@
+"""call.py: that the operators, the library compiled from csrc/ and the public functions all follow it."""
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import flop_registry
+
+import flash_cosine_sim_attention.interface as interface
+from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention.call import BACKWARD, DIFFERENTIABLE, FORWARD, NEEDS, PARTIALS, Call, picker
+
+PACKAGE = Path(interface.__file__).parent
+OPERATORS = [FORWARD, PARTIALS, BACKWARD]
+# The library's C++ types, by those of a schema.
+CPP_TYPES = {"Tensor": "TorchTensor", "Tensor?": "OptionalTensor", "float": "double", "int": "int64_t", "bool": "bool"}
+
+
+def overload(operator):
+    return getattr(torch.ops.flash_cosine_sim_attention, operator.name).default
+
+
+def schema_arguments(operator):
+    return [(argument.name, str(argument.type)) for argument in overload(operator)._schema.arguments]
+
+
+def arguments_of(operator, **given):
+    """Arguments of the operator for small tensors, in its order."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 16) for heads in (4, 2, 2))
+    bias, scale = torch.randn(1, 4, 5, 5), torch.linspace(1, 8, 4)
+    values = {"q": q, "k": k, "v": v, "mask": torch.rand(2, 5) > 0.3, "attn_bias": bias, "scale": scale}
+    values |= {"scale_value": 1.0, "groups": 2, "causal": True, "l2norm_qk": True, "allow_tf32": False}
+    values |= {"need_row_sum_log2": True, "do": torch.randn_like(q), "o": torch.randn_like(q)}
+    values |= {"row_sum_log2": torch.randn(2, 4, 5), "drow_sum_log2": None, "deterministic": False}
+    values |= dict.fromkeys(NEEDS, True) | given
+    return tuple(values[field] for field in operator.fields)
+
+
+# One spelling
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_schemas_hold_the_fields_of_a_call_in_their_order(operator):
+    names = [name for name, _ in schema_arguments(operator)]
+    assert names == list(operator.fields)
+    assert [name for name in names if name in Call._fields] == list(Call._fields)
+    kinds = typing.get_type_hints(Call)
+    for argument in overload(operator)._schema.arguments:
+        if argument.name in kinds:
+            optional = type(None) in typing.get_args(kinds[argument.name])
+            assert isinstance(argument.type, torch.OptionalType) == optional
+
+
+def test_the_public_function_makes_a_call(monkeypatch):
+    """A plain tuple with every value in the place that Call gives its name."""
+    seen = []
+    monkeypatch.setattr(interface, "_choose_backend", lambda *_: lambda *call: seen.append(call) or torch.zeros(()))
+    *tensors, mask, bias = *torch.randn(3, 1, 2, 5, 8), torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 2, 5, 5)
+    for scale, causal in ((torch.ones(2), True), (3, False)):
+        options = {"groups": 2, "causal": causal, "l2norm_qk": not causal}
+        flash_cosine_sim_attention(*tensors, mask, bias, scale, **options, return_partials=causal)
+        values, return_partials = seen.pop()
+        assert type(values) is tuple and return_partials is causal
+        call = Call._make(values)
+        for name, value in zip(("q", "k", "v", "mask", "attn_bias"), (*tensors, mask, bias), strict=True):
+            assert torch.equal(getattr(call, name), value)
+        if isinstance(scale, torch.Tensor):
+            assert torch.equal(call.scale, scale)
+        else:
+            assert call.scale is None and call.scale_value == scale
+        assert {name: getattr(call, name) for name in options} == options
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_cpu_and_fake_agree_with_the_fields(operator):
+    """With every value that has an effect of its own on the results' sizes and values."""
+    arguments = arguments_of(operator)
+    results = overload(operator)(*arguments)
+    fakes = overload(operator)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert len(results) == len(overload(operator)._schema.returns)
+    for result, fake in zip(results, fakes, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (result.shape, result.dtype, result.stride())
+    call = operator.call(arguments)
+    assert call == Call(**{name: operator.decode(arguments)._asdict()[name] for name in Call._fields})
+    for name, other in {"causal": False, "groups": 1, "l2norm_qk": False, "mask": None, "attn_bias": None}.items():
+        changed = overload(operator)(*arguments_of(operator, **{name: other}, need_dattn_bias=name != "attn_bias"))
+        assert not torch.equal(changed[0], results[0]), name
+    number = arguments_of(operator, scale=None, scale_value=1.5, need_dscale=False)
+    tensor = arguments_of(operator, scale=torch.tensor([1.5]), scale_value=7.0, need_dscale=False)
+    assert torch.equal(overload(operator)(*number)[0], overload(operator)(*tensor)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("needed", NEEDS)
+def test_each_need_makes_the_gradient_of_its_name(needed, device):
+    arguments = arguments_of(BACKWARD, **(dict.fromkeys(NEEDS, False) | {needed: True}))
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    for name, grad in zip(DIFFERENTIABLE, overload(BACKWARD)(*arguments), strict=True):
+        shape = getattr(BACKWARD.decode(arguments), name).shape if needed == f"need_d{name}" else (0,)
+        assert grad.shape == shape, name
+
+
+def test_flop_formulas_see_the_fields_by_name():
+    packet = torch.ops.flash_cosine_sim_attention
+    for operator in OPERATORS:
+        arguments = [a.shape if isinstance(a, torch.Tensor) else a for a in arguments_of(operator)]
+        pairs = 5 * 6 // 2  # causal
+        products = 5 if operator is BACKWARD else 2
+        count = flop_registry[getattr(packet, operator.name)](*arguments, out_val=None)
+        assert count == products * 2 * 2 * 4 * pairs * 16
+
+
+def test_a_picker_finds_values_by_name():
+    assert picker("abcd", "bc")((1, 2, 3, 4)) == (2, 3)
+    assert picker("abcd", "b")((1, 2, 3, 4)) == (2,)
+    assert picker("abcd", "dab")((1, 2, 3, 4)) == (4, 1, 2)
+    assert picker("abcd", "aad")((1, 2, 3, 4)) == (1, 1, 4)
+    with pytest.raises(ValueError, match=r"names must be one or more of \('a', 'b'\), got \('c',\)"):
+        picker("ab", "c")
+    with pytest.raises(ValueError, match="names must be one or more of"):
+        picker("ab", "")
+
+
+# The compiled library
+
+
+def cpp_arguments(text, name):
+    """(name, schema type) of the parameters of the function that csrc/ registers as the operator `name`."""
+    (function,) = re.findall(rf'm\.impl\("{name}", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)', text)
+    (parameters,) = re.findall(rf"\b{function}\(([^()]*)\)\s*\{{", text)
+    types = {cpp: schema for schema, cpp in CPP_TYPES.items()}
+    pairs = [parameter.split() for parameter in parameters.split(",")]
+    names = {"dout": "do"}  # a word of C++'s own
+    return [(names.get(parameter, parameter), types[cpp]) for cpp, parameter in pairs]
+
+
+def schema_pairs(operator):
+    """(name, type) of the arguments in the operator's schema."""
+    texts = operator.schema.partition("(")[2].partition(")")[0].split(", ")
+    return [(name.partition("=")[0], kind) for kind, name in (text.split() for text in texts)]
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_the_library_unpacks_what_the_schema_says(operator):
+    """By name, type and order. PyTorch compares no more than the number, when the library is first called."""
+    text = (PACKAGE / "csrc" / "binding.cpp").read_text()
+    assert cpp_arguments(text, operator.name) == schema_pairs(operator)
+    swapped = re.sub(r"bool causal,\s+bool l2norm_qk", "bool l2norm_qk, bool causal", text)
+    assert swapped != text and cpp_arguments(swapped, operator.name) != schema_pairs(operator)
+
+
+# One more argument
+
+
+# All that a window over the keys takes without kernels of its own: (file, what is there, what comes in its place).
+WINDOW = [
+    ("call.py", "    causal: bool", "    window_size: int  # 0: all keys\n    causal: bool"),
+    ("interface.py", "    *,\n    backend: str", "    *,\n    window_size: int = 0,\n    backend: str"),
+    ("interface.py", "scale_value, groups, causal,", "scale_value, groups, window_size, causal,"),
+    (
+        "reference.py",
+        "    return logits if visible is None",
+        "    if call.window_size > 0:\n"
+        "        ones = torch.ones_like(logits, dtype=torch.bool)\n"
+        "        logits = logits.masked_fill(ones.tril(seq_len_k - seq_len_q - call.window_size), -math.inf)\n"
+        "    return logits if visible is None",
+    ),
+    ("sdpa.py", "    if q.numel() == 0", "    if call.window_size > 0 or q.numel() == 0"),
+]
+WINDOWED = """
+import torch
+from flash_cosine_sim_attention import call, flash_cosine_sim_attention, interface, plain_cosine_sim_attention
+names = [argument.name for argument in torch.ops.flash_cosine_sim_attention.backward.default._schema.arguments]
+assert names == list(call.BACKWARD.fields) and names.index("window_size") == names.index("causal") - 1
+interface._require_cuda = lambda _: None  # backend="cuda" with the operators' CPU implementation
+torch.manual_seed(0)
+tensors = [torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+outside = torch.ones(7, 7, dtype=torch.bool).tril(-3)
+bias = torch.zeros(7, 7, dtype=torch.float64).masked_fill(outside, -torch.inf)
+for return_partials in (False, True):
+    expected = plain_cosine_sim_attention(*tensors, attn_bias=bias, causal=True, return_partials=return_partials)
+    for backend in ("cuda", "sdpa", "reference"):
+        options = {"causal": True, "window_size": 3, "return_partials": return_partials}
+        found = flash_cosine_sim_attention(*tensors, backend=backend, **options)
+        torch.testing.assert_close(found, expected)
+        first, also = (result[0] if return_partials else result for result in (found, expected))
+        gradients = (torch.autograd.grad(o.square().sum(), tensors, retain_graph=True) for o in (first, also))
+        torch.testing.assert_close(*gradients)
+        meta = flash_cosine_sim_attention(*(t.to("meta") for t in tensors), backend=backend, **options)
+        assert (meta[0] if return_partials else meta).shape == first.shape
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = flash_cosine_sim_attention(*(t.detach().float() for t in tensors), backend=backend, **options)
+        assert (low[0] if return_partials else low).dtype == (torch.float32 if return_partials else torch.bfloat16)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    flash_cosine_sim_attention(*tensors, backend="cuda", causal=True, window_size=3).sum().backward()
+assert counter.get_total_flops() == 7 * 2 * 2 * 3 * 28 * 8
+"""
+
+
+def test_one_more_argument_is_five_edits(tmp_path):
+    """A window works with gradients, fake tensors, autocast and FLOP counts; csrc/ and the overloads are not needed."""
+    package = tmp_path / PACKAGE.name
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("csrc", "*.so", "__pycache__"))
+    for name, old, new in WINDOW:
+        text = (package / name).read_text()
+        # In interface.py the last is the function itself: overloads come before it, and plain PyTorch's has no backend.
+        assert text.count(old) == 1, (name, old)
+        (package / name).write_text(text.replace(old, new))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", "import torch.utils.flop_counter" + WINDOWED]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_argument_is_found_by_its_place():
+    """Outside call.py nothing slices or indexes a tuple of arguments."""
+    found = []
+    for name in ("ops.py", "interface.py", "reference.py", "sdpa.py"):
+        for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+                if node.value.id in ("arguments", "call", "inputs", "options", "shapes", "values", "tensors"):
+                    found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found
+
+
+# Types
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is new in Python 3.11")
+@pytest.mark.parametrize("function", [flash_cosine_sim_attention, plain_cosine_sim_attention])
+def test_overloads_have_the_signature_of_the_function(function):
+    expected = inspect.signature(function).parameters
+    overloads = typing.get_overloads(function)
+    results = [inspect.signature(one).return_annotation for one in overloads]
+    assert results == [torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+    for one in overloads:
+        parameters = inspect.signature(one).parameters
+        assert list(parameters) == list(expected)
+        for name, parameter in parameters.items():
+            assert parameter.kind == expected[name].kind
+            if name != "return_partials":
+                assert parameter.annotation == expected[name].annotation
+                assert (parameter.default is ...) == (expected[name].default is not parameter.empty)

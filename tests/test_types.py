@@ -1,0 +1,66 @@
+"""The library's annotations, as mypy --strict reads them.
+
+By hand: `MYPYPATH=kernels python -m mypy --strict --follow-imports=silent` with the files of CHECKED. mypy is no
+requirement of the tests; `pip install mypy` gets it, and until then these are skipped.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
+CHECKED = [PACKAGE / name for name in ("__init__.py", "interface.py", "call.py")]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy: pip install mypy"),
+]
+
+USER = """
+import torch
+from torch import Tensor
+from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors, plain_cosine_sim_attention
+
+x = torch.ones(1, 1, 3, 8)
+one: Tensor = flash_cosine_sim_attention(x, x, x)
+also: Tensor = plain_cosine_sim_attention(x, x, x, None, None, torch.ones(1), causal=True, return_partials=False)
+two: tuple[Tensor, Tensor] = flash_cosine_sim_attention(x, x, x, backend="sdpa", return_partials=True)
+more: tuple[Tensor, Tensor] = plain_cosine_sim_attention(x, x, x, return_partials=True)
+many: tuple[Tensor, ...] = l2norm_tensors(x, x, groups=2)
+"""
+WRONG = {
+    "flash_cosine_sim_attention(x, x, x, casual=True)": "call-overload",
+    "flash_cosine_sim_attention(x, x, x, groups=0.5)": "call-overload",
+    "plain_cosine_sim_attention(x, x, x, backend='sdpa')": "call-overload",
+    "l2norm_tensors(x, groups='2')": "arg-type",
+    "one.no_such_method()": "attr-defined",
+}
+
+
+def mypy(*arguments, cwd):
+    environment = os.environ | {"MYPYPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(cwd), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_the_public_interface_is_strictly_typed(tmp_path):
+    run = mypy(*map(str, CHECKED), cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_users_are_typed(tmp_path):
+    """What is right passes; of what is wrong, each line is found."""
+    (tmp_path / "user.py").write_text(USER)
+    run = mypy("user.py", cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    first = len(USER.splitlines()) + 1
+    (tmp_path / "user.py").write_text(USER + "".join(f"{line}\n" for line in WRONG))
+    run = mypy("user.py", cwd=tmp_path)
+    found = re.findall(r"^user\.py:(\d+): error: .*\[(.*)\]$", run.stdout, re.MULTILINE)
+    assert set(found) == {(str(number), code) for number, code in enumerate(WRONG.values(), first)}, run.stdout
