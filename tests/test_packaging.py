@@ -98,7 +98,7 @@ PEP_517_HOOK = "import sys; from setuptools import build_meta; getattr(build_met
 def copy_sources(destination: Path, *, csrc: dict[str, str] | None = None) -> Path:
     """A checkout as setup.py sees it, with the given kernel sources in place of the real ones."""
     destination.mkdir(parents=True)
-    for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"]:
+    for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]:
         shutil.copy(ROOT / name, destination)
     # Folders of the trainer, which no wheel may pick up.
     for name in ["models", "data", "conf", "scripts", "tests"]:
@@ -206,7 +206,7 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     csrc = f"kernels/{PACKAGE}/csrc"
-    required = {"setup.py", "pyproject.toml", "LICENSE"}
+    required = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
     assert required | {f"{csrc}/{name}" for name in ["probe.cu", "traits.cuh", "binding.cpp"]} <= files
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 
@@ -239,11 +239,18 @@ def test_version_has_one_source(metadata):
     assert package_version() not in (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
 
 
-def test_name_has_one_source(metadata):
+def test_name_of_the_distribution_is_the_codes(metadata):
+    """pyproject.toml must state its name, and the code reads identity.py's; no other file has it."""
     name = package_constant("DISTRIBUTION")
     assert metadata["Name"] == name
-    for file in ["setup.py", "pyproject.toml", "models/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
+    for file in ["setup.py", "models/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
         assert name not in (ROOT / file).read_text(), file
+
+
+def test_metadata_has_the_readme_and_the_licence(metadata):
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("MIT", "LICENSE")
 
 
 def test_version_is_beyond_the_predecessors(metadata):
@@ -259,7 +266,8 @@ def test_pulling_another_version_installs_again():
 def test_library_requires_torch_alone_and_does_not_pin_it(metadata):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     plain = [str(requirement) for requirement in requirements if requirement.marker is None]
-    assert plain == ["torch>=2.11"]
+    (oldest,) = re.findall(r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert plain == [f"torch>={'.'.join(oldest)}"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert sorted(metadata.get_all("Provides-Extra")) == ["test", "train"]
 
@@ -286,6 +294,9 @@ def test_constraints_cover_every_requirement(metadata, python_version):
             pins[canonicalize_name(pin.name)] = specifier.version
     for text in metadata.get_all("Requires-Dist"):
         requirement = Requirement(text)
+        if requirement.name == metadata["Name"]:  # one extra that includes another
+            assert requirement.extras <= set(metadata.get_all("Provides-Extra"))
+            continue
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"constraints.txt has no version for {requirement}"
         assert requirement.specifier.contains(version), f"{requirement} refuses the tested version {version}"
