@@ -10,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
-TORCH := torch setuptools wheel ninja
+TORCH := torch 'setuptools>=77' wheel ninja
 PACKAGE := --no-build-isolation -e ".[train,test]"
 
 # Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
