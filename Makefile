@@ -1,14 +1,16 @@
 # Everything runs from the repository's root in .venv, which is made on first use.
 #   make PYTHON=python3.12      another interpreter
+#   make CONSTRAINTS=my.txt     other versions of what is installed; constraints.txt has those that were tested together
 #   make train ARGS="..."       arguments for train.py
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
-TORCH := torch setuptools wheel ninja
+PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
+TORCH := torch 'setuptools>=77' wheel ninja
 PACKAGE := --no-build-isolation -e ".[train,test]"
 
 # Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
@@ -65,7 +67,7 @@ clean:  ## delete builds and caches (keeps .venv, data and runs)
 # torch comes first, so that setup.py can see it. Kernels are left to the targets above, where their progress shows.
 # pip reports what it downloads, for that takes minutes; where nothing is missing (--no-index: nothing may be downloaded)
 # it says nothing.
-$(INSTALLED): setup.py pyproject.toml constraints.txt kernels/flash_cosine_sim_attention/identity.py
+$(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS) kernels/flash_cosine_sim_attention/identity.py
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(VENV)/bin/pip || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }

@@ -17,7 +17,6 @@ Environment variables
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shlex
@@ -33,7 +32,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "flash_cosine_sim_attention"
 PACKAGE_DIR = ROOT / "kernels" / PACKAGE
-IDENTITY = PACKAGE_DIR / "identity.py"
 CSRC = PACKAGE_DIR / "csrc"
 # Not the folder that setuptools names, which pip makes anew each time: a second build compiles only what changed.
 BUILD_DIR = ROOT / "build" / "kernels"
@@ -46,21 +44,6 @@ JOB_MEMORY_GIB = 4  # attention kernels full of templates are known to take 3 to
 # Commands that need to know whether there is a library. Metadata and sdist do not: they must work on any
 # machine, at once, so torch is not imported for them.
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
-
-TRAIN = [
-    "lightning>=2.6.6,<2.7",  # 2.6.2 and 2.6.3 were malicious uploads
-    "hydra-core>=1.3.6,<1.4",
-    "wandb>=0.20,<0.32",  # lightning 2.6 passes wandb.init an argument that 0.32 removes
-    "tensorboard>=2.18",  # the first that works with NumPy 2; torch.utils.tensorboard writes through it
-    "einops",
-    "rich",
-    "matplotlib",
-    "pooch",
-    "numpy",
-    "psutil",
-]
-BUILD = ["setuptools>=77", "wheel", "ninja"]  # the tests build the package
-TEST = ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "packaging", *BUILD, *TRAIN]
 
 
 class KernelsUnavailable(Exception):
@@ -140,19 +123,7 @@ def main() -> None:
     toolchain = None
     if not BUILD_COMMANDS.isdisjoint(sys.argv[1:]):
         toolchain = choose_toolchain()
-    readme = ROOT / "README.md"
-    setup(
-        name=read_identity("DISTRIBUTION"),
-        version=read_identity("__version__"),
-        description="Flash attention with l2-normalised queries and keys: CUDA kernels for PyTorch",
-        long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
-        long_description_content_type="text/markdown",
-        license_expression="MIT",
-        license_files=["LICENSE"],
-        python_requires=">=3.10",
-        # A lower bound only: a library must not replace the torch that its user chose.
-        install_requires=["torch>=" + ".".join(map(str, OLDEST_TORCH))],
-        extras_require={"train": TRAIN, "test": TEST},
+    setup(  # beside what pyproject.toml says
         package_dir={"": "kernels"},
         packages=[PACKAGE],
         package_data={PACKAGE: ["py.typed"]},  # its annotations are for its users' type checkers
@@ -162,14 +133,6 @@ def main() -> None:
         options={} if toolchain is None else {"bdist_wheel": {"py_limited_api": "cp310"}},
         zip_safe=False,
     )
-
-
-def read_identity(name: str) -> str:
-    """A constant of the package's identity.py, read without importing the package: that would need torch."""
-    match = re.search(rf"^{name} = (.+)$", IDENTITY.read_text(encoding="utf-8"), re.MULTILINE)
-    if match is None:
-        raise ValueError(f'{IDENTITY} must contain a line of the form {name} = "..."')
-    return ast.literal_eval(match[1])
 
 
 def choose_toolchain() -> Toolchain | None:

@@ -178,7 +178,8 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / csrc).rglob("*") if path.is_file()}
-    assert {"setup.py", "pyproject.toml", "LICENSE", f"kernels/{PACKAGE}/py.typed"} | sources <= files
+    others = {"setup.py", "pyproject.toml", "LICENSE", "README.md", f"kernels/{PACKAGE}/py.typed"}
+    assert others | sources <= files
     assert {f"{csrc}/{name}" for name in ["binding.cpp", "rowwise/normalize.cu", "sm90/forward.cuh"]} <= sources
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
 
@@ -211,11 +212,18 @@ def test_version_has_one_source(metadata):
     assert package_version() not in (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
 
 
-def test_name_has_one_source(metadata):
+def test_name_of_the_distribution_is_the_codes(metadata):
+    """pyproject.toml must state its name, and the code reads identity.py's; no other file has it."""
     name = package_constant("DISTRIBUTION")
     assert metadata["Name"] == name
-    for file in ["setup.py", "pyproject.toml", "models/training/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
+    for file in ["setup.py", "models/training/environment.py", f"kernels/{PACKAGE}/__init__.py"]:
         assert name not in (ROOT / file).read_text(), file
+
+
+def test_metadata_has_the_readme_and_the_licence(metadata):
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("MIT", "LICENSE")
 
 
 def test_version_is_beyond_the_predecessors(metadata):
@@ -231,7 +239,8 @@ def test_pulling_another_version_installs_again():
 def test_library_requires_torch_alone_and_does_not_pin_it(metadata):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     plain = [str(requirement) for requirement in requirements if requirement.marker is None]
-    assert plain == ["torch>=2.11"]
+    (oldest,) = re.findall(r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert plain == [f"torch>={'.'.join(oldest)}"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert sorted(metadata.get_all("Provides-Extra")) == ["test", "train"]
 
@@ -258,6 +267,9 @@ def test_constraints_cover_every_requirement(metadata, python_version):
             pins[canonicalize_name(pin.name)] = specifier.version
     for text in metadata.get_all("Requires-Dist"):
         requirement = Requirement(text)
+        if requirement.name == metadata["Name"]:  # one extra that includes another
+            assert requirement.extras <= set(metadata.get_all("Provides-Extra"))
+            continue
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"constraints.txt has no version for {requirement}"
         assert requirement.specifier.contains(version), f"{requirement} refuses the tested version {version}"
