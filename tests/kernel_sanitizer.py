@@ -89,7 +89,7 @@ def launches(quick: bool) -> list[Launch]:
     found += [replace(sm90, head_dim=head_dim) for head_dim in ((64, 128, 256) if quick else SM90_HEAD_DIMS)]
     found += [replace(sm90_mask, head_dim=head_dim) for head_dim in ((96,) if quick else SM90_HEAD_DIMS)]
     found += [replace(sm90, partials=True)]
-    # So many rows that the backward kernel itself normalises them: dispatch.cpp says how many.
+    # So many rows that the backward kernel itself normalises them: heuristics.h says how many.
     rows_ahead = replace(sm90_backward, num_heads=14, num_kv_heads=14, seq_len_q=530, seq_len_k=520, causal=False)
     found += [rows_ahead]
     if quick:
@@ -166,7 +166,7 @@ def on_device(tensor, device: str, layout: str = "heads"):
 
 def unseen_outputs(launch: Launch) -> tuple[str, ...]:
     """What kernels of compute capability 9.0 write by TMA, if they run: to initcheck nobody has written it."""
-    is_taken = launch.dtype != FLOAT32 and launch.bias is None  # or may be: dispatch.cpp decides
+    is_taken = launch.dtype != FLOAT32 and launch.bias is None  # or may be: plan.cpp decides
     return ("o", "dk", "dv") if is_taken and torch.cuda.get_device_capability() == (9, 0) else ()
 
 

@@ -52,7 +52,7 @@ RUN = "import sys, test_emulation; test_emulation.run_all(*sys.argv[1:])"
 
 
 def wide(options):
-    """Whether float16 takes the forward kernel with probabilities in TF32, as dispatch.cpp decides."""
+    """Whether float16 takes the forward kernel with probabilities in TF32, as plan.cpp decides."""
     return "bias" in options or "learned_scale" in options or not options.get("l2norm_qk", True)
 
 
@@ -328,7 +328,7 @@ def sm90_checks():
     kernels = list(itertools.product(SM90_HEAD_DIMS, SM90_DTYPES))
     for index, (head_dim, dtype) in enumerate(kernels):
         case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2)
-        # More rows than dispatch.cpp's paths for few queries take.
+        # More rows than plan.cpp's paths for few queries take.
         many = replace(case, **SM90_GROUP_OF_HEADS, seq_len_q=193, seq_len_k=129)
         add("many-tiles", replace(many, causal=True), is_sm90=True)
         # So many queries for each key that the kernel itself writes k_hat; as it does in the case before.

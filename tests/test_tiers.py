@@ -89,9 +89,13 @@ def test_help_lists_every_target_that_is_explained():
     assert all(re.search(rf"^make {target} +{re.escape(text)}$", printed, re.MULTILINE) for target, text in targets)
 
 
+# What a make hands to one that it starts: with it that one would name its folders, or look for this one's constraints.
+PASSED_ON = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CONSTRAINTS")
+
+
 def make(*arguments, cwd, **options):
-    # a make of its own, also where these tests run under another, which would have it name its folders
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    # a make of its own, also where these tests run under another
+    alone = {name: value for name, value in os.environ.items() if name not in PASSED_ON}
     if not shutil.which("make"):
         pytest.skip("needs make")
     options = {"env": alone, "capture_output": True, "text": True, "check": True} | options

@@ -4,7 +4,8 @@ interface.py makes a call, reference.py and sdpa.py compute it, ops.py makes the
 autograd saves, what the backward pass gets. All of them find an argument by its name; its place is known here alone.
 
 On the way to a kernel a call is a plain tuple in the order of Call's fields: that costs 0.24 us to build, a NamedTuple
-0.78 us. Where the time does not count, Call._make and Operator.decode give the values their names.
+0.78 us. Where the time does not count, Call(*values) and Operator.decode give the values their names. Nothing that
+torch.compile traces uses a picker or Call._make, which not every release of it knows.
 """
 
 import operator

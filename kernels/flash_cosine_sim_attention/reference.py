@@ -81,7 +81,7 @@ def reference_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor 
     """Attention by autograd, of the values of a Call: o in q's dtype, or (numerator, denominator) in float32 before
     the division.
     """
-    call = Call._make(call)
+    call = Call(*call)
     q_hat, k_hat, value = _operands(call)
     logits = _logits(q_hat @ k_hat.mT, call)
     if return_partials:

@@ -40,7 +40,7 @@ NO_DOUBLE_BACKWARD = f"backend='sdpa' has no double backward: PyTorch's fused at
 
 def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the values of a Call."""
-    call = Call._make(call)
+    call = Call(*call)
     q, k, v, mask, attn_bias = call.q, call.k, call.v, call.mask, call.attn_bias
     if q.numel() == 0 or k.numel() == 0:  # nothing to compute, and not every SDPA kernel takes it
         return reference_attention(call, return_partials)

@@ -328,7 +328,7 @@ template <Math kMath, int kHeadDim>
 void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream) {
   using Traits = SplitTraits<kMath, kHeadDim>;
   const int num_rows = params.num_heads / params.num_kv_heads * params.seq_len_q;
-  const int warps_q = Traits::warps_with_rows(num_rows), tile_rows = warps_q * Traits::kWarpRows;
+  const int warps_q = Traits::kTile.warps_with_rows(num_rows), tile_rows = warps_q * Traits::kWarpRows;
   const int num_tiles = (num_rows + tile_rows - 1) / tile_rows;
   const int64_t num_kv_heads = int64_t(params.batch) * params.num_kv_heads;
   allow_shared_memory<forward_split_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
