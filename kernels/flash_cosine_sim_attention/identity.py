@@ -1,8 +1,8 @@
 """What this package is called, its version, and a warning where it is not the only one of its name.
 
 Its predecessor, 0.1 and 0.2 on the package index, has the same distribution and the same module name: installed
-beside this one or over it, either may be the one that is imported. setup.py reads the two constants from here without
-importing anything, so each is a literal on a line of its own.
+beside this one or over it, either may be the one that is imported. The build reads __version__ from here without
+importing anything, and a test compares the name with pyproject.toml's: each is a literal on a line of its own.
 """
 
 import os
