@@ -27,7 +27,6 @@
 #include "device.h"
 #include "launch.h"
 #include "sm90/pipeline.cuh"
-#include "sm90/queue.cuh"
 #include "sm90/statistics.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
@@ -187,7 +186,8 @@ struct BackwardSm90 {
     // Until the rows of a block are prepared.
     template <int kRows>
     __device__ __forceinline__ void await_rows(unsigned counter) {
-      await_published(params.counters + counter, kRows / Traits::kChunkRows);
+      while (load_acquire(params.counters + counter) < kRows / Traits::kChunkRows) __nanosleep(64);
+      fence_proxy_async_global();  // other threads' st.global before TMA, here and in the consumers
     }
 
     __device__ __forceinline__ void await_queries(int head, int block) {
@@ -267,8 +267,9 @@ struct BackwardSm90 {
       load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
     }
 
+    // The answer, which takes a microsecond, is the leader's alone.
     __device__ __forceinline__ unsigned ask_for_tile() const {
-      return ask_in_lane_0(params.counters + BackwardSm90Counters::kTilesTaken);
+      return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
     }
 
     // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is

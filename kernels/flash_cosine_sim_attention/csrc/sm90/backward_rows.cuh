@@ -99,10 +99,6 @@ struct RowPreparer {
     return chunk;
   }
 
-  __device__ __forceinline__ unsigned ask_for_chunk() const {
-    return ask_in_lane_0(params.counters + Counters::kChunksTaken);
-  }
-
   __device__ __forceinline__ unsigned count_tiles_taken() const {
     return schedule.num_static_tiles + load_relaxed(params.counters + Counters::kTilesTaken);
   }
@@ -285,16 +281,16 @@ struct RowPreparer {
   }
 
   __device__ __forceinline__ void prepare_chunks() {
-    unsigned next = ask_for_chunk();
+    unsigned next = ask_for_chunk(params, Counters::kChunksTaken);
     while (true) {
       const unsigned index = __shfl_sync(0xffffffffu, next, 0);
       if (index >= static_cast<unsigned>(schedule.num_chunks)) return;
       const unsigned num_tiles_taken = count_tiles_taken();  // in a microsecond, while the chunk is found
       const Chunk chunk = find_chunk(index);
       wait_for_turn(chunk, num_tiles_taken);
-      next = ask_for_chunk();
+      next = ask_for_chunk(params, Counters::kChunksTaken);
       prepare(chunk);
-      publish(params.counters + chunk.counter, 1);
+      publish(params, chunk.counter, 1);
     }
   }
 };

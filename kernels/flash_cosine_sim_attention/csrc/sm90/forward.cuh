@@ -178,7 +178,8 @@ struct ForwardSm90 {
                              chunks_done(params, work.batch * params.num_kv_heads + work.kv_head, block);
       const int num_rows = min(kBlockK, params.seq_len_k - block * kBlockK);
       const uint32_t num_chunks = (num_rows + Traits::kChunkRows - 1) / Traits::kChunkRows;
-      await_published(done, num_chunks);
+      while (load_acquire(done) < num_chunks) __nanosleep(64);
+      fence_proxy_async_global();
     }
 
     __device__ __forceinline__ void load_k(const Work& work, int block) {
@@ -245,10 +246,6 @@ struct ForwardSm90 {
     rows::PackedSlice slices[kRows];
     unsigned counter = 0;  // of the chunk's block
 
-    __device__ __forceinline__ unsigned ask_for_chunk() const {
-      return ask_in_lane_0(params.counters + ForwardSm90Counters::kChunksTaken);
-    }
-
     // Whether the lane's i-th row has the first or second of the lane's vectors.
     __device__ __forceinline__ bool has_vector(int i, int vector) const {
       const int column = 8 * (threadIdx.x % kLanes + kLanes * vector);
@@ -289,19 +286,19 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void normalize_chunks() {
       unsigned num_written = 0;
-      unsigned next = ask_for_chunk();
+      unsigned next = ask_for_chunk(params, ForwardSm90Counters::kChunksTaken);
       while (true) {
         const unsigned chunk = __shfl_sync(0xffffffffu, next, 0);
         const bool exists = chunk < static_cast<unsigned>(schedule.num_chunks);
         const unsigned counter_before = counter;
         if (exists) load(chunk);
-        if (num_written > 0) publish(params.counters + counter_before, 1);  // takes as long as the loads
+        if (num_written > 0) publish(params, counter_before, 1);  // takes as long as the loads
         if (!exists) break;
-        next = ask_for_chunk();
+        next = ask_for_chunk(params, ForwardSm90Counters::kChunksTaken);
         normalize_and_store();
         ++num_written;
       }
-      publish(params.counters + ForwardSm90Counters::kChunksDone, num_written);
+      publish(params, ForwardSm90Counters::kChunksDone, num_written);
     }
   };
 
