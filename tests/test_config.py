@@ -24,11 +24,17 @@ from train import build_module
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))]
 DEBUGS = [path.stem for path in sorted((ROOT / "conf" / "debug").glob("*.yaml"))]
+KINDS = ", ".join(BUILDERS["attention"])
 SWEEPS = [path.stem for path in sorted((ROOT / "conf" / "sweep").glob("*.yaml"))]
 
 
 def needed(group, option):
-    return ["data.path=some/file"] if (group, option) == ("data", "file") else []
+    """What the option's file leaves to the command line."""
+    return [f"{group}.{key}=some/file" for key in keys_of(group, option) if is_left_out(group, option, key)]
+
+
+def is_left_out(group, option, key):
+    return OmegaConf.is_missing(OmegaConf.load(ROOT / "conf" / group / f"{option}.yaml"), key)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -153,11 +159,11 @@ def test_command_line_of_the_readme_composes():
         ("data=file", "data.path must be given, e.g. data.path=VALUE"),
         ("+data.url=http://x", "data.url is not a key; accepted: data.path"),
         ("+attention._target_=os.system", "attention._target_ is not a key; accepted: attention.scale"),
-        ("attention.kind=os.system", "attention.kind must be one of cosine, regular; got 'os.system'"),
-        ("attention.kind=[cosine]", "attention.kind must be one of cosine, regular; got ['cosine']"),
-        ("~attention.kind", "attention.kind must be one of cosine, regular; it is missing"),
+        ("attention.kind=os.system", f"attention.kind must be one of {KINDS}; got 'os.system'"),
+        ("attention.kind=[cosine]", f"attention.kind must be one of {KINDS}; got ['cosine']"),
+        ("~attention.kind", f"attention.kind must be one of {KINDS}; it is missing"),
         ("attention.kind=regular", "attention.scale is a key of attention=cosine; the chosen option has none"),
-        ("~attention", "attention must be one of cosine, regular (conf/attention/), got null"),
+        ("~attention", f"attention must be one of {', '.join(options_of('attention'))} (conf/attention/), got null"),
     ],
 )
 def test_wrong_values_name_the_key_and_what_is_accepted(override, message):
@@ -198,7 +204,7 @@ REFUSED = {
     "attention=regular attention.scale=3": "attention.scale is a key of attention=cosine; the chosen option has none",
     "attention=regular +attention.scale=3": "attention.scale is a key of attention=cosine",
     "-m attention=regular norm=pre,post attention.scale=3": "attention.scale is a key of attention=cosine",
-    "data=pystdlib data.path=x": "data.path is a key of data=enwik8 and data=file; the chosen option has data.subset",
+    "data=pystdlib data.pattern=x": "data.pattern is a key of data=file; the chosen option has data.subset",
     "experiment=quickstart data.path=x": "data.path is a key of data=enwik8 and data=file",
     "data.subset=full": "data.subset is a key of data=pystdlib; the chosen option has data.path",
     "logger=csv logger.project=x": "logger.project is a key of logger=wandb",
@@ -210,7 +216,7 @@ REFUSED = {
     "model=[tiny,small]": "model must be one of base, small, tiny, got",
     "sweep=all": "sweep must be one of attention_norm, first_comparison",
     "experiment=null": "experiment must be one of enwik8, long_context, quickstart, got null",
-    "attention.kind=regular": "attention.kind is set by attention=OPTION; accepted: cosine, regular",
+    "attention.kind=regular": "attention.kind is set by attention=OPTION; accepted: cosine, ",
     "attention._target_=os.system": "_target_ is not a key",
     "+hydra.callbacks.x._target_=os.system": "_target_ is not a key",
     "+hydra.callbacks={x:{_target_:os.system}}": "_target_ is not a key",

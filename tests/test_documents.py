@@ -17,6 +17,7 @@ from scripts import results
 from scripts.arms import arms_of
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
 DOCUMENTS = results.documents()
 PYTHON = [
     pytest.param(code, id=f"{path.relative_to(ROOT)}-{index}")
@@ -56,6 +57,25 @@ def test_a_number_that_was_changed_by_hand_is_found_and_put_right(tmp_path, monk
 def test_links_lead_somewhere(path):
     dead = [link for link in LINK.findall(path.read_text()) if not (path.parent / unquote(link)).exists()]
     assert not dead
+
+
+def misnamed(text):
+    """The files named in code font that are not there, or are there although marked as new."""
+    named = re.findall(r"`((?:[\w.]+/)*[\w*]+\.(?:py|yaml|md|h|cuh|cpp))`( \(new\))?", text)
+    assert named
+    return [name for name, new in named if exists(name) is bool(new)]
+
+
+def exists(pattern):
+    return next(ROOT.glob(pattern), None) is not None or next(PACKAGE.rglob(pattern), None) is not None
+
+
+def test_adding_names_files_that_are_there():
+    assert not misnamed((ROOT / "docs" / "adding.md").read_text())
+    there = "`models/attention.py` `plan.cpp` `sm80/tiles/*.h` `conf/data/own.yaml` (new)"
+    assert not misnamed(there)
+    wrong = ["models/atention.py", "plans.cpp", "conf/data/file.yaml"]
+    assert misnamed(f"{there} `{wrong[0]}` `{wrong[1]}` `{wrong[2]}` (new)") == wrong
 
 
 def test_raw_files_say_where_they_come_from():

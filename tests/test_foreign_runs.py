@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from support.runs import untrained_run
 
-from conf.registry import FORMER_TARGETS
+from conf.registry import BUILDERS, FORMER_TARGETS
 from conf.stored import read_stored
 from scripts import compare, evaluate, generate
 
+KINDS = ", ".join(BUILDERS["attention"])
 TEXT = bytes(range(97, 107)) * 40
 
 
@@ -170,15 +171,15 @@ def test_references_are_refused_and_read_nothing(sound, tmp_path, capsys, monkey
         ("a: " + "{b: " * 1500, "is not YAML"),
         ("- 1", "must hold keys and values, got a list"),
         ("a: [", "is not YAML"),
-        ("attention: 3", "attention must be one of cosine, regular"),
+        ("attention: 3", "attention must be one of cosine, "),
         ("? [1, 2]\n: 3", "is not YAML"),
         ('"\\e[2Jx": "${x}"', "must be a value, got the reference"),
         ('attention: {kind: cosine, "\\e[2J": 1}', "is not a key; accepted: attention.scale"),
         ("", "attention must be one of"),
-        ("attention: {_target_: [models.attention.CosineAttention]}", "attention must be of kind cosine, regular"),
-        ("attention: {_target_: models.blocks.PreNormBlock}", "attention must be of kind cosine, regular"),
-        ("attention: {_target_: models.attention.torch.load}", "attention must be of kind cosine, regular"),
-        ("attention: {kind: __class__}", "attention.kind must be one of cosine, regular; got '__class__'"),
+        ("attention: {_target_: [models.attention.CosineAttention]}", "attention must be of kind cosine, "),
+        ("attention: {_target_: models.blocks.PreNormBlock}", "attention must be of kind cosine, "),
+        ("attention: {_target_: models.attention.torch.load}", "attention must be of kind cosine, "),
+        ("attention: {kind: __class__}", f"attention.kind must be one of {KINDS}; got '__class__'"),
     ],
 )
 def test_what_is_no_stored_configuration_is_refused_in_one_line(sound, tmp_path, capsys, monkeypatch, text, said):

@@ -35,6 +35,28 @@ def test_an_instance_is_written_once(tmp_path):
     }
 
 
+def included(path):
+    """The headers of csrc/ that a source includes, directly or not."""
+    found, left = set(), [path]
+    while left:
+        for name in re.findall(r'^#include "(.+?)"', left.pop().read_text(), re.MULTILINE):
+            if name not in found and (CSRC / name).exists():
+                found.add(name)
+                left.append(CSRC / name)
+    return found
+
+
+def test_another_tile_size_compiles_its_kernel_alone(tmp_path):
+    sources = {path.relative_to(CSRC).as_posix(): path for path in setup.kernel_sources()}
+    sources |= {path.relative_to(tmp_path).as_posix(): path for path in setup.write_instantiations(CSRC, tmp_path)}
+    headers = {name: included(path) for name, path in sources.items()}
+    tables = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.glob("sm*/tiles/*.h"))
+    assert tables == sorted(f"{kernel.header.replace('/', '/tiles/')}.h" for kernel in setup.INSTANTIATIONS)
+    for kernel in setup.INSTANTIATIONS:
+        table = f"{kernel.header.replace('/', '/tiles/')}.h"
+        assert {name for name, used in headers.items() if table in used} == {"plan.cpp", *kernel.sources()}, table
+
+
 def test_a_source_is_written_anew_only_if_its_text_changes(tmp_path):
     before = write(CSRC, tmp_path)
     first, second = (tmp_path / name for name in list(before)[:2])

@@ -448,3 +448,36 @@ def test_the_edges_that_other_tests_try_are_those_of_the_tiles(library):
         block_q, block_k, _ = tile_sizes(library, "forward_sm90", head_dim)
         assert {block_q - 1, block_q, block_q + 1} <= set(SM90_EDGES_Q), head_dim
         assert {block_k - 1, block_k, block_k + 1} <= set(SM90_EDGES_K), head_dim
+
+
+def compile_rows(folder, csrc=CSRC):
+    """Compiles what follows from every row of every table, whose static_asserts say what a row must keep to."""
+    lines = []
+    for kernel in SETUP.INSTANTIATIONS:
+        table = f"{kernel.header.replace('/', '/tiles/')}.h"
+        (traits,) = re.findall(r"^struct (\w+Traits) {", (csrc / table).read_text(), re.MULTILINE)
+        lines.append(f'#include "{table}"')
+        for math in kernel.maths:
+            dims = kernel.head_dims.get(math, kernel.head_dims[""])
+            lines += [f"template struct flash_cosine_sim::{traits}<flash_cosine_sim::Math::{SETUP.MATHS[math]}, {dim}>;"
+                      for dim in dims]  # fmt: skip
+    source = folder / "traits.cpp"
+    source.write_text("\n".join(lines) + "\n")
+    return subprocess.run(
+        [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{csrc}", str(source)], capture_output=True, text=True
+    )
+
+
+def test_every_row_fits_the_gpu(tmp_path):
+    compiled = compile_rows(tmp_path)
+    assert compiled.returncode == 0, compiled.stderr
+
+
+def test_a_row_that_does_not_fit_is_found(tmp_path):
+    csrc = shutil.copytree(CSRC, tmp_path / "csrc")
+    table = csrc / "sm90" / "tiles" / "forward.h"
+    larger = re.sub(r"^(    {256, 2, false, +)64", r"\g<1>256", table.read_text(), flags=re.MULTILINE)
+    assert larger != table.read_text()
+    table.write_text(larger)
+    compiled = compile_rows(tmp_path, csrc)
+    assert compiled.returncode != 0 and "kSharedBytes <= kMaxSharedBytesSm90" in compiled.stderr
