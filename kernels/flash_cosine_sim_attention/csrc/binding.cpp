@@ -62,9 +62,7 @@ class Call {
   const int64_t itemsize;
 
   explicit Call(const TorchTensor& q)
-      : device_index(q.get_device_index()),
-        dtype(dtype_of(q)),
-        itemsize(dtype == DType::kFloat32 ? 4 : 2),
+      : device_index(q.get_device_index()), dtype(dtype_of(q)), itemsize(dtype == DType::kFloat32 ? 4 : 2),
         guard_(device_index) {
     const int capability = current_device().compute_capability;
     STD_TORCH_CHECK(capability >= 80, "the CUDA kernels need compute capability 8.0 or newer, cuda:", device_index,
@@ -126,8 +124,8 @@ class Call {
   TorchTensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t torch_dtype) const {
     return with_reason([&] {
       AtenTensorHandle handle = nullptr;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype,
-                                                             aoti_torch_device_type_cuda(), device_index, &handle));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype, aoti_torch_device_type_cuda(),
+                                                      device_index, &handle));
       return TorchTensor(handle);
     });
   }
@@ -236,8 +234,7 @@ int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) 
 
 // Sets the plan of a forward pass, q_hat and k_hat, and its workspace: pieces of one allocation, which is returned and
 // must outlive the launch.
-OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const TorchTensor& q,
-                                  const TorchTensor& k) {
+OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
   params.plan = plan_forward(params);
   const auto padded = [](int64_t bytes) { return round_up(bytes, kWorkspaceBytes); };
   const auto needs_memory = [](Norm norm) { return norm == Norm::kPrologue || norm == Norm::kAhead; };
@@ -258,14 +255,14 @@ OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const
   return workspace;
 }
 
-std::tuple<TorchTensor, TorchTensor> forward(
-    TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias, OptionalTensor scale,
-    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32,
-    bool need_row_sum_log2) {
+std::tuple<TorchTensor, TorchTensor> forward(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
+                                             OptionalTensor attn_bias, OptionalTensor scale, double scale_value,
+                                             int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32,
+                                             bool need_row_sum_log2) {
   const Call call(q);
   Output o(call, q);
-  TorchTensor row_sum_log2 =
-      need_row_sum_log2 ? call.empty_float32({q.size(0), q.size(1), q.size(2)}) : call.empty_float32({0});
+  TorchTensor row_sum_log2 = need_row_sum_log2 ? call.empty_float32({q.size(0), q.size(1), q.size(2)})
+                                               : call.empty_float32({0});
   ForwardParams params;
   fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
   params.o = as_tensor(o.rows);
@@ -278,9 +275,9 @@ std::tuple<TorchTensor, TorchTensor> forward(
   return {o.result, row_sum_log2};
 }
 
-std::tuple<TorchTensor, TorchTensor> partials(
-    TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias, OptionalTensor scale,
-    double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+std::tuple<TorchTensor, TorchTensor> partials(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
+                                              OptionalTensor attn_bias, OptionalTensor scale, double scale_value,
+                                              int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
   const Call call(q);
   TorchTensor numerator = call.empty_float32({q.size(0), q.size(1), q.size(2), q.size(3)});
   TorchTensor denominator = call.empty_float32({q.size(0), q.size(1), q.size(2)});
@@ -302,9 +299,8 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const BackwardPlan& plan = params.plan;
   const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
-  TorchTensor workspace = call.empty_float32(
-      {padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
-       padded(plan.num_counters + plan.dq_order)});
+  TorchTensor workspace = call.empty_float32({padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
+                                              padded(plan.num_counters + plan.dq_order)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;
