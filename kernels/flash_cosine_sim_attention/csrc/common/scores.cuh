@@ -32,6 +32,15 @@ __device__ __forceinline__ uint64_t visible_keys(const Attention& params, int ba
   return visible;
 }
 
+// The first block of keys from `block` on that the mask leaves one of; `end` if there is none before it. All lanes of a
+// warp call it.
+template <int kBlockK>
+__device__ __forceinline__ int next_visible_block(const Attention& params, int batch, int block, int end) {
+  if (params.mask.data == nullptr) return min(block, end);
+  while (block < end && visible_keys<kBlockK>(params, batch, block * kBlockK) == 0) ++block;
+  return min(block, end);
+}
+
 // The same for blocks of any size, 32 keys a word.
 template <int kBlockK>
 struct VisibleKeys {

@@ -1,8 +1,9 @@
 // What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
 // the partial dk and dv.
 #include "attention.h"
-#include "cuda_check.h"
+#include "common/band.cuh"
 #include "common/rows.cuh"
+#include "cuda_check.h"
 
 namespace flash_cosine_sim {
 namespace {
@@ -217,10 +218,8 @@ void sum_shares(const BackwardParams& params, cudaStream_t stream) {
 __device__ int splits_of_key(const BackwardParams& params, int key) {
   const auto& plan = params.plan;
   if (!plan.sm90) return plan.num_splits;
-  const int first_key = key / plan.block_k * plan.block_k;
-  const int first_block_q = rows::first_block_of_queries(params, first_key, plan.block_q);
-  const int num_blocks = plan.padded_rows / plan.block_q - first_block_q;
-  return min(plan.num_splits, params.num_heads / params.num_kv_heads * num_blocks);
+  const Range blocks = walk_of(params, key / plan.block_k, plan.block_q, plan.block_k);
+  return min(plan.num_splits, params.num_heads / params.num_kv_heads * (blocks.end - blocks.first));
 }
 
 // The first key_blocks blocks have rows of dk, the others of dv.
@@ -235,14 +234,15 @@ __global__ void __launch_bounds__(kThreads)
   const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
 
   const float* partial = params.dkv_partials + ((is_key ? 0 : num_rows) + flat_row) * params.head_dim;
+  // A row that does not exist has none.
+  const int num_splits = active ? splits_of_key(params, static_cast<int>(position.row)) : 0;
   typename rows::RowLanes<T>::Slice gradient;
-  lanes.load(gradient, partial, active);
-  const int num_splits = splits_of_key(params, static_cast<int>(position.row));
+  lanes.load(gradient, partial, num_splits > 0);
 #pragma unroll 2
   for (int split = 1; split < params.plan.num_splits; ++split) {
     partial += 2 * num_rows * params.head_dim;
     typename rows::RowLanes<T>::Slice next;
-    lanes.load(next, partial, active && split < num_splits);
+    lanes.load(next, partial, split < num_splits);
 #pragma unroll
     for (int i = 0; i < lanes.kSlice; ++i) {
       gradient[i] += next[i];
