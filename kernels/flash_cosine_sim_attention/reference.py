@@ -61,12 +61,12 @@ def check_groups(groups: int, size: int, name: str) -> None:
         raise ValueError(f"groups must divide {name} {size}, got {groups}")
 
 
-def check_cu_seqlens(name: str, values: Sequence[int], total: int, max_seqlen: int | None = None) -> None:
-    """Raises ValueError where `values` do not cut `total` rows into sequences, of at most max_seqlen if given."""
+def check_cu_seqlens(name: str, bounds: Sequence[int], total: int, max_seqlen: int | None = None) -> None:
+    """Raises ValueError where `bounds` do not cut `total` rows into sequences, of at most max_seqlen if given."""
     accepted = f"{name} must begin with 0, not fall, and end at most at {total}, the number of rows"
-    if values[0] != 0:
-        raise ValueError(f"{accepted}; it begins with {values[0]}")
-    for place, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    if bounds[0] != 0:
+        raise ValueError(f"{accepted}; it begins with {bounds[0]}")
+    for place, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end < start:
             raise ValueError(f"{accepted}; entry {place + 1} is {end}, the one before it {start}")
         if max_seqlen is not None and end - start > max_seqlen:
@@ -75,8 +75,8 @@ def check_cu_seqlens(name: str, values: Sequence[int], total: int, max_seqlen: i
                 f"{longest} must be at least the longest sequence's length, got {max_seqlen}: "
                 f"sequence {place} is of length {end - start}"
             )
-    if values[-1] > total:
-        raise ValueError(f"{accepted}; it ends at {values[-1]}")
+    if bounds[-1] > total:
+        raise ValueError(f"{accepted}; it ends at {bounds[-1]}")
 
 
 def l2norm(x: Tensor, groups: int) -> Tensor:
