@@ -219,7 +219,7 @@ def flash_cosine_sim_attention_varlen(
         window_size: (left, right), as there, with off = m - n in each sequence.
 
     Returns:
-        The output, in q's shape, (total_q, num_heads, head_dim), and in q's dtype, or autocast's.
+        The output, contiguous, in q's shape, (total_q, num_heads, head_dim), and in q's dtype, or autocast's.
 
     Raises:
         ValueError, TypeError, ImportError, NotImplementedError, RuntimeError: as there.
@@ -245,7 +245,8 @@ def flash_cosine_sim_attention_varlen(
             o = attend(call, False)
     else:
         o = attend(call, False)
-    return o.squeeze(0).transpose(0, 1)  # type: ignore[union-attr]  # of no partials it is one tensor
+    # As from the kernels it is contiguous for such a q, and can be viewed as (total_q, num_heads * head_dim).
+    return o.squeeze(0).transpose(0, 1).contiguous()  # type: ignore[union-attr]  # of no partials it is one tensor
 
 
 def _squeeze_heads(result: Result) -> Result:
