@@ -125,7 +125,7 @@ def launches(quick: bool) -> list[Launch]:
 
 
 def make_inputs(launch: Launch) -> list:
-    """q, k, v, mask, attn_bias, scale and scale_value, on the CPU."""
+    """q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k and scale_value, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -150,7 +150,7 @@ def make_inputs(launch: Launch) -> list:
     scale = {"number": None, "heads": torch.linspace(1, 8, num_heads), "scalar": torch.tensor([8.0])}[launch.scale]
     if scale is not None:
         scale = scale / launch.groups
-    return [q, k, v, mask, bias, scale, 8.0 / launch.groups]
+    return [q, k, v, mask, bias, scale, None, None, 8.0 / launch.groups]
 
 
 def on_device(tensor, device: str, layout: str = "heads"):
@@ -173,7 +173,8 @@ def unseen_outputs(launch: Launch) -> tuple[str, ...]:
 def run(launch: Launch, device: str, tool: str | None) -> list[str]:
     """Returns what is wrong."""
     inputs = make_inputs(launch)
-    options = launch.groups, launch.causal, launch.l2norm_qk, launch.tf32
+    window = -1, 0 if launch.causal else -1
+    options = launch.groups, launch.causal, *window, launch.l2norm_qk, launch.tf32
     needs = [name in launch.needs for name in ALL]
     needs[3] &= inputs[4] is not None
     needs[4] &= inputs[5] is not None

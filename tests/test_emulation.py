@@ -124,14 +124,14 @@ def check_operators(case, rows_limit=1):
     tensors, options = case.tensors(case.dtype), case.options()
     q, k, v, bias, scale = (tensors.get(name) for name in ("q", "k", "v", "attn_bias", "scale"))
     scale_value, mask = options.pop("scale", 1.0), options.pop("mask", None)
-    settings = case.groups, case.causal, case.l2norm_qk
+    settings = case.groups, case.causal, -1, 0 if case.causal else -1, case.l2norm_qk
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
     exact_inputs = *(tensor.double() for tensor in (q, k, v)), mask, None if bias is None else bias.double()
-    call = Call(*exact_inputs, None if scale is None else scale.double(), scale_value, *settings)
+    call = Call(*exact_inputs, None if scale is None else scale.double(), None, None, scale_value, *settings)
     exact_o, exact_rows = reference_forward(call)
     operators = torch.ops.flash_cosine_sim_attention
-    o, rows = operators.forward(*inputs, scale, scale_value, *settings, False)
+    o, rows = operators.forward(*inputs, scale, None, None, scale_value, *settings, False)
     seen = exact_rows.isfinite()
     assert torch.equal(rows.isneginf(), ~seen) and (o[~seen] == 0).all()
     assert (rows[seen] - exact_rows[seen]).abs().max() <= rows_limit * GATES[case.dtype]
@@ -142,7 +142,9 @@ def check_operators(case, rows_limit=1):
         needs = [name in wanted for name in ("dq", "dk", "dv", "dattn_bias", "dscale")]
         rows_exact = exact_o, exact_rows, drow.double()
         exact = reference_backward(do.double(), call, *rows_exact, needs)
-        ours = operators.backward(do, *inputs, scale, scale_value, o, rows, drow, *settings, False, *needs, True)
+        rows_ours = o, rows, drow
+        arguments = do, *inputs, scale, None, None, scale_value, *rows_ours, *settings, False, *needs, True
+        ours = operators.backward(*arguments)
         for need, gradient, expected in zip(needs, ours, exact, strict=True):
             assert gradient.shape == expected.shape
             error = rms(gradient.double() - expected) / rms(expected) if need else 0
@@ -270,7 +272,8 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         sdpa = attend("sdpa", **{**tensors, "v": v}, **options).double()
 
         operators = torch.ops.flash_cosine_sim_attention
-        settings = options.get("scale", 1.0), case.groups, case.causal, case.l2norm_qk, False
+        window = -1, 0 if case.causal else -1
+        settings = None, None, options.get("scale", 1.0), case.groups, case.causal, *window, case.l2norm_qk, False
         before = multiplied_with_wgmma()
         (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.operators import inputs, seq_first
+from support.operators import inputs, seq_first, settings
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,8 +27,8 @@ backward = torch.ops.flash_cosine_sim_attention.backward
 def attend(q, k, v, mask=None, attn_bias=None, scale=8.0, return_partials=False, **options):
     """The operators as the library calls them."""
     scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
-    options = {"groups": 1, "causal": True, "l2norm_qk": True} | options
-    call = Call(q, k, v, mask, attn_bias, scale, scale_value, **options)
+    groups, causal, left, right, l2norm_qk, _ = settings(**options)
+    call = Call(q, k, v, mask, attn_bias, scale, None, None, scale_value, groups, causal, left, right, l2norm_qk)
     return ops.kernel_attention(tuple(call), return_partials)
 
 
@@ -43,7 +43,7 @@ def gradients(*names):
 @pytest.mark.parametrize("mask, bias, number", [(True, True, False), (False, False, False), (False, True, True)])
 def test_opcheck(operator, dtype, mask, bias, number):
     tensors = inputs(dtype, mask=mask, bias=bias, number=number)
-    torch.library.opcheck(operator.default, (*tensors, 2, True, True, False))
+    torch.library.opcheck(operator.default, (*tensors, *settings(2)))
 
 
 @pytest.mark.slow
@@ -51,13 +51,13 @@ def test_opcheck(operator, dtype, mask, bias, number):
 def test_opcheck_of_strided_inputs(operator):
     q, k, v, *rest = inputs()
     strided = [seq_first(tensor).requires_grad_() for tensor in (q, k, v)]
-    torch.library.opcheck(operator.default, (*strided, *rest, 2, True, True, False))
+    torch.library.opcheck(operator.default, (*strided, *rest, *settings(2)))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
     q, k, v, *rest = inputs(requires_grad=requires_grad)
-    arguments = q, k, v, *rest, 2, True, True, False
+    arguments = q, k, v, *rest, *settings(2)
     torch.library.opcheck(forward.default, (*arguments, False))
     expected_o, expected_rows = forward(*arguments)
     o, row_sum_log2 = forward(*arguments, False)
@@ -77,10 +77,10 @@ def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
 def test_opcheck_backward(bias, with_row_sum_grad, number):
     q, k, v, *rest = inputs(requires_grad=False, bias=bias, number=number)
     tensors = seq_first(q), k, seq_first(v), *rest
-    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
+    o, row_sum_log2 = forward(*tensors, *settings(2))
     drow_sum_log2 = torch.randn_like(row_sum_log2) if with_row_sum_grad else None
     names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else set()) | (set() if number else {"dscale"})
-    options = 2, True, True, False, *gradients(*names), False
+    options = *settings(2), *gradients(*names), False
     arguments = torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, *options
     torch.library.opcheck(backward.default, arguments)
 
@@ -90,11 +90,11 @@ def test_gradients_that_are_not_needed_are_not_made(number):
     """The operator returns (0,) for them, asked for by what requires a gradient; the others stay the same."""
     tensors = inputs(requires_grad=False, number=number)
     names = ["dq", "dk", "dv", "dattn_bias"] + ([] if number else ["dscale"])
-    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
+    o, row_sum_log2 = forward(*tensors, *settings(2))
     do = torch.randn_like(o)
 
     def run(*names):
-        options = 2, True, True, False, *gradients(*names), False
+        options = *settings(2), *gradients(*names), False
         return dict(zip(GRADIENTS, backward(do, *tensors, o, row_sum_log2, None, *options), strict=True))
 
     every = run(*names)
@@ -115,16 +115,16 @@ def test_gradients_that_are_not_needed_are_not_made(number):
     for name in names:
         differentiable[name].requires_grad_()
         with Record():
-            forward(*tensors, 2, True, True, False)[0].backward(do)
+            forward(*tensors, *settings(2))[0].backward(do)
         assert torch.equal(differentiable[name].grad, every[name])
         assert asked.pop() == gradients(name)
         differentiable[name].requires_grad_(False)
 
 
 def test_a_number_equals_a_tensor_as_scale():
-    q, k, v, mask, attn_bias, _, _ = inputs(requires_grad=False)
-    number = forward(q, k, v, mask, attn_bias, None, 1.5, 2, True, True, False)
-    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), 7.0, 2, True, True, False)
+    q, k, v, mask, attn_bias, *_ = inputs(requires_grad=False)
+    number = forward(q, k, v, mask, attn_bias, *[None] * 3, 1.5, *settings(2))
+    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), None, None, 7.0, *settings(2))
     torch.testing.assert_close(number, tensor)
 
 
@@ -132,7 +132,7 @@ def test_a_number_equals_a_tensor_as_scale():
 @pytest.mark.parametrize("return_partials", [False, True])
 def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
     """The closed-form backward against autograd through the specification, in float64."""
-    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64)
+    q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64)
     differentiable = (q, k, v, attn_bias, scale)
     options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "return_partials": return_partials}
     ours = attend(q, k, v, mask, attn_bias, scale, **options)
@@ -149,10 +149,10 @@ def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
 
 def test_gradcheck_with_row_sum():
     """row_sum_log2 is differentiable too; -inf, in a row without a visible key, has gradient 0."""
-    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
+    q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
 
     def attend(q, k, v, attn_bias, scale):
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, 1.0, 2, True, True, False)
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings(2))
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale))
@@ -160,18 +160,18 @@ def test_gradcheck_with_row_sum():
 
 def test_row_sum_is_not_shifted():
     tensors = inputs(requires_grad=False)
-    _, row_sum_log2 = forward(*tensors, 1, False, True, False)
-    _, denominator = partials(*tensors, 1, False, True, False)
+    _, row_sum_log2 = forward(*tensors, *settings(causal=False))
+    _, denominator = partials(*tensors, *settings(causal=False))
     torch.testing.assert_close(row_sum_log2, denominator.log2())
     assert (row_sum_log2[1] == -torch.inf).all()
 
 
 def test_scale_of_one_element_gets_one_gradient():
-    q, k, v, mask, attn_bias, _, _ = inputs()
+    q, k, v, mask, attn_bias, *_ = inputs()
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
@@ -219,28 +219,28 @@ def test_gradient_of_partials_in_any_dtype(dtype, peaked):
 @pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
 def test_outputs_keep_the_layout_of_the_inputs(device):
     *tensors, scale_value = inputs(torch.bfloat16)
-    tensors = [tensor.detach() for tensor in tensors]
+    tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
     tensors[:3] = map(seq_first, tensors[:3])
     tensors[4] = tensors[4].mT.contiguous().mT
     with torch._subclasses.FakeTensorMode() as mode:
         if device == "fake":
-            tensors = [mode.from_tensor(tensor) for tensor in tensors]
-            o = flash_cosine_sim_attention(*tensors, backend="sdpa")  # reads no value of the scale
+            tensors = [tensor if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+            o = flash_cosine_sim_attention(*tensors[:6], backend="sdpa")  # reads no value of the scale
             assert o.shape == (2, 4, 7, 16)
     if device == "meta":
-        tensors = [tensor.to("meta") for tensor in tensors]
+        tensors = [tensor if tensor is None else tensor.to("meta") for tensor in tensors]
     q = tensors[0]
-    o, row_sum_log2 = forward(*tensors, scale_value, 1, True, True, False)
+    o, row_sum_log2 = forward(*tensors, scale_value, *settings())
     assert same_layout(o, q) and not o.is_contiguous()
     assert row_sum_log2.shape == (2, 4, 7) and row_sum_log2.dtype == torch.float32 and row_sum_log2.is_contiguous()
     do = torch.empty_like(o[..., :1]).expand_as(o)
     rows = o, row_sum_log2, None
-    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients(), False)
-    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:]), strict=True):
+    grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients(), False)
+    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:6]), strict=True):
         assert same_layout(grad, tensor)
-    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients("dv"), False)
+    grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients("dv"), False)
     assert [grad.shape == (0,) for grad in grads] == [True, True, False, True, True]
-    numerator, denominator = partials(*tensors, scale_value, 1, True, True, False)
+    numerator, denominator = partials(*tensors, scale_value, *settings())
     assert numerator.shape == o.shape and denominator.shape == row_sum_log2.shape
     assert numerator.dtype == denominator.dtype == torch.float32
     assert numerator.is_contiguous() and denominator.is_contiguous()
@@ -296,14 +296,14 @@ def test_forward_and_backward_get_the_same_tf32_setting(setting, compiled):
 
 
 def jvp(q, *rest):
-    return torch.func.jvp(lambda q: forward(q, *rest, 1, True, True, False)[0], (q,), (torch.ones_like(q),))
+    return torch.func.jvp(lambda q: forward(q, *rest, *settings())[0], (q,), (torch.ones_like(q),))
 
 
 def dual_level(q, *rest):
     with torch.autograd.forward_ad.dual_level():
-        forward(q, *rest, 1, True, True, False)  # no tangent, no error
+        forward(q, *rest, *settings())  # no tangent, no error
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        forward(dual, *rest, 1, True, True, False)
+        forward(dual, *rest, *settings())
 
 
 @pytest.mark.parametrize("differentiate", [jvp, dual_level])
@@ -336,13 +336,13 @@ def test_transforms_get_between_the_call_and_autograd():
 def test_no_graph_without_a_gradient():
     for tensors, context in ((inputs(requires_grad=False), torch.enable_grad()), (inputs(), torch.no_grad())):
         with context:
-            assert not any(part.requires_grad for part in forward(*tensors, 1, True, True, False))
+            assert not any(part.requires_grad for part in forward(*tensors, *settings()))
 
 
 def test_operator_exports():
     class Attention(torch.nn.Module):
         def forward(self, *tensors):
-            return forward(*tensors, 1, True, True, False)[0]
+            return forward(*tensors, *settings())[0]
 
     tensors = inputs(requires_grad=False)
     program = torch.export.export(Attention(), tensors)
@@ -352,12 +352,12 @@ def test_operator_exports():
 
 @pytest.mark.parametrize("operator", [forward, partials])
 def test_autocast_keeps_the_scale_in_float32(operator):
-    q, k, v, mask, attn_bias, _, _ = inputs()
+    q, k, v, mask, attn_bias, *_ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)
+        result = operator(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, 1.0, 1, True, True, False)
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, None, None, 1.0, *settings())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))
@@ -370,7 +370,7 @@ def test_operator_compiles_under_autocast():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return forward(*tensors, 1, True, True, False)[0]
+            return forward(*tensors, *settings())[0]
 
     o = attend(*tensors)
     assert o.dtype == torch.bfloat16
@@ -383,8 +383,8 @@ def test_operator_compiles_under_autocast():
 def test_operator_through_inductor(operator):
     torch._dynamo.reset()
     grads = []
-    compiled = torch.compile(lambda *tensors: operator(*tensors, 2, True, True, False), fullgraph=True)
-    for function in (compiled, lambda *tensors: operator(*tensors, 2, True, True, False)):
+    compiled = torch.compile(lambda *tensors: operator(*tensors, *settings(2)), fullgraph=True)
+    for function in (compiled, lambda *tensors: operator(*tensors, *settings(2))):
         q, k, v, mask, *rest = inputs()
         q = seq_first(q).requires_grad_()
         result = function(q, k, v, mask, *rest)
@@ -407,7 +407,7 @@ def test_deterministic_flag_reaches_the_backward():
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             try:
-                forward(*tensors, 1, False, True, False)[0].sum().backward()
+                forward(*tensors, *settings(causal=False))[0].sum().backward()
             finally:
                 torch.use_deterministic_algorithms(False)
     assert flags == [False, True]
@@ -415,7 +415,7 @@ def test_deterministic_flag_reaches_the_backward():
 
 def test_double_backward_is_a_clear_error():
     tensors = inputs()
-    o, _ = forward(*tensors, 1, False, True, False)
+    o, _ = forward(*tensors, *settings(causal=False))
     (dq,) = torch.autograd.grad(o.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward; use backend='reference'"):
         dq.sum().backward()
@@ -429,14 +429,14 @@ def test_flops(seq_len_q, seq_len_k, causal):
     expected = 4 * 2 * 4 * pairs * 16  # 4 b h pairs d
     tensors = inputs(seq_len_q=seq_len_q, seq_len_k=seq_len_k)
     with FlopCounterMode(display=False) as counter:
-        o, _ = forward(*tensors, 1, causal, True, False)
+        o, _ = forward(*tensors, *settings(causal=causal))
     counts = counter.get_flop_counts()["Global"]
     assert counts[forward] == expected
     with FlopCounterMode(display=False) as counter:
         o.sum().backward()
     assert counter.get_flop_counts()["Global"][backward] == 2.5 * expected
     with FlopCounterMode(display=False) as counter:
-        partials(*tensors, 1, causal, True, False)
+        partials(*tensors, *settings(causal=causal))
     assert counter.get_flop_counts()["Global"][partials] == expected
 
 
