@@ -830,6 +830,7 @@ struct BackwardSm90 {
     // kBanded: of a tile that has no walk.
     __device__ __forceinline__ void write_zeros(const BackwardTensorMaps& maps, const Work& work) {
       mbarrier_wait(shared.v_full(), k_parity);
+      __syncwarp();  // lane 0 must not let the next phase begin while another lane waits for this one
       k_parity ^= 1;
       release(shared.v_empty());
       release(shared.k_empty());
