@@ -264,7 +264,8 @@ def test_compile_packed_sequences_with_changing_sizes(monkeypatch, backend):
     with backend_name(backend) as name:
         compiled = torch.compile(flash_cosine_sim_attention_varlen, fullgraph=True, backend="aot_eager")
         for lengths in ([4, 5], [6, 0, 3, 2]):
-            q, k, v = (torch.randn(sum(lengths) + 2, 2, 16, requires_grad=True) for _ in range(3))
+            shape = sum(lengths) + 2, 2, 16
+            q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
             bounds = cu_seqlens(lengths), cu_seqlens(lengths[::-1]), max(lengths), max(lengths)
             options = {"causal": True, "window_size": (3, 0), "backend": name}
             results = [attend(q, k, v, *bounds, **options) for attend in (compiled, flash_cosine_sim_attention_varlen)]
