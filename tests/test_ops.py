@@ -1,6 +1,7 @@
 """The registered operators: schemas, fake tensors, autograd, autocast, FLOP formulas, and how they are found."""
 
 import functools
+import itertools
 import logging
 import re
 import subprocess
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.operators import inputs, seq_first, settings
+from support.operators import cu_seqlens, inputs, packed_inputs, seq_first, settings
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.interface as interface
 import flash_cosine_sim_attention.ops as ops
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    flash_cosine_sim_attention,
+    plain_cosine_sim_attention,
+)
 from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, Call
 
 forward = torch.ops.flash_cosine_sim_attention.forward
@@ -54,6 +58,14 @@ def test_opcheck_of_strided_inputs(operator):
     torch.library.opcheck(operator.default, (*strided, *rest, *settings(2)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", [forward, partials])
+def test_opcheck_of_windows_and_packed_sequences(operator):
+    window = settings(window_size=(2, 3), causal=False)
+    for tensors in (inputs(), packed_inputs([3, 0, 4], [5, 2, 0], behind=1)):
+        torch.library.opcheck(operator.default, (*tensors, *window))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
     q, k, v, *rest = inputs(requires_grad=requires_grad)
@@ -82,6 +94,15 @@ def test_opcheck_backward(bias, with_row_sum_grad, number):
     names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else set()) | (set() if number else {"dscale"})
     options = *settings(2), *gradients(*names), False
     arguments = torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, *options
+    torch.library.opcheck(backward.default, arguments)
+
+
+@pytest.mark.slow
+def test_opcheck_backward_of_packed_sequences():
+    tensors, options = packed_inputs([3, 0, 4], [5, 2, 0], 1, requires_grad=False), settings(window_size=(2, 0))
+    o, row_sum_log2 = forward(*tensors, *options)
+    assert row_sum_log2.isneginf()[..., 3:].all() and row_sum_log2.isfinite()[..., :3].all()
+    arguments = torch.randn_like(o), *tensors, o, row_sum_log2, None, *options, *gradients("dq", "dk", "dv"), False
     torch.library.opcheck(backward.default, arguments)
 
 
@@ -128,13 +149,23 @@ def test_a_number_equals_a_tensor_as_scale():
     torch.testing.assert_close(number, tensor)
 
 
-@pytest.mark.parametrize("groups, causal, l2norm_qk", [(1, False, True), (4, True, True), (1, True, False)])
+@pytest.mark.parametrize(
+    "groups, causal, l2norm_qk, window_size",
+    [
+        (1, False, True, (-1, -1)),
+        (4, True, True, (-1, -1)),
+        (1, True, False, (-1, -1)),
+        (2, True, True, (3, 0)),
+        (1, False, True, (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("return_partials", [False, True])
-def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
+def test_equals_plain_autograd(groups, causal, l2norm_qk, window_size, return_partials):
     """The closed-form backward against autograd through the specification, in float64."""
     q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64)
     differentiable = (q, k, v, attn_bias, scale)
-    options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "return_partials": return_partials}
+    options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "window_size": window_size}
+    options |= {"return_partials": return_partials}
     ours = attend(q, k, v, mask, attn_bias, scale, **options)
     plain = plain_cosine_sim_attention(q, k, v, mask, attn_bias, scale, **options)
     if not return_partials:
@@ -421,23 +452,92 @@ def test_double_backward_is_a_clear_error():
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("seq_len_q, seq_len_k, causal", [(7, 9, False), (7, 9, True), (9, 7, True), (1, 5, True)])
-def test_flops(seq_len_q, seq_len_k, causal):
-    pairs = seq_len_q * seq_len_k
-    if causal:
-        pairs = sum(max(0, min(seq_len_k, i + 1 + seq_len_k - seq_len_q)) for i in range(seq_len_q))
+def brute_force_pairs(seq_len_q, seq_len_k, left, right):
+    diagonal = seq_len_k - seq_len_q
+    return sum(
+        (left == -1 or i + diagonal - j <= left) and (right == -1 or j - i - diagonal <= right)
+        for i, j in itertools.product(range(seq_len_q), range(seq_len_k))
+    )
+
+
+def test_visible_pairs():
+    """In closed form, of every window there is and of wider ones."""
+    for sizes in itertools.product(range(7), range(7), range(-1, 9), range(-1, 9)):
+        assert ops.visible_pairs(*sizes) == brute_force_pairs(*sizes), sizes
+    assert ops.visible_pairs(10**6, 10**6, 1023, 0) == 1024 * 10**6 - 1024 * 1023 // 2
+
+
+@pytest.mark.parametrize(
+    "seq_len_q, seq_len_k, causal, window_size",
+    [
+        (7, 9, False, (-1, -1)),
+        (7, 9, True, (-1, -1)),
+        (9, 7, True, (-1, -1)),
+        (1, 5, True, (-1, -1)),
+        (7, 9, True, (3, 0)),
+        (9, 7, False, (2, 4)),
+    ],
+)
+def test_flops(seq_len_q, seq_len_k, causal, window_size):
+    pairs = brute_force_pairs(seq_len_q, seq_len_k, window_size[0], 0 if causal else window_size[1])
+    options = settings(causal=causal, window_size=window_size)
     expected = 4 * 2 * 4 * pairs * 16  # 4 b h pairs d
     tensors = inputs(seq_len_q=seq_len_q, seq_len_k=seq_len_k)
     with FlopCounterMode(display=False) as counter:
-        o, _ = forward(*tensors, *settings(causal=causal))
+        o, _ = forward(*tensors, *options)
     counts = counter.get_flop_counts()["Global"]
     assert counts[forward] == expected
     with FlopCounterMode(display=False) as counter:
         o.sum().backward()
     assert counter.get_flop_counts()["Global"][backward] == 2.5 * expected
     with FlopCounterMode(display=False) as counter:
-        partials(*tensors, *settings(causal=causal))
+        partials(*tensors, *options)
     assert counter.get_flop_counts()["Global"][partials] == expected
+
+
+@pytest.mark.parametrize("causal, window_size", [(False, (-1, -1)), (True, (-1, -1)), (False, (1, 2)), (True, (2, 0))])
+def test_flops_of_packed_sequences(causal, window_size):
+    """Of the sequences alone where cu_seqlens can be read; of fake ones no less than that."""
+    lengths_q, lengths_k = [3, 0, 1, 4, 2], [5, 2, 7, 1, 0]
+    window = window_size[0], 0 if causal else window_size[1]
+    expected = [brute_force_pairs(*lengths, *window) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    tensors, options = packed_inputs(lengths_q, lengths_k, behind=2), settings(causal=causal, window_size=window_size)
+    with FlopCounterMode(display=False) as counter:
+        forward(*tensors, *options)[0].sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 4 * sum(expected) * 16
+    fake = [tensor.to("meta") if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
+    with FlopCounterMode(display=False) as counter:
+        forward(*fake, *options)
+    assert counter.get_total_flops() == 2 * 2 * 4 * brute_force_pairs(12, 17, *window) * 16
+
+
+def test_fewer_pairs_are_in_sequences_than_in_one_of_all_rows():
+    """What makes the count of fake tensors a bound."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        left, right, sequences = torch.randint(-1, 5, (3,), generator=generator).tolist()
+        lengths = torch.randint(0, 6, (2, sequences + 2), generator=generator)
+        apart = sum(ops.visible_pairs(*pair, left, right) for pair in lengths.T.tolist())
+        assert apart <= ops.visible_pairs(*lengths.sum(1).tolist(), left, right)
+
+
+def test_cu_seqlens_have_no_gradient():
+    """Nor are they cast: they reach the backward pass as they are, and autocast leaves them int32."""
+    q, k, v, *_ = packed_inputs([2, 3], [4, 1])
+    bounds = cu_seqlens([2, 3]), cu_seqlens([4, 1])
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
+            if function in (forward.default, backward.default):
+                seen.extend(argument for argument in args if getattr(argument, "dtype", None) == torch.int32)
+            return function(*args, **(kwargs or {}))
+
+    with Record(), torch.autocast("cpu", dtype=torch.bfloat16):
+        o, _ = forward(q, k, v, None, None, None, *bounds, 1.5, *settings())
+        o.float().sum().backward()
+    assert len(seen) == 4 and all(map(torch.equal, seen, bounds * 2))
+    assert q.grad.dtype == torch.float32 and k.grad.any()
 
 
 @pytest.fixture
@@ -608,6 +708,8 @@ def on_gpu(test):
 test_opcheck_on_gpu = on_gpu(test_opcheck)
 test_opcheck_of_strided_inputs_on_gpu = on_gpu(test_opcheck_of_strided_inputs)
 test_opcheck_backward_on_gpu = on_gpu(test_opcheck_backward)
+test_opcheck_of_windows_and_packed_sequences_on_gpu = on_gpu(test_opcheck_of_windows_and_packed_sequences)
+test_opcheck_backward_of_packed_sequences_on_gpu = on_gpu(test_opcheck_backward_of_packed_sequences)
 test_row_sums_are_made_only_for_a_backward_pass_on_gpu = on_gpu(test_row_sums_are_made_only_for_a_backward_pass)
 test_a_number_equals_a_tensor_as_scale_on_gpu = on_gpu(test_a_number_equals_a_tensor_as_scale)
 test_row_sum_is_not_shifted_on_gpu = on_gpu(test_row_sum_is_not_shifted)

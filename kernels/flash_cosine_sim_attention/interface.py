@@ -86,8 +86,8 @@ def flash_cosine_sim_attention(
         attn_bias_batch_dim: a 3-D attn_bias is (batch, seq_len_q, seq_len_k).
         window_size: (left, right), a sliding window: query i sees the keys from i + off - left to i + off + right,
             both included, where off = seq_len_k - seq_len_q. -1 is unlimited, and None is (-1, -1). With causal,
-            right counts as 0. What falls outside costs no time, so that it grows with the window. Inside
-            torch.compile, each other pair of numbers compiles anew.
+            right counts as 0. By "cuda" and "sdpa" the time goes with the window. Under torch.compile, other
+            numbers may compile anew.
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once. A named
             back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
@@ -210,9 +210,9 @@ def flash_cosine_sim_attention_varlen(
             it, and the last is at most total. A sequence may have no queries or no keys. Rows behind the last
             sequence belong to none: such queries yield zeros, with zero gradients. Values on the CPU are checked.
             Those on a GPU are not, for that would synchronise, nor is anything under torch.compile: there wrong ones
-            give wrong results, but nothing is read or written outside the tensors. "sdpa" reads them outside
-            torch.compile, on a GPU too, to attend to one sequence after the other; under torch.compile its time is
-            that of total_q x total_k scores.
+            give wrong results, but nothing is read or written outside the tensors. "sdpa" attends to one sequence
+            after the other, for which it reads the values on a GPU, too, and checks them; under torch.compile it
+            does not, and takes the time of total_q x total_k scores.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length, and checked like cu_seqlens; nothing else
             depends on it.
         causal: in a sequence of n queries and m keys, its query i sees its key j iff j <= i + m - n.

@@ -222,7 +222,7 @@ def _in_row_blocks(
             k[..., first:end, :],
             v[..., first:end, :],
             None if mask is None else mask[:, first:end],
-            None if bias_block is None else bias_block[..., first:end],
+            _keys_of_bias(bias_block, first, end),
             None if ranges is None else tuple(bound[slice(*rows)] - first for bound in ranges),
         )
         if recompute and end > first:
@@ -249,6 +249,12 @@ def _split_bias_rows(attn_bias: Tensor | None, seq_len_q: int, num_blocks: int) 
     if attn_bias is None or attn_bias.shape[-2] != seq_len_q:  # the latter is broadcast over the queries
         return [attn_bias] * num_blocks
     return list(attn_bias.split(ROWS_PER_BLOCK, dim=-2))
+
+
+def _keys_of_bias(attn_bias: Tensor | None, first: int, end: int) -> Tensor | None:
+    if attn_bias is None or attn_bias.shape[-1] == 1:  # the latter is broadcast over the keys
+        return attn_bias
+    return attn_bias[..., first:end]
 
 
 def _attend_rows(
