@@ -201,6 +201,8 @@ void launch_delta(const BackwardParams& params, cudaStream_t stream);
 void launch_dq(const BackwardParams& params, cudaStream_t stream);
 // dk and dv from dkv_partials, dk through the norm.
 void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream);
+// Zeros in dk and dv where nobody sees a key, after sm90/backward.cuh's banded variant.
+void launch_unseen(const BackwardParams& params, cudaStream_t stream);
 
 // How a kernel multiplies. The inputs' dtype decides, but for two options.
 enum class Math : int {

@@ -131,6 +131,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
       if (plan.banded) return run_backward_sm90<head_dim.value, true>(params, stream);
       run_backward_sm90<head_dim.value, false>(params, stream);
     });
+    if (plan.banded) launch_unseen(params, stream);
     launch_dkv_merge(params, stream);
     launch_dq(params, stream);
     return;

@@ -41,25 +41,6 @@ __device__ __forceinline__ int next_visible_block(const Attention& params, int b
   return min(block, end);
 }
 
-// The same for blocks of any size, 32 keys a word.
-template <int kBlockK>
-struct VisibleKeys {
-  static constexpr int kWords = (kBlockK + 31) / 32;
-  uint32_t words[kWords];
-
-  __device__ __forceinline__ VisibleKeys(const Attention& params, int batch, int first) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      const int key = first + 32 * word + static_cast<int>(threadIdx.x & 31);
-      bool sees = key < params.seq_len_k;
-      if (sees && params.mask.data != nullptr) {
-        sees = params.mask.data[batch * params.mask.stride_batch + key * params.mask.stride_key];
-      }
-      words[word] = __ballot_sync(0xffffffffu, sees);
-    }
-  }
-};
-
 // attn_bias of one query for keys from `first_key` on, in base 2; 0 outside of the matrix. `key` counts from first_key.
 template <typename T>
 struct BiasRow {

@@ -300,31 +300,16 @@ struct BackwardSm90 {
       return __any_sync(0xffffffffu, sees) == 0;
     }
 
-    // A tile without a walk, of which nothing is loaded: its barriers are passed nevertheless.
-    __device__ __forceinline__ void pass_on_empty(const Work& work) {
-      if (is_leader()) {
-        mbarrier_wait(shared.v_empty(), k_parity ^ 1);
-        mbarrier_arrive(shared.v_full());
-        announce({work.batch, work.kv_head, work.block_k, -1 - work.split});
-        mbarrier_arrive(shared.k_full());
-      }
-      k_parity ^= 1;
-    }
-
     // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is
     // left to do, but no sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
       Walk walk(params, schedule, work);
       unsigned answer = 0;
-      const bool hidden = kBanded && !kDeterministic && is_hidden(work);
-      if (hidden) walk.count = 0;
+      if (kBanded && !kDeterministic && is_hidden(work)) walk.count = 0;
       if (walk.count <= 1) answer = ask_for_tile();
-      if (walk.count == 0) {
-        // A causal mask leaves to the last keys so few queries that some splits have none: dkv_merge_kernel knows. Of
-        // keys that nobody sees the gradient is zero.
-        if (kBanded && (params.plan.num_splits == 0 || hidden)) pass_on_empty(work);
-        return answer;
-      }
+      // A causal mask leaves to the last keys so few queries that some splits have none; banded, nobody may see a tile's
+      // keys. launch_dkv_merge and launch_unseen know.
+      if (walk.count == 0) return answer;
       load_q(work, walk);
       if (is_leader()) {
         load_v(work);
@@ -474,29 +459,39 @@ struct BackwardSm90 {
                                 shared.statistics(stage.index) / 16 | 128 / 16 << 16);
     }
 
-    // Hides keys from the queries that do not see them.
+    // Hides keys from the queries that do not see them: one end after the other, each a register.
     __device__ __forceinline__ void mask_band(const Work& work, const Walk& walk) {
-      const int lane = opaque(static_cast<int>(threadIdx.x & 31));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
-        const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
-        const int first_query = walk.block_q * kBlockQ + 2 * (lane & 3);
 #pragma unroll
-        for (int n = 0; n < kBlockQ / 8; ++n) {
+        for (int is_end = 0; is_end < 2; ++is_end) {
+          const int edge = edge_of(work, walk, half, is_end);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int query = first_query + 8 * n + i;
-            if (query < queries.first || query >= queries.end) scores[n][2 * half + i] = -infinity();
+          for (int n = 0; n < kBlockQ / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int column = 8 * n + i;
+              if (is_end ? column >= edge : column < edge) scores[n][2 * half + i] = -infinity();
+            }
           }
         }
       }
     }
 
+    // The first column of the lane whose query sees the lane's key of a half, or the first behind those.
+    __device__ __forceinline__ int edge_of(const Work& work, const Walk& walk, int half, bool is_end) const {
+      const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+      const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
+      const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
+      return opaque((is_end ? queries.end : queries.first) - walk.block_q * kBlockQ - 2 * (lane & 3));
+    }
+
     // Whether a key of the warpgroup is hidden from a query of the pair.
     __device__ __forceinline__ bool is_on_edge(const Work& work, const Walk& walk) const {
       const int first_query = walk.block_q * kBlockQ;
-      return !queries_of_rows(params, work.block_k * kBlockK + 64 * warpgroup, 64)
+      // Opaque: it is the same for the whole walk, but not worth registers through it.
+      const int first_key = opaque(work.block_k * kBlockK + 64 * warpgroup);
+      return !queries_of_rows(params, first_key, 64)
                   .sees_all(first_query, min(first_query + kBlockQ, params.seq_len_q));
     }
 
@@ -827,23 +822,6 @@ struct BackwardSm90 {
       }
     }
 
-    // kBanded: of a tile that has no walk.
-    __device__ __forceinline__ void write_zeros(const BackwardTensorMaps& maps, const Work& work) {
-      mbarrier_wait(shared.v_full(), k_parity);
-      __syncwarp();  // lane 0 must not let the next phase begin while another lane waits for this one
-      k_parity ^= 1;
-      release(shared.v_empty());
-      release(shared.k_empty());
-      if (params.plan.num_splits > 0) {
-        const Work own{work.batch, work.kv_head, work.block_k, -1 - work.split};
-        write_partial(own, 0, dk);
-        write_partial(own, 1, dv);
-        return;
-      }
-      if (params.dv.data != nullptr) write_rows(maps.dv, work, dv);
-      if (params.dk.data != nullptr) write_rows(maps.dk, work, dk);
-    }
-
     __device__ __forceinline__ void write_gradients(const BackwardTensorMaps& maps, const Work& work) {
       const bool is_whole = params.plan.num_splits == 0;
       if constexpr (kDeterministic) pass_turn(work);
@@ -894,10 +872,6 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
     typename B::Consumer consumer(params, schedule, shared, warp);
     for (auto work = consumer.receive(); work.block_k != B::kNoMoreTiles; work = consumer.receive()) {
       consumer.begin_tile(work);
-      if (kBanded && work.split < 0) {
-        consumer.write_zeros(maps, work);
-        continue;
-      }
       consumer.multiply(work);
       consumer.write_gradients(maps, work);
     }

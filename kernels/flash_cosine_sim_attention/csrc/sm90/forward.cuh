@@ -95,7 +95,7 @@ struct ForwardSm90 {
 
   // How many of them, from the first key on, need nothing between the products but 2^S.
   static __device__ __forceinline__ int count_plain_blocks(const ForwardParams& params, int first_query) {
-    if (params.mask.data != nullptr || !params.l2norm_qk) return 0;
+    if (!params.l2norm_qk) return 0;
     int num_keys = params.seq_len_k;
     if (params.causal) num_keys = min(num_keys, max(0, first_query + 1 + params.seq_len_k - params.seq_len_q));
     return num_keys / kBlockK;
@@ -386,20 +386,16 @@ struct ForwardSm90 {
 
   // What hides scores of a block, or multiplies them. Made while no product is under way, for it branches.
   struct Finish {
-    VisibleKeys<kBlockK> visible;
     int last_column[2];  // that the lane's rows see, counted from the lane's own first column
     float score_scale;
 
-    __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block)
-        : visible(params, work.batch, block * kBlockK) {
-      const int lane = threadIdx.x & 31;
+    __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block) {
+      const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
       const int diagonal = params.seq_len_k - params.seq_len_q;  // the last key that query 0 sees, if causal
 #pragma unroll
-      for (uint32_t& word : visible.words) word >>= 2 * (lane & 3);
-#pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = work.first_query + first_row + 8 * half + (lane >> 2);
-        last_column[half] = params.causal ? query + diagonal - block * kBlockK - 2 * (lane & 3) : kBlockK;
+        const int query = work.first_query + first_row + 8 * half + (lane >> 2), last_key = params.seq_len_k - 1;
+        last_column[half] = (params.causal ? min(query + diagonal, last_key) : last_key) - first_column;
       }
       score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
     }
@@ -409,9 +405,7 @@ struct ForwardSm90 {
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + i % 2;
-          const bool exists = (visible.words[column / 32] >> (column % 32)) & 1;
-          const bool seen = exists && column <= last_column[i / 2];
+          const bool seen = 8 * n + i % 2 <= last_column[i / 2];
           scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
         }
       }
@@ -674,19 +668,23 @@ struct ForwardSm90 {
       Walk walk(params, work);
       const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
       const auto is_plain = [&](int block) {
-        return params.l2norm_qk && band.sees_all(block * kBlockK, block * kBlockK + kBlockK) && walk.is_whole(block);
+        if constexpr (kHeadDim > 128) {  // no registers are left for `band`
+          const Band again = keys_of_rows(params, opaque(work.first_query + first_row / 64 * 64), 64);
+          return params.l2norm_qk && again.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
+        }
+        return params.l2norm_qk && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
       };
-      const Range own = blocks_of(band.any, kBlockK);
+      const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks
       // Blocks that only warpgroups with later queries see.
       for (; !walk.is_over() && walk.block >= own.end; walk.advance()) skip_block();
-      if (!walk.is_over() && walk.block >= own.first) {
+      if (walk.block >= own.first) {
         int block = walk.block;
         walk.advance();
         start_qk();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
-          for (; !walk.is_over() && walk.block >= own.first; walk.advance()) {
+          for (; walk.block >= own.first; walk.advance()) {
             if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
             step_sliced<true>(work, block);
             block = walk.block;
@@ -701,7 +699,7 @@ struct ForwardSm90 {
             round(slice);
           }
 #pragma unroll 1
-          for (; !walk.is_over() && walk.block >= own.first; walk.advance()) {
+          for (; walk.block >= own.first; walk.advance()) {
             if (is_plain(walk.block)) {
               step_whole<true>(work, walk.block);
             } else {
