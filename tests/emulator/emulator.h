@@ -108,6 +108,7 @@ inline Waiting asleep;
 inline unsigned num_sleeps;  // since a thread did anything else
 inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
+inline int64_t num_loaded_bytes;  // by TMA
 inline std::function<void()> body;
 inline std::exception_ptr error;
 inline jmp_buf host;

@@ -674,10 +674,10 @@ struct ForwardSm90 {
         }
         return params.l2norm_qk && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
       };
-      const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks
+      const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks, if there are any
       // Blocks that only warpgroups with later queries see.
       for (; !walk.is_over() && walk.block >= own.end; walk.advance()) skip_block();
-      if (walk.block >= own.first) {
+      if (own.first < own.end && walk.block >= own.first) {
         int block = walk.block;
         walk.advance();
         start_qk();
