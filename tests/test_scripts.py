@@ -282,6 +282,16 @@ def test_generate_repeats_itself_with_a_seed(trained, capsys):
     assert texts[0].startswith("abc") and texts[0].endswith("\n")
 
 
+def test_generate_writes_a_text_a_seed_and_its_speed_elsewhere(trained, capsys):
+    options = [trained, "--prompt", "abc", "--num-bytes", 20, "--temperature", 1.5, "--top-p", 0.9, "--device", "cpu"]
+    alone = [generated(capsys, *options, "--seed", seed) for seed in (5, 6)]
+    assert alone[0] != alone[1]
+    assert generate.main([*map(str, options), "--seed", "5", "--num-samples", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"--- seed 5 ---\n{alone[0]}--- seed 6 ---\n{alone[1]}"
+    assert re.fullmatch(r"40 bytes in \d+\.\d\d s: [\d,]+ tokens/s\n", err)
+
+
 @pytest.mark.parametrize("checkpoint", ["best", "last", "path"])
 def test_generate_is_the_same_with_and_without_cache(trained, capsys, checkpoint):
     checkpoint = trained / "checkpoints" / "last.ckpt" if checkpoint == "path" else checkpoint
@@ -293,7 +303,7 @@ def test_generate_takes_the_likeliest_byte(trained, capsys):
     gpt, _ = load_model(trained)
     with torch.no_grad():
         best = gpt(torch.tensor([list(b"abc")]))[0, -1].argmax().item()
-    for options in (("--temperature", 0), ("--top-k", 1)):
+    for options in (("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-6)):
         text = generated(capsys, trained, "--prompt", "abc", "--num-bytes", 1, *options)
         assert text == f"abc{chr(best)}\n"
 
@@ -314,6 +324,9 @@ def test_generate_reads_any_prompt(trained, tmp_path, capsys):
         (["--num-bytes", "-1"], "argument --num-bytes: must be an integer of at least 0, got '-1'"),
         (["--temperature", "nan"], "argument --temperature: must be a number of at least 0, got 'nan'"),
         (["--top-k", "0"], "argument --top-k: must be an integer of at least 1, got '0'"),
+        (["--top-p", "0"], "argument --top-p: must be a number above 0 and at most 1, got '0'"),
+        (["--top-p", "nan"], "argument --top-p: must be a number above 0 and at most 1, got 'nan'"),
+        (["--num-samples", "0"], "argument --num-samples: must be an integer of at least 1, got '0'"),
         (["--seed", "x"], "argument --seed: must be an integer of at least 0, got 'x'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--checkpoint", "new"], "checkpoint must be best, last or the path of a checkpoint, got 'new'"),
