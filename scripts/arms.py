@@ -79,12 +79,18 @@ class Arm:
         return f"{len(self.finished)} of {len(self.finished) + others}" if others else str(len(self.finished))
 
 
-def arms_of(runs: Sequence[Results]) -> list[Arm]:
-    """The runs by configuration, in the order in which the first of each stands. Each run without one is its own."""
+def arms_of(runs: Sequence[Results], *, one_corpus: bool = False) -> list[Arm]:
+    """The runs by configuration, in the order in which the first of each stands. Each run without one is its own.
+
+    Args:
+        one_corpus: all runs are known to be of the same; it is no setting then, which an early end would have left open.
+    """
     arms: dict[Any, Arm] = {}
     for run in runs:
         config = flat(run.configuration or {"run": run.name})
         settings = _settings(run, config)
+        if one_corpus:
+            settings.pop("data", None)
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
         before = arms.get(key, Arm(settings, (), ()))
         arms[key] = Arm(settings, (*before.runs, run), (*before.seeds, config.get("seed")))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.training.report import Results, markdown, read_results, table
-from models.training.run_files import RECORD_FILE
+from models.training.run_files import CONFIG_FILE, RECORD_FILE
 from models.training.tables import print_line, show
 from scripts import Parser, compare_page, compare_plots, compare_tables, non_negative, run_script
 from scripts.comparisons import Comparison, baseline_of, comparisons_of, counts, titles
@@ -170,6 +170,8 @@ def read_runs(folders: Sequence[Path]) -> list[Results]:
     for run in runs:
         if not run.rows:
             warn(f"{run.name} has no metrics yet")
+        if run.configuration is None and (run.folder / CONFIG_FILE).exists():
+            warn(f"{run.name} is an arm of its own: its {CONFIG_FILE} cannot be read")
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs

@@ -73,7 +73,7 @@ class Listing:
 
     def with_one_name(self) -> "Listing":
         """With what says what a row is in one column."""
-        return self._of(lambda row: [" ".join(row[: self.names]), *row[self.names :]], min(1, self.names))
+        return self._of(lambda row: [" ".join(row[: self.names]), *row[self.names :]], 1) if self.names else self
 
     def _of(self, change: Callable[[Sequence[str]], list[str]], names: int) -> "Listing":
         rows = tuple(tuple(change(row)) for row in self.rows)

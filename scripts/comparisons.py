@@ -58,7 +58,7 @@ def comparisons_of(runs: Sequence[Results]) -> list[Comparison]:
         else:
             groups.append((chosen, [run]))
     groups.sort(key=lambda group: -len(group[1]))  # a stable sort: of as many runs, the first
-    return [Comparison(chosen, tuple(_sorted(arms_of(members)))) for chosen, members in groups]
+    return [Comparison(chosen, tuple(_sorted(arms_of(members, one_corpus=True)))) for chosen, members in groups]
 
 
 def _terms(run: Results) -> dict[str, Any]:
@@ -249,8 +249,8 @@ def difference(arm: Arm, baseline: Arm) -> Difference | None:
 
 def counts(runs: Sequence[Results]) -> str:
     """How many runs there are and how they ended: ``5 runs: 4 finished, 1 diverged``."""
-    ends = Counter(run.status for run in runs)
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}: " + ", ".join(f"{n} {end}" for end, n in ends.most_common())
+    ends = Counter(sorted((run.status for run in runs), key=lambda end: (end != "finished", end)))
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: " + ", ".join(f"{n} {end}" for end, n in ends.items())
 
 
 def name_of(arm: Arm, keys: Sequence[str]) -> str:
