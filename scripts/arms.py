@@ -83,7 +83,7 @@ def arms_of(runs: Sequence[Results], *, one_corpus: bool = False) -> list[Arm]:
     """The runs by configuration, in the order in which the first of each stands. Each run without one is its own.
 
     Args:
-        one_corpus: all runs are known to be of the same; it is no setting then, which an early end would have left open.
+        one_corpus: all runs are known to be of the same, which is no setting then: early ends did not record it.
     """
     arms: dict[Any, Arm] = {}
     for run in runs:

@@ -495,7 +495,7 @@ def test_plots_are_written_where_asked(make, tmp_path, capsys):
 def test_each_comparison_has_plots_of_its_own(make, tmp_path, capsys):
     make(), make("shorter", max_steps=4)
     compared(capsys, tmp_path / "runs")  # which writes where all runs are
-    assert {path.name for path in (tmp_path / "runs").glob("*.*")} == {"comparison.png", "comparison_2.png"}
+    assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {"comparison.png", "comparison_2.png"}
 
 
 # ---------------------------------------------------------------- page

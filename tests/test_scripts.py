@@ -57,6 +57,12 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs" / "first")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what is not about plots, which take most of the time."""
+    monkeypatch.setattr(compare, "draw", lambda *_: [])
+
+
 def variant(run, name, *, config=None, **record):
     """A copy of a run beside it, with other entries in config.yaml and run.json."""
     folder = shutil.copytree(run, run.parent / name)
@@ -112,6 +118,7 @@ def test_compare_shows_every_run_whatever_became_of_it(run, capsys):
     assert "failed-run has no metrics yet" in err and "not comparable" not in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_tells_runs_of_one_name_apart(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "others" / "first")
     assert compare.main([str(run), str(tmp_path / "others")]) == 0
@@ -119,6 +126,7 @@ def test_compare_tells_runs_of_one_name_apart(run, tmp_path, capsys):
     assert "runs/first" in out and "others/first" in out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_judges_loss_curves(run, capsys):
     near, far = variant(run, "near"), variant(run, "far")
     for folder, factor in ((near, 1.004), (far, 0.99)):
@@ -136,6 +144,7 @@ def test_compare_judges_loss_curves(run, capsys):
     assert "give another" in refusal(capsys, compare, run, "--within", "0.005")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_within_warns_of_other_training_windows(run, capsys):
     folders = [str(run), str(variant(run, "second", config={"seed": 7}))]
     assert compare.main(folders) == 0
@@ -147,6 +156,7 @@ def test_compare_within_warns_of_other_training_windows(run, capsys):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_leaves_out_what_is_no_run(run, capsys):
     (run.parent / "notes.txt").write_text("not a run")
     (run.parent / "empty").mkdir()
@@ -162,6 +172,7 @@ def test_compare_leaves_out_what_is_no_run(run, capsys):
         assert f"{name}' is left out" in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_drops_a_line_that_was_cut(run, capsys, caplog):
     path = run / "metrics.csv"
     whole = read_results(run)
