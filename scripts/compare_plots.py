@@ -229,7 +229,7 @@ def draw_number(axes: Axes, shown: Sequence[Shown], heading: str, *, names: bool
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    if heading != LOSS:
+    if axes.get_xlim()[1] > 1e4:
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
 
 
@@ -260,7 +260,7 @@ def rate_panels(comparison: Comparison) -> list[RatePanel]:
     panels = []
     for title, named in lines.items():
         kept = {name: sorted(arms, key=lambda arm: arm.settings[RATE]) for name, arms in named.items()}
-        if any(len(arms) > 1 for arms in kept.values()):
+        if any(sum(bool(arm.values(LOSS)) for arm in arms) > 1 for arms in kept.values()):
             panels.append(RatePanel(title, kept))
     return panels
 

@@ -82,24 +82,31 @@ class Listing:
 
 def listings(comparison: Comparison, title: str, baseline: Baseline | None) -> list[Listing]:
     """The table of all arms, and where learning rates differ that of each at the best of its own."""
-    shown = [_listing(comparison.arms, title, comparison.keys, baseline)]
+    spread = "mean ± standard deviation over seeds" if any(len(arm.finished) > 1 for arm in comparison.arms) else ""
+    whole = _listing(comparison.arms, _joined(title, spread), comparison.keys, baseline)
     chosen = at_best_rates(comparison.arms)
-    if len(chosen) > 1:
-        tried = [str(rates) for _, rates in chosen]
-        every = [arm for arm, _ in chosen]
-        keys = [*(key for key in of_arms.differing(every) if key != RATE), RATE]
-        best = _listing(every, f"{title + ': ' if title else ''}each at its best {RATE}", keys, baseline, but=(RATE,))
-        rows = tuple((*row[: len(keys)], of, *row[len(keys) :]) for row, of in zip(best.rows, tried, strict=True))
-        headings = (*best.headings[: len(keys)], "rates", *best.headings[len(keys) :])
-        note = f"{RATE}: that of the lowest mean {LOSS}, of as many rates as ran; chosen on these same bytes"
-        shown.append(replace(best, headings=headings, rows=rows, notes=(note, *best.notes)))
-    return shown
+    return [whole, _of_best_rates(chosen, title, baseline)] if len(chosen) > 1 else [whole]
+
+
+def _of_best_rates(chosen: Sequence[tuple[Arm, int]], title: str, baseline: Baseline | None) -> Listing:
+    arms = [arm for arm, _ in chosen]
+    keys = [*(key for key in of_arms.differing(arms) if key != RATE), RATE]
+    listing = _listing(arms, _joined(title, f"each at its best {RATE}"), keys, baseline, but=(RATE,))
+    after = len(keys)
+    rows = [(*row[:after], str(rates), *row[after:]) for row, (_, rates) in zip(listing.rows, chosen, strict=True)]
+    headings = (*listing.headings[:after], "rates", *listing.headings[after:])
+    note = f"{RATE}: that of the lowest mean {LOSS}, of as many rates as ran; chosen on these same bytes"
+    return replace(listing, headings=headings, rows=tuple(rows), notes=(note, *listing.notes))
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(filter(None, texts))
 
 
 def _listing(
     arms: Sequence[Arm], title: str, keys: Sequence[str], baseline: Baseline | None, *, but: Sequence[str] = ()
 ) -> Listing:
-    numbers = [heading for heading in metrics.headings(compared=True)]
+    numbers = metrics.headings(compared=True)
     headings, rows = [*keys, "n", *numbers], [_cells(arm, keys, numbers) for arm in arms]
     best = {id(arm) for arm in best_of(arms)}
     listing = Listing(

@@ -99,7 +99,8 @@ def is_number(value: Any) -> bool:
 
 def titles(comparisons: Sequence[Comparison]) -> list[str]:
     """For each, the terms in which it differs from the others; empty texts for a lone one."""
-    names = [term for term in comparisons[0].terms if len({one.terms[term] for one in comparisons}) > 1]
+    terms = comparisons[0].terms if comparisons else {}
+    names = [term for term in terms if len({one.terms[term] for one in comparisons}) > 1]
     return [", ".join(f"{term}: {_readable(one.terms[term])}" for term in names) for one in comparisons]
 
 

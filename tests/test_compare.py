@@ -498,6 +498,21 @@ def test_each_comparison_has_plots_of_its_own(make, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {"comparison.png", "comparison_2.png"}
 
 
+def test_runs_of_which_nothing_is_known_are_counted_and_drawn_as_nothing(make, tmp_path, capsys):
+    for number in (1, 2):
+        (tmp_path / "none" / f"refused-{number}").mkdir(parents=True)
+        (tmp_path / "none" / f"refused-{number}" / "run.json").write_text(
+            '{"status": "refused", "error": "no such lr"}'
+        )
+    out = compared(capsys, tmp_path / "none", "--html", tmp_path / "none.html").out
+    assert out.startswith("2 runs: 2 refused\n") and "refused (2): refused-1, refused-2: no such lr\n" in out
+    assert "no such lr" in (tmp_path / "none.html").read_text() and not list(tmp_path.rglob("*.png"))
+    for seed in (0, 1):
+        make(loss=None, seed=seed, status="failed")
+    assert "2 runs: 2 failed" in compared(capsys, tmp_path / "runs", "--plot", tmp_path / "failed.png").out
+    assert (tmp_path / "failed.png").is_file()
+
+
 # ---------------------------------------------------------------- page
 
 LOADS = re.compile(
