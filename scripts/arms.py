@@ -112,14 +112,15 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
 def differing(arms: Sequence[Arm]) -> list[str]:
     """The settings that tell the arms apart: those with several values among the arms that have them.
 
-    A key that only one of two options has, as attention.scale, does not tell them apart: the option does. Where these
-    settings leave two arms alike, keys that only one of the two has are among them.
+    Of an option's own keys, as attention.scale, those with several values among the arms of one option: otherwise the
+    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them.
     """
-    values: dict[str, set[str]] = {}
+    values: dict[str, dict[Any, set[str]]] = {}  # of each key by the option that it belongs to
     for arm in arms:
         for key, value in arm.settings.items():
-            values.setdefault(key, set()).add(repr(value))
-    found = [key for key, seen in values.items() if len(seen) > 1]
+            option = arm.settings.get(key.partition(".")[0]) if "." in key else None
+            values.setdefault(key, {}).setdefault(repr(option), set()).add(repr(value))
+    found = [key for key, seen in values.items() if any(len(texts) > 1 for texts in seen.values())]
     alike: dict[tuple, list[Arm]] = {}
     for arm in arms:
         alike.setdefault(tuple(repr(arm.settings.get(key)) for key in found), []).append(arm)

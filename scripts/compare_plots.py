@@ -309,7 +309,8 @@ def rates_figure(panels: Sequence[RatePanel], columns: int, names: Sequence[str]
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if any(not arm.values(LOSS) for panel in panels for arms in panel.lines.values() for arm in arms):
         handles["no run finished"] = Line2D([], [], color=INK, marker="x", linestyle="")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
+    room = int(11 * figure.get_figwidth() / (6 + max(map(len, handles), default=0)))  # entries of that many characters
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, min(room, len(handles))))
     return figure
 
 

@@ -144,6 +144,8 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(ma
     hotter = comparison(cosine, regular, make("d", config={"attention": COSINE | {"scale": 16.0}}))
     assert hotter.keys == ["attention", "attention.scale"]
     assert [arms.label(arm, hotter.keys) for arm in hotter.arms] == ["cosine scale=12", "cosine scale=16", "regular"]
+    fixed = make("f", choices={"attention": "cosine_fixed"}, config={"attention": COSINE | {"scale": 10.0}})
+    assert comparison(cosine, fixed, regular).keys == ["attention"]  # each option has but one scale
     newer = comparison(cosine, make("e", config={"clip": 1.0}))  # a key that an earlier version did not have
     assert newer.keys == ["clip"] and [arms.setting(arm, "clip") for arm in newer.arms] == ["1", "-"]
 
@@ -464,6 +466,11 @@ def test_rates_are_lines_of_means_and_a_rate_that_nobody_finished_is_marked(make
     crosses = [points.get_offsets()[:, 0].tolist() for points in axes.collections if len(points.get_offsets()) == 1]
     assert [0.004] in crosses
     assert compare_plots.rate_panels(comparison(*(tmp_path / "runs").glob("*lr0.001*"))) == []
+    figure = compare_plots.rates_figure([panel], 1)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1  # whole, in a narrow figure too
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cosine", "regular", "no run finished"]
 
 
 def test_a_map_needs_every_combination(make, tmp_path):

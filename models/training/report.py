@@ -7,19 +7,20 @@ import itertools
 import math
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
-from data.bytes import Corpus
-from data.compressors import compressor_bits_per_byte
 from models.training import metrics
 from models.training.identity import flat
 from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, load_config, read_csv, read_record
-from models.training.runs import Run
 from models.training.tables import console, print_line, show
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and whoever reads runs does not need it
+    from data.bytes import Corpus
+    from models.training.runs import Run
 
 PLOT_FILE = "loss_and_memory.png"
 NAMES = ("run", "status")  # the columns of a table of runs before its numbers
@@ -180,9 +181,11 @@ def _legend(run: Results) -> str:
     return run.name if run.status == "finished" else f"{run.name} ({run.status})"
 
 
-def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
+def conclude(run: "Run", config: DictConfig, corpus: "Corpus") -> None:
     """Prints the summary of a finished run and where everything is, and draws its plot."""
     if config.compressors:
+        from data.compressors import compressor_bits_per_byte
+
         run.update(compressors_val_bpc=compressor_bits_per_byte(corpus, "val"))
     results = read_results(run.folder)
     plot([results], run.folder / PLOT_FILE)
@@ -211,7 +214,7 @@ def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
     print_places(run)
 
 
-def print_places(run: Run) -> None:
+def print_places(run: "Run") -> None:
     """Where everything of a run is, and what can be done with it."""
     folder, quoted = run.folder, shlex.quote(str(run.folder))
     places = {
