@@ -95,7 +95,7 @@ def _of_best_rates(chosen: Sequence[tuple[Arm, int]], title: str, baseline: Base
     after = len(keys)
     rows = [(*row[:after], str(rates), *row[after:]) for row, (_, rates) in zip(listing.rows, chosen, strict=True)]
     headings = (*listing.headings[:after], "rates", *listing.headings[after:])
-    note = f"{RATE}: that of the lowest mean {LOSS}, of as many rates as ran; chosen on these same bytes"
+    note = f"{RATE}: of as many rates as ran, of those with most seeds, that of the lowest mean {LOSS}, on these bytes"
     return replace(listing, headings=headings, rows=tuple(rows), notes=(note, *listing.notes))
 
 

@@ -124,7 +124,7 @@ def best_of(arms: Sequence[Arm]) -> list[Arm]:
 def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
     """Of arms that differ in their learning rate alone the one of the lowest mean loss, and how many have one.
 
-    Empty where no two arms differ in their learning rate alone.
+    Where some have more seeds than others, of those with most: a single seed's best is often luck. Empty where no two arms differ in their learning rate alone.
     """
     groups: dict[tuple, list[tuple[float, Arm]]] = {}
     for arm in arms:
@@ -133,7 +133,8 @@ def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
             groups.setdefault(_others(arm, (RATE,)), []).append((mean, arm))
     if all(len(group) == 1 for group in groups.values()):
         return []
-    return [(min(group, key=lambda pair: pair[0])[1], len(group)) for group in groups.values()]
+    best = (min(group, key=lambda pair: (-len(pair[1].finished), pair[0]))[1] for group in groups.values())
+    return [(arm, len(group)) for arm, group in zip(best, groups.values(), strict=True)]
 
 
 def _others(arm: Arm, keys: Sequence[str]) -> tuple:

@@ -280,6 +280,13 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
         ["regular", "0.001", "2", "1", "1.3000", "baseline"],
     ]
     assert "with attention=regular, at its own lr" in out
+    for seed in (1, 2):
+        make(loss=1.21, lr=0.001, seed=seed)
+    table = compared(capsys, tmp_path / "runs").out.split("each at its best lr")[1]
+    assert [row[:4] for row in cells_of(table)[:2]] == [
+        ["cosine", "0.001", "2", "3"],  # 0.002 has one seed, which may be luck
+        ["regular", "0.001", "2", "1"],
+    ]
     single = comparison(*[folder for folder in (tmp_path / "runs").glob("*-lr0.001-*")])
     assert at_best_rates(single.arms) == []
 
