@@ -124,7 +124,8 @@ def best_of(arms: Sequence[Arm]) -> list[Arm]:
 def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
     """Of arms that differ in their learning rate alone the one of the lowest mean loss, and how many have one.
 
-    Where some have more seeds than others, of those with most: a single seed's best is often luck. Empty where no two arms differ in their learning rate alone.
+    Where some have more seeds than others, of those with most: a single seed's best is often luck. Empty where no two
+    arms differ in their learning rate alone.
     """
     groups: dict[tuple, list[tuple[float, Arm]]] = {}
     for arm in arms:
