@@ -90,6 +90,17 @@ def assert_repeatable(case):
             assert one.isfinite().all() and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_window_of_a_querys_own_key_gives_its_value(dtype, head_dim):
+    q, k, v = torch.randn(3, 2, 4, 300, head_dim, device=DEVICE, dtype=dtype)
+    o = flash_cosine_sim_attention(q, k, v, window_size=(0, 0), backend="cuda")
+    if dtype == torch.float32:
+        assert (o - v).abs().max() <= 1e-6 * v.abs().max()
+    else:
+        assert torch.equal(o, v)
+
+
 def packed_cases():
     for index, (name, case) in enumerate(PACKED.items()):
         for dim_index, head_dim in enumerate(HEAD_DIMS):

@@ -97,7 +97,7 @@ def check_packed(case, backend):
 
 # At and beside edges of tiles, which have 64 to 192 queries and 16 to 128 keys; empty tiles; beyond the lengths.
 WINDOWS = {
-    "itself": {"seq_len_q": 200, "seq_len_k": 200, "window_size": (0, 0)},
+    "narrow": {"seq_len_q": 200, "seq_len_k": 200, "window_size": (1, 1)},
     "left": {"seq_len_q": 300, "seq_len_k": 300, "window_size": (70, -1)},
     "right": {"seq_len_q": 150, "seq_len_k": 300, "window_size": (-1, 64)},
     "both": {"seq_len_q": 330, "seq_len_k": 330, "window_size": (95, 33), "num_kv_heads": 1},
