@@ -16,7 +16,8 @@ def write(csrc, folder):
 
 def test_every_template_that_attention_h_declares_is_instantiated(tmp_path):
     declared = re.findall(
-        r"template <Math kMath, int kHeadDim(?:, bool kBanded)?>.*\nvoid (\w+)\(const (\w+)& params, cudaStream_t stream\);",
+        r"template <Math kMath, int kHeadDim(?:, bool kBanded)?>.*\n"
+        r"void (\w+)\(const (\w+)& params, cudaStream_t stream\);",
         (CSRC / "attention.h").read_text(),
     )
     assert sorted(declared) == sorted((kernel.launch, kernel.parameters) for kernel in setup.INSTANTIATIONS)
