@@ -69,9 +69,8 @@ def composed(config: DictConfig) -> float:
     if hydra_config.mode == RunMode.MULTIRUN:
         redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
         job = job_here(hydra_config)
-        return job.run(
-            lambda: train_job(config, choices, overrides, job), partial(job_mark, config, choices, overrides)
-        )
+        parts = (config, choices, overrides, job)
+        return job.run(train=partial(train_job, *parts), mark=partial(job_mark, *parts))
     try:
         config = validate(config)
         check_mode(config, choices, multirun=False)

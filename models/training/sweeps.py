@@ -79,6 +79,8 @@ class Sweep:
             code = 128 + signal.SIGINT
         except SystemExit as ended:
             code = ended.code or 0
+            if self._signal is not None:
+                code = 128 + self._signal
         finally:
             for name, value in variables.items():
                 set_variable(name, value)
@@ -92,7 +94,7 @@ class Sweep:
     def begin(self, config: DictConfig, jobs: Sequence[Sequence[str]], first: int) -> None:
         """Notes a batch of jobs that is about to be launched, and tells their processes where they belong."""
         if self.folder is None:
-            self.folder = Path(config.hydra.sweep.dir)
+            self.folder = _own_folder(Path(config.hydra.sweep.dir))
             self._header = self._make_header(config)
         for number, overrides in enumerate(jobs, start=first):
             self._jobs[number] = redact_words([line for line in overrides if not line.startswith("hydra.")])
@@ -253,6 +255,19 @@ def _launchers_wrapped(sweep: Sweep) -> Iterator[None]:
         yield
     finally:
         Plugins.instantiate_launcher = instantiate
+
+
+def _own_folder(wanted: Path) -> Path:
+    """The folder, or that with a number behind its name: another sweep may have started in the same second."""
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / SWEEP_FILE).touch(exist_ok=False)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _earlier_groups(folder: Path, overrides: list[str]) -> list[str]:
