@@ -82,6 +82,7 @@ class Sweep:
             if self._signal is not None:
                 code = 128 + self._signal
         finally:
+            _end_idle_workers()
             for name, value in variables.items():
                 set_variable(name, value)
             for signum, handler in handlers.items():
@@ -154,6 +155,8 @@ class Sweep:
             stage = f"{status} {record.get('folder')}" if status == RUNNING else status
             if self._said.get(number) == stage or (status == RUNNING and "folder" not in record):
                 continue
+            if record["process"] == os.getpid() and record["host"] == socket.gethostname():
+                continue  # joblib starts no process for one job at a time: it has said so itself
             self._said[number] = stage
             print_line(line_of(record, labels))
         sys.stdout.flush()
@@ -318,6 +321,14 @@ def _key(override: str) -> str:
 
 def _class_of(plugin: DictConfig) -> str:
     return plugin._target_.rsplit(".", 1)[-1]
+
+
+def _end_idle_workers() -> None:
+    """Ends joblib's processes, which would wait for more to do, for five minutes."""
+    if "hydra_plugins.hydra_joblib_launcher._core" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def _wait_for_submitit() -> None:
