@@ -206,6 +206,10 @@ def test_what_a_job_of_a_sweep_goes_on_with(text, tmp_path):
     names = sorted(path.parent.name for path in tmp_path.glob("*/run.json"))
     assert names == sorted(f"{folder.name}{more}" for folder in (first, second) for more in ("", "-2", "-3"))
     assert read_checkpoint(first / "checkpoints/last.ckpt")["global_step"] == 4
+    # with resume=auto the newest run goes on, as in a lone run
+    ended, ends = sweep("resume=auto", "max_steps=6", "seed=1,1")
+    assert ends[0].startswith("finished") and ends[0].endswith(f"{second}-3") and "continues at step 2" in ended.stdout
+    assert ends[1].startswith("skipped: val bpc")  # the same job twice
 
 
 @pytest.mark.training

@@ -511,7 +511,7 @@ def test_a_signal_ends_a_sweep(text, tmp_path):
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
 def test_resuming_from_what_is_no_run_is_refused(text, tmp_path, path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="resume must be null, auto, a run's folder"):
+    with pytest.raises(ValueError, match="resume must be null, auto, new, a run's folder"):
         fit(text, tmp_path / "runs", f"resume={tmp_path / path}")
 
 

@@ -491,8 +491,8 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
             raise ValueError(f"the run in {str(path)!r} has no sound checkpoint: {wrong[0]}")
     if not path.is_file():
         raise ValueError(
-            f"resume must be null, auto, a run's folder with a checkpoint, or a checkpoint in it, got {str(path)!r}, "
-            "which has none"
+            f"resume must be null, auto, new, a run's folder with a checkpoint, or a checkpoint in it, got "
+            f"{str(path)!r}, which has none"
         )
     folder = path.parent.parent
     if not (folder / RECORD_FILE).is_file():

@@ -42,7 +42,7 @@ from models.training.jobs import (
 from models.training.stopping import SIGNALS
 from models.training.tables import print_line, show
 
-WRONG = ("failed", "refused", "diverged")  # with which a sweep's exit code is 1
+WRONG = ("failed", "refused", "diverged", "interrupted", "not started")  # with which a sweep's exit code is not 0
 STYLES = {"finished": "green", "skipped": "cyan", "interrupted": "yellow", "not started": "yellow"}
 WATCH_SECONDS = 0.3
 
@@ -64,7 +64,7 @@ class Sweep:
         self._said: dict[int, str] = {}  # by job, the status that was listed last
 
     def conduct(self, start: Callable[[], Any]) -> int | str:
-        """Runs the whole sweep, and returns the exit code: 1 if a job failed, was refused or diverged.
+        """Runs the whole sweep, and returns the exit code: 0 if every job was finished or skipped.
 
         Args:
             start: has Hydra run the jobs.
