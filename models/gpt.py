@@ -121,6 +121,7 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> Tensor:
@@ -132,10 +133,12 @@ class GPT(nn.Module):
         Args:
             temperature: divides the logits; 0 takes the most likely byte.
             top_k: sample among the k most likely bytes only.
+            top_p: sample among the fewest most likely bytes only whose probabilities sum to at least top_p (nucleus
+                sampling); after temperature and top_k.
             generator: source of randomness on the model's device.
             use_cache: keep keys and values instead of computing the context anew for each byte.
         """
-        _check_sampling(prompt, num_bytes, temperature, top_k)
+        _check_sampling(prompt, num_bytes, temperature, top_k, top_p)
         was_training = self.training
         self.eval()
         context = prompt[:, -self.seq_len :]
@@ -149,7 +152,7 @@ class GPT(nn.Module):
                 new = context[:, -1:] if use_cache else context
             # forward, not __call__: a compiled model would be compiled again for every length
             logits = self.forward(new, cache=cache)[:, -1]
-            generated.append(_sample(logits, temperature, top_k, generator))
+            generated.append(_sample(logits, temperature, top_k, top_p, generator))
             context = torch.cat((context, generated[-1]), dim=1)
         self.train(was_training)
         return torch.cat(generated, dim=1) if generated else prompt[:, :0]
@@ -184,7 +187,9 @@ def _fill_tables(gpt: GPT, _incompatible_keys: object) -> None:
             module.fill(device)
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """One byte a row of logits (batch, 256) -> (batch, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -192,7 +197,24 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if top_k is not None:
         kth_best = logits.topk(min(top_k, VOCABULARY)).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        probabilities = nucleus(probabilities, top_p)
+    return torch.multinomial(probabilities, num_samples=1, generator=generator)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zero for each byte that a sum of top_p does without, taken in descending order; not renormalised.
+
+    Args:
+        probabilities: (batch, 256).
+    """
+    if top_p == 1:  # whatever the sum below rounds to
+        return probabilities
+    descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    likelier = descending.cumsum(dim=-1) - descending  # their sum: 0 for the first byte, which therefore stays
+    kept = descending.masked_fill(likelier >= top_p, 0.0)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def _check_sizes(
@@ -217,7 +239,7 @@ def _check_sizes(
         raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
 
 
-def _check_sampling(prompt: Tensor, num_bytes: int, temperature: float, top_k: int | None) -> None:
+def _check_sampling(prompt: Tensor, num_bytes: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt must be (batch, n) with n >= 1, got {tuple(prompt.shape)}")
     if num_bytes < 0:
@@ -226,3 +248,5 @@ def _check_sampling(prompt: Tensor, num_bytes: int, temperature: float, top_k: i
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

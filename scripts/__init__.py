@@ -76,6 +76,17 @@ def non_negative(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """The type of an argument that is a number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
+    return value
+
+
 def choose_device(name: str) -> torch.device:
     """The device of --device. Raises ValueError for cuda where PyTorch sees none."""
     available = torch.cuda.is_available()

@@ -4,18 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from rich.markup import escape
-from rich.table import Table
 
 from conf.schema import GROUPS
 from models.training import metrics
 from models.training.identity import INCIDENTAL, flat, is_one_of
 from models.training.report import Results
-from models.training.run_files import load_config
 
 # Resolved copies of a key above them, which would be shown twice.
 COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")
@@ -36,15 +30,35 @@ class Arm:
     seeds: tuple[Any, ...]
 
     @property
+    def by_seed(self) -> dict[Any, Results]:
+        """The runs whose numbers count: of each seed the one that finished, and of several the last that started."""
+        pairs = [(seed, run) for seed, run in zip(self.seeds, self.runs, strict=True) if run.status == "finished"]
+        return dict(sorted(pairs, key=lambda pair: pair[1].record.get("started") or ""))
+
+    @property
     def finished(self) -> list[Results]:
-        """The runs whose numbers count: those that finished, and of a seed that was run twice the later one."""
-        pairs = zip(self.seeds, self.runs, strict=True)
-        return list({seed: run for seed, run in pairs if run.status == "finished"}.values())
+        """Those runs."""
+        return list(self.by_seed.values())
+
+    @property
+    def repeated(self) -> list[Results]:
+        """Runs that finished and do not count, because one of the same seed finished that started later."""
+        counted = {id(run) for run in self.finished}
+        return [run for run in self.runs if run.status == "finished" and id(run) not in counted]
+
+    def values_by_seed(self, number: str) -> dict[Any, float]:
+        """What stands under a heading of the numbers that are compared, of every run that counts and has it."""
+        found = {seed: run.number(number) for seed, run in self.by_seed.items()}
+        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def values(self, number: str) -> list[float]:
-        """What stands under a heading of the numbers that are compared, of every finished run that has it."""
-        found = (run.number(number) for run in self.finished)
-        return [value for value in found if value is not None and math.isfinite(value)]
+        """The same without the seeds."""
+        return list(self.values_by_seed(number).values())
+
+    def mean(self, number: str) -> float | None:
+        """Their mean, or None where there are none."""
+        values = self.values(number)
+        return statistics.mean(values) if values else None
 
     def cell(self, number: str) -> str:
         """Mean and, of two seeds or more, the sample standard deviation."""
@@ -59,16 +73,24 @@ class Arm:
         others = [run.status for run in self.runs if run.status != "finished"]
         return ", ".join([str(len(self.finished)), *(f"{others.count(end)} {end}" for end in dict.fromkeys(others))])
 
+    def share(self) -> str:
+        """How many runs count, in short: ``2``, or ``2 of 3`` where others did not finish."""
+        others = sum(run.status != "finished" for run in self.runs)
+        return f"{len(self.finished)} of {len(self.finished) + others}" if others else str(len(self.finished))
 
-def arms_of(runs: Sequence[Results]) -> list[Arm]:
-    """The runs by configuration, in the order in which the first of each stands. Each run without one is its own."""
+
+def arms_of(runs: Sequence[Results], *, one_corpus: bool = False) -> list[Arm]:
+    """The runs by configuration, in the order in which the first of each stands. Each run without one is its own.
+
+    Args:
+        one_corpus: all runs are known to be of the same, which is no setting then: early ends did not record it.
+    """
     arms: dict[Any, Arm] = {}
     for run in runs:
-        try:
-            config = flat(OmegaConf.to_container(load_config(run.folder)))
-        except ValueError:  # no config.yaml: it failed before it could say what it is
-            config = {"run": run.name}
+        config = flat(run.configuration or {"run": run.name})
         settings = _settings(run, config)
+        if one_corpus:
+            settings.pop("data", None)
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
         before = arms.get(key, Arm(settings, (), ()))
         arms[key] = Arm(settings, (*before.runs, run), (*before.seeds, config.get("seed")))
@@ -90,13 +112,26 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
 def differing(arms: Sequence[Arm]) -> list[str]:
     """The settings that tell the arms apart: those with several values among the arms that have them.
 
-    A key that only one of two options has, as attention.scale, does not tell them apart: the option does.
+    Of an option's own keys, as attention.scale, those with several values among the arms of one option: otherwise the
+    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them.
     """
-    values: dict[str, set[str]] = {}
+    values: dict[str, dict[Any, set[str]]] = {}  # of each key by the option that it belongs to
     for arm in arms:
         for key, value in arm.settings.items():
-            values.setdefault(key, set()).add(repr(value))
-    return [key for key, found in values.items() if len(found) > 1]
+            option = arm.settings.get(key.partition(".")[0]) if "." in key else None
+            values.setdefault(key, {}).setdefault(repr(option), set()).add(repr(value))
+    found = [key for key, seen in values.items() if any(len(texts) > 1 for texts in seen.values())]
+    alike: dict[tuple, list[Arm]] = {}
+    for arm in arms:
+        alike.setdefault(tuple(repr(arm.settings.get(key)) for key in found), []).append(arm)
+    lacking = {
+        key
+        for same in alike.values()
+        for arm in same
+        for key in values
+        if (key in arm.settings) != (key in same[0].settings)
+    }
+    return [key for key in values if key in found or key in lacking]
 
 
 def headings(arms: Sequence[Arm]) -> list[str]:
@@ -107,18 +142,7 @@ def headings(arms: Sequence[Arm]) -> list[str]:
 def rows(arms: Sequence[Arm]) -> list[list[str]]:
     """The cells under headings()."""
     keys, numbers = differing(arms), metrics.headings(compared=True)
-    return [[*(str(arm.settings.get(key, "-")) for key in keys), arm.ends(), *map(arm.cell, numbers)] for arm in arms]
-
-
-def table(arms: Sequence[Arm]) -> Table:
-    """One line an arm, for a terminal."""
-    columns = Table(title="mean ± standard deviation over seeds")
-    numbers = metrics.headings(compared=True)
-    for heading in headings(arms):
-        columns.add_column(heading, justify="right" if heading in numbers else "left")
-    for cells in rows(arms):
-        columns.add_row(*map(escape, cells))
-    return columns
+    return [[*(setting(arm, key) for key in keys), arm.ends(), *map(arm.cell, numbers)] for arm in arms]
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -132,111 +156,16 @@ def _is_number(cell: str) -> bool:
     return cell.strip("*-")[:1].isdigit() or cell in ("", "-")
 
 
+def setting(arm: Arm, key: str) -> str:
+    """The arm's value of a setting as it is shown, - where it has none."""
+    value = arm.settings.get(key, "-")
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
 def label(arm: Arm, keys: Sequence[str]) -> str:
     """The arm's name in a plot: its values of the settings that differ, groups' options without their key."""
     return " ".join(
-        str(arm.settings[key]) if key in GROUPS else f"{key.split('.')[-1]}={_short(arm.settings[key])}"
+        setting(arm, key) if key in GROUPS else f"{key.split('.')[-1]}={setting(arm, key)}"
         for key in keys
         if key in arm.settings
     )
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def plot(arms: Sequence[Arm], path: Path) -> None:
-    """Draws loss against tokens, the end of it, and what every arm reached and took; the legend beside the axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # files only: no display is needed
-    from matplotlib import pyplot
-
-    keys = differing(arms)
-    colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
-    shown = [(arm, label(arm, keys), colors[index % len(colors)]) for index, arm in enumerate(arms)]
-    height = max(4.2, 0.22 * len(arms) + 1.5)
-    numbers = metrics.headings(compared=True)
-    ratios = (3, 3, *(2 for _ in numbers))
-    width = 1.75 * sum(ratios)
-    figure, axes = pyplot.subplots(1, len(ratios), figsize=(width, height), width_ratios=ratios, layout="constrained")
-    whole, end, *bars = axes
-    lines = {}
-    for arm, name, color in shown:
-        drawn = [line for run in arm.runs for axis in (whole, end) for line in _draw_losses(axis, run, color)]
-        if drawn:
-            lines[f"{name} (n={arm.ends()})".lstrip()] = drawn[0]
-    whole.set(xlabel="tokens (bytes)", ylabel="bits per byte", title="training loss, every seed a line")
-    end.set(xlabel="tokens (bytes)", title="its last third, and validation (dots)")
-    _limit(whole, end, [run for arm in arms for run in arm.runs])
-    for axis, number in zip(bars, numbers, strict=True):
-        for index, (arm, _, color) in enumerate(shown):
-            values = arm.values(number)
-            axis.scatter(values, [index] * len(values), s=18, color=color, alpha=0.7)
-            if values:
-                axis.scatter([statistics.mean(values)], [index], s=160, color=color, marker="|")
-        axis.set(title=f"{number}: seeds and mean", yticks=range(len(shown)), yticklabels=[""] * len(shown))
-        axis.set_ylim(len(shown) - 0.5, -0.5)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    if lines:
-        figure.legend(lines.values(), lines, loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _draw_losses(axes: Any, run: Results, color: tuple[float, ...]) -> list:
-    tokens, losses = run.over_tokens("train/bpc")
-    drawn = axes.plot(tokens, losses, color=color, alpha=0.6, linewidth=1, marker="." if len(tokens) == 1 else "")
-    axes.plot(*run.over_tokens("val/bpc"), color=color, marker="o", markersize=4, linestyle="")
-    return drawn
-
-
-def _limit(whole: Any, end: Any, runs: Sequence[Results]) -> None:
-    """Limits from what is finite and, in the first panel, below what a uniform guess costs, 8 bits a byte."""
-    series = [zip(*run.over_tokens("train/bpc"), strict=True) for run in runs]
-    points = [(token, loss) for run in series for token, loss in run if math.isfinite(token) and math.isfinite(loss)]
-    last = max((token for token, _ in points), default=0.0)
-    finite = [loss for _, loss in points if loss < 8]
-    late = [loss for token, loss in points if token >= last * 2 / 3]
-    late += [value for run in runs if (value := run.best("val/bpc")) is not None]
-    if finite:
-        whole.set_ylim(0.95 * min(finite), 1.05 * min(max(finite), 4 * min(finite)))
-    if late and last:
-        low, usual = min(late), statistics.median(late)
-        end.set_xlim(last * 2 / 3, last * 1.03)
-        end.set_ylim(low - 0.1 * (usual - low) - 1e-3, usual + 2 * (usual - low) + 1e-3)
-
-
-def plot_learning_rates(arms: Sequence[Arm], path: Path) -> bool:
-    """Draws val bpc against the learning rate, a line for arms that differ in it alone; False where none do."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    keys = [key for key in differing(arms) if key != "lr"]
-    curves: dict[str, list[tuple[float, list[float]]]] = {}
-    for arm in arms:
-        values = arm.values("val bpc")
-        if "lr" in arm.settings and values:
-            curves.setdefault(label(arm, keys) or "all runs", []).append((arm.settings["lr"], values))
-    curves = {name: sorted(points) for name, points in curves.items() if len(points) > 1}
-    if not curves:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
-    for index, (name, points) in enumerate(curves.items()):
-        color = f"C{index % 10}"
-        axes.plot([lr for lr, _ in points], [statistics.mean(v) for _, v in points], "-", color=color, label=name)
-        for lr, values in points:
-            axes.plot([lr] * len(values), values, "o", color=color, markersize=4)
-    axes.set_xscale("log", base=2)
-    rates = sorted({lr for points in curves.values() for lr, _ in points})
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
-    axes.set(xlabel="peak learning rate", ylabel="val bpc", title="validation, bits per byte: seeds and mean")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True

@@ -1,34 +1,53 @@
-"""Compares runs in tables and plots: ``python -m scripts.compare runs`` or ``... runs/a runs/b``.
+"""Compares runs in tables, plots and a page: ``python -m scripts.compare runs`` or ``... runs/a runs/b``.
 
-Runs that differ in nothing but their seed are one arm: a second table and the plot have its mean and spread.
+Runs that differ in nothing but their seed are one arm, one row: mean, sample standard deviation, n. Runs whose bits per
+byte do not mean the same are in tables of their own.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from models.training.report import PLOT_FILE, Results, markdown, read_results, table
-from models.training.run_files import RECORD_FILE, load_config
+from models.training.report import Results, markdown, read_results, table
+from models.training.run_files import CONFIG_FILE, RECORD_FILE
 from models.training.tables import print_line, show
-from scripts import Parser, arms, non_negative, run_script
+from scripts import Parser, compare_page, compare_plots, compare_tables, non_negative, run_script
+from scripts.comparisons import Comparison, baseline_of, comparisons_of, counts, titles
 
-RATES_FILE = "learning_rates.png"
+PLOT_FILE = "comparison.png"
+MOST_RUNS = 12  # that have a row each unless --runs asks for it
+LONGEST_ERROR = 120  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, draws the plot; returns the exit code."""
-    parser = Parser(prog="python -m scripts.compare", description="Compare runs in tables and plots.")
+    """Prints the tables, draws the plots; returns the exit code."""
+    parser = Parser(prog="python -m scripts.compare", description="Compare runs in tables, plots and a page.")
     parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="runs' folders, or a folder of such")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="of the plots (default: the folder that all runs share)"
+        "--baseline",
+        metavar="RUN|KEY=VALUE",
+        help="also show differences to a run's arm; or, with attention=regular say, to the arm that is the same but "
+        "for that key",
+    )
+    parser.add_argument(
+        "--runs", dest="each", action="store_true", help=f"a row for each run, also of over {MOST_RUNS}"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help=f"of the plots, .png, .svg or .pdf; more plots go beside it (default: {PLOT_FILE} in the folder that all "
+        "runs share)",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="write one page with everything, and open it anywhere"
     )
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown, too")
     parser.add_argument(
@@ -43,36 +62,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Reads the runs and reports them. What cannot be read is named and left out; ValueError if all is."""
+    _check_files(arguments)
     folders = find_runs(arguments.runs)
-    output = arguments.output or Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     runs = read_runs(folders)
-    for difference in differences(runs, _settings):
-        warn(f"not comparable: {difference}")
-    if arguments.within is not None:
-        for difference in differences(runs, _training_windows):
-            warn(f"--within compares losses of other training windows: {difference}")
-    show(table(runs, title=f"{len(runs)} runs" if len(runs) > 1 else "1 run"))
-    for run in runs:
-        if run.record.get("error"):
-            print_line(f"{run.name} {run.status}: {run.record['error']}")
-    groups = arms.arms_of(runs)
-    seeds = any(len(arm.finished) > 1 for arm in groups)  # otherwise the second table would repeat the first
-    if seeds:
-        show(arms.table(groups), names=len(arms.differing(groups)))
-    output.mkdir(parents=True, exist_ok=True)
-    plots = [output / PLOT_FILE]
-    arms.plot(groups, plots[0])
-    if arms.plot_learning_rates(groups, output / RATES_FILE):
-        plots.append(output / RATES_FILE)
-    for path in plots:
+    comparisons = comparisons_of(runs)
+    named = titles(comparisons)
+    baseline = None if arguments.baseline is None else baseline_of(arguments.baseline, comparisons)
+    each = table(runs, title="every run") if arguments.each or len(runs) <= MOST_RUNS else None
+    tables = [compare_tables.listings(*pair, baseline) for pair in zip(comparisons, named, strict=True)]
+    listings = list(itertools.chain(*tables)) if len(runs) > 1 else []  # a lone run has its own row below
+    print_line(counts(runs))
+    if len(comparisons) > 1:
+        print_line(f"in {len(comparisons)} tables, because bits per byte of different ones do not compare")
+    compare_tables.show_listings(listings)
+    if each is not None:
+        show(each)
+    else:
+        print_line("--runs shows a row for each run, too")
+    for line in unfinished(runs):
+        print_line(line)
+    for path in draw(comparisons, named, arguments.plot or shared_folder(folders) / PLOT_FILE):
         print_line(str(path))
     if arguments.markdown is not None:
-        text = markdown(runs)
-        if seeds:
-            text += "\n" + arms.markdown(arms.headings(groups), arms.rows(groups))
+        text = "\n".join([*map(compare_tables.markdown, compare_tables.said_once(listings)), markdown(runs)])
         arguments.markdown.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files
-    if arguments.within is not None and not same_losses(runs, arguments.within):
-        raise SystemExit(1)
+    if arguments.html is not None:
+        page = compare_page.page(runs, comparisons, tables)
+        arguments.html.write_text(page, encoding="utf-8", errors="backslashreplace")
+        print_line(str(arguments.html))
+    if arguments.within is not None:
+        for difference in differences(runs):
+            warn(f"--within compares losses of other training windows: {difference}")
+        if not same_losses(runs, arguments.within):
+            raise SystemExit(1)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Before minutes of work: whether what is asked for can be written."""
+    for option in ("plot", "html", "markdown"):
+        path = getattr(arguments, option)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"--{option} must be a file in an existing folder, got {str(path)!r}")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {str(arguments.plot)!r}")
+
+
+def shared_folder(folders: Sequence[Path]) -> Path:
+    """The deepest that all runs are in."""
+    return Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+
+
+def draw(comparisons: Sequence[Comparison], named: Sequence[str], path: Path) -> list[Path]:
+    """The plots of every comparison: of the first those of path, of the others with a number."""
+    files = []
+    for number, (comparison, title) in enumerate(zip(comparisons, named, strict=True), start=1):
+        own = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        files += compare_plots.write(comparison, title, own)
+    return files
+
+
+def unfinished(runs: Sequence[Results]) -> list[str]:
+    """A line for each way in which runs did not finish: how, why in short, and which."""
+    ends: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for run in runs:
+        if run.status != "finished":
+            ends[run.status, _in_short(str(run.record.get("error") or ""))].append(run.name)
+    return [
+        f"{status}{f' ({len(names)})' if len(names) > 1 else ''}: {', '.join(names)}{f': {error}' if error else ''}"
+        for (status, error), names in sorted(ends.items())
+    ]
+
+
+def _in_short(error: str) -> str:
+    first = " ".join(error.strip().partition("\n")[0].split())
+    cut = first[:LONGEST_ERROR].rstrip()
+    return cut if cut == error.strip() else f"{cut} ... (the whole of it: run.json, --html)"
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -106,6 +170,8 @@ def read_runs(folders: Sequence[Path]) -> list[Results]:
     for run in runs:
         if not run.rows:
             warn(f"{run.name} has no metrics yet")
+        if run.configuration is None and (run.folder / CONFIG_FILE).exists():
+            warn(f"{run.name} is an arm of its own: its {CONFIG_FILE} cannot be read")
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
@@ -113,14 +179,14 @@ def read_runs(folders: Sequence[Path]) -> list[Results]:
     return [replace(run, label=os.path.relpath(run.folder, shared)) for run in runs]
 
 
-def differences(runs: Sequence[Results], settings: Callable[[Results], dict[str, Any]]) -> list[str]:
-    """For each setting in which runs differ: who has which value.
+def differences(runs: Sequence[Results]) -> list[str]:
+    """For each setting that chooses a step's windows of the text, and in which runs differ: who has which value.
 
     A run that ended before it recorded a setting takes no part.
     """
     who: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        for setting, value in settings(run).items():
+        for setting, value in _windows(run).items():
             if value is not None:
                 who[setting][value].append(run.name)
     return [
@@ -130,29 +196,14 @@ def differences(runs: Sequence[Results], settings: Callable[[Results], dict[str,
     ]
 
 
-def _settings(run: Results) -> dict[str, Any]:
-    """Without these, bits per byte or curves mean different things."""
-    corpus = run.record.get("corpus") or {}
-    seq_len = _configured(run, "seq_len")
-    sha256 = corpus.get("sha256")
+def _windows(run: Results) -> dict[str, Any]:
+    """See ``ByteDataModule.train_batch``."""
     return {
-        "the corpus (SHA-256)": sha256 and f"{corpus.get('name')} {sha256[:16]}",
-        "seq_len": seq_len,
+        "the corpus (SHA-256)": (run.record.get("corpus") or {}).get("sha256"),
+        "seq_len": run.configured("seq_len"),
         "tokens_per_step": run.record.get("tokens_per_step"),
-        "the number of validated bytes (trainer.val_bytes)": corpus.get("val_scored"),
+        "seed": run.configured("seed"),
     }
-
-
-def _training_windows(run: Results) -> dict[str, Any]:
-    """What chooses a step's windows, beside the above: ``ByteDataModule.train_batch``."""
-    return {"seed": _configured(run, "seed")}
-
-
-def _configured(run: Results, key: str) -> Any:
-    try:
-        return OmegaConf.select(load_config(run.folder), key)
-    except ValueError:  # no config.yaml: metrics and record still show
-        return None
 
 
 def same_losses(runs: Sequence[Results], share: float) -> bool:

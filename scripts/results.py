@@ -50,7 +50,7 @@ def _without_times(run: Results) -> Results:
 
 
 def _best(arms: Sequence[Arm]) -> list[Arm]:
-    """Of each attention, norm and length the arm of the learning rate that learned best."""
+    """Of each attention, norm and length the arm of the learning rate that learned best, of those with most seeds."""
     best: dict[tuple, Arm] = {}
     for arm in arms:
         key = tuple(arm.settings[name] for name in ("seq_len", "norm", "attention"))
@@ -60,9 +60,9 @@ def _best(arms: Sequence[Arm]) -> list[Arm]:
     return [best[key] for key in sorted(best, key=lambda key: (key[0], key[1] != "pre", key[2]))]
 
 
-def _rank(arm: Arm) -> float:
+def _rank(arm: Arm) -> tuple[int, float]:
     losses = arm.values("val bpc")
-    return -statistics.mean(losses) if losses else float("-inf")
+    return (len(set(arm.seeds)), -statistics.mean(losses)) if losses else (0, float("-inf"))
 
 
 def comparison(folder: str, seq_len: str | None = None) -> str:

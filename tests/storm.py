@@ -10,6 +10,7 @@ hanging. Exit code 1 if one case does not.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -135,9 +136,14 @@ def disturb(root: Path, text: Path, case: Case, signum: signal.Signals, longest_
         wait = time.monotonic() + rng.uniform(0, longest_s)
         while process.poll() is None and time.monotonic() < wait:
             time.sleep(0.001)
-    if process.poll() is not None:
-        return "had ended"
-    (os.killpg if case.whole_group or signum == signal.SIGKILL else os.kill)(process.pid, signum)
+    send = os.killpg if case.whole_group or signum == signal.SIGKILL else os.kill
+    while True:
+        if process.poll() is not None:
+            return "had ended"
+        with contextlib.suppress(ProcessLookupError):  # a process that has only just begun leads no group yet
+            send(process.pid, signum)
+            break
+        time.sleep(0.0005)
     sent = time.monotonic()
     try:
         code = process.wait(PATIENCE_S if signum == signal.SIGKILL else LONGEST_S)

@@ -11,7 +11,7 @@ import models.attention
 from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention
 from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
-from models.gpt import GPT
+from models.gpt import GPT, nucleus
 from models.training.callbacks import largest_logits
 
 BLOCKS = [PreNormBlock, PostNormBlock]
@@ -96,6 +96,33 @@ def test_generation_with_cache_equals_generation_without(kind, block, changes):
     ]
     assert torch.equal(*sampled)
     assert not torch.equal(generated[0], sampled[0])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.1, [0.5]), (0.5, [0.5]), (0.51, [0.5, 0.25]), (0.75, [0.5, 0.25]), (0.76, [0.5, 0.25, 0.125]), (1, None)],
+)
+def test_top_p_keeps_the_fewest_bytes_whose_probabilities_reach_it(top_p, kept):
+    probabilities = torch.tensor([[0.125, 0.5, 0.0, 0.125, 0.25], [0.0, 0.25, 0.5, 0.125, 0.125]])  # sums are exact
+    found = nucleus(probabilities, top_p)
+    whole = [[0.125, 0.5, 0.0, 0.125, 0.25], [0.0, 0.25, 0.5, 0.125, 0.125]]
+    expected = whole if kept is None else [
+        [0.125 if 0.125 in kept else 0.0, 0.5, 0.0, 0.0, 0.25 if 0.25 in kept else 0.0],  # of equals the first
+        [0.0, 0.25 if 0.25 in kept else 0.0, 0.5, 0.125 if 0.125 in kept else 0.0, 0.0],
+    ]  # fmt: skip
+    assert found.tolist() == expected
+
+
+def test_top_p_draws_from_the_nucleus_alone():
+    gpt = randomise_head(build())
+    prompt = torch.randint(0, 256, (1, 5)).expand(800, 5)
+    options = {"temperature": 5.0, "top_k": 40}
+    probabilities = (gpt(prompt[:1])[0, -1] / options["temperature"]).softmax(dim=-1)
+    best = probabilities.topk(40)
+    nucleus_size = int(((best.values / best.values.sum()).cumsum(0) < 0.3).sum()) + 1
+    drawn = gpt.generate(prompt, 1, **options, top_p=0.3, generator=torch.Generator().manual_seed(0))
+    assert 1 < nucleus_size < 40
+    assert set(drawn.flatten().tolist()) == set(best.indices[:nucleus_size].tolist())
 
 
 def test_cached_logits_equal_the_whole_context_at_every_position():
@@ -337,6 +364,8 @@ def test_bad_attention_options_are_refused(options, message):
         ({"num_bytes": -1}, "num_bytes must be at least 0, got -1"),
         ({"temperature": -0.5}, "temperature must be at least 0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_bad_sampling_is_refused(arguments, message):

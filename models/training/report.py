@@ -2,26 +2,29 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
-from data.bytes import Corpus
-from data.compressors import compressor_bits_per_byte
 from models.training import metrics
-from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, read_csv, read_record
-from models.training.runs import Run
+from models.training.identity import flat
+from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, load_config, read_csv, read_record
 from models.training.tables import console, print_line, show
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and whoever reads runs does not need it
+    from data.bytes import Corpus
+    from models.training.runs import Run
 
 PLOT_FILE = "loss_and_memory.png"
 NAMES = ("run", "status")  # the columns of a table of runs before its numbers
-STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red"}
+STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "killed": "yellow"}  # others: red
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,18 @@ class Results:
         """running, finished, failed, diverged, interrupted, or killed: running by its record, and owned by nobody."""
         status = self.record.get("status", "unknown")
         return "killed" if status == "running" and not is_owned(self.folder) else status
+
+    @functools.cached_property
+    def configuration(self) -> dict[str, Any] | None:
+        """config.yaml, with the keys of today; None where the run ended before it wrote one that can be read."""
+        try:
+            return OmegaConf.to_container(load_config(self.folder))
+        except ValueError:
+            return None
+
+    def configured(self, key: str) -> Any:
+        """The value of a dotted key; None where there is no configuration, or no such key."""
+        return flat(self.configuration or {}).get(key)
 
     def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
         """The filled values of a column and, first, where they stand."""
@@ -113,7 +128,7 @@ def table(runs: list[Results], title: str) -> Table:
     for heading in headings():
         columns.add_column(heading, justify="left" if heading in NAMES else "right")
     for run in runs:
-        name, status, *numbers = map(escape, _cells(run))
+        name, status, *numbers = map(escape, cells(run))
         columns.add_row(name, f"[{STATUS_STYLES.get(run.status, 'red')}]{status}[/]", *numbers)
     return columns
 
@@ -121,7 +136,7 @@ def table(runs: list[Results], title: str) -> Table:
 def markdown(runs: list[Results]) -> str:
     """The same table for a README."""
     rule = ["---" if heading in NAMES else "---:" for heading in headings()]
-    lines = [headings(), rule, *([cell.replace("|", "\\|") for cell in _cells(run)] for run in runs)]
+    lines = [headings(), rule, *([cell.replace("|", "\\|") for cell in cells(run)] for run in runs)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -134,8 +149,8 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         raise ValueError(f"{str(path)!r} is no table of numbers: {error}") from error
 
 
-def _cells(run: Results) -> list[str]:
-    """The texts under headings()."""
+def cells(run: Results) -> list[str]:
+    """Of a run's row: the texts under headings()."""
     numbers = [(run.number(heading), metrics.form_of(heading)) for heading in metrics.headings()]
     return [run.name, run.status, *("-" if value is None else form.format(value) for value, form in numbers)]
 
@@ -166,9 +181,11 @@ def _legend(run: Results) -> str:
     return run.name if run.status == "finished" else f"{run.name} ({run.status})"
 
 
-def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
+def conclude(run: "Run", config: DictConfig, corpus: "Corpus") -> None:
     """Prints the summary of a finished run and where everything is, and draws its plot."""
     if config.compressors:
+        from data.compressors import compressor_bits_per_byte
+
         run.update(compressors_val_bpc=compressor_bits_per_byte(corpus, "val"))
     results = read_results(run.folder)
     plot([results], run.folder / PLOT_FILE)
@@ -197,7 +214,7 @@ def conclude(run: Run, config: DictConfig, corpus: Corpus) -> None:
     print_places(run)
 
 
-def print_places(run: Run) -> None:
+def print_places(run: "Run") -> None:
     """Where everything of a run is, and what can be done with it."""
     folder, quoted = run.folder, shlex.quote(str(run.folder))
     places = {

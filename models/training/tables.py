@@ -36,6 +36,14 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def fits(table: Table, *, names: int = 1) -> bool:
+    """Whether ``show`` has room for the table as it is, but for headings that break between words."""
+    if not sys.stdout.isatty():
+        return True
+    whole = _whole(*_texts(table), names)
+    return not whole.rows or _broken(whole).width <= console().width
+
+
 def show(table: Table, *, names: int = 1) -> None:
     """Prints a table on stdout; what a terminal has no room for moves, and is never cut.
 
@@ -48,8 +56,7 @@ def show(table: Table, *, names: int = 1) -> None:
         names: so many columns, the first, say what a row is; the others are its numbers.
     """
     out = console()
-    columns = [[_text(column.header), *map(_text, column.cells)] for column in table.columns]
-    headings, rows = [column[0].plain for column in columns], [list(row) for row in zip(*columns, strict=True)][1:]
+    headings, rows = _texts(table)
     layout = lay_out(headings, rows, names=names, width=out.width if sys.stdout.isatty() else None)
     justify = {heading: column.justify for heading, column in zip(headings, table.columns, strict=True)}
     title = table.title or ""
@@ -63,6 +70,12 @@ def show(table: Table, *, names: int = 1) -> None:
         Console(width=max(out.width, part.width)).print(shown)
     for line in layout.legend:
         print_line(line)
+
+
+def _texts(table: Table) -> tuple[list[str], list[list[Text]]]:
+    """Headings and rows."""
+    columns = [[_text(column.header), *map(_text, column.cells)] for column in table.columns]
+    return [column[0].plain for column in columns], [list(row) for row in zip(*columns, strict=True)][1:]
 
 
 def _text(cell: object) -> Text:
@@ -105,13 +118,7 @@ class Layout:
 
 def lay_out(headings: Sequence[str], rows: Sequence[Sequence[Text]], *, names: int, width: int | None) -> Layout:
     """How a table is shown in so many columns of text (None: any number); see ``show``."""
-    kept = [
-        index
-        for index in range(len(headings))
-        if index < names or not rows or any(row[index].plain not in NOTHING for row in rows)
-    ]
-    headings, rows = [headings[index] for index in kept], [[row[index] for index in kept] for row in rows]
-    whole = Part(headings, rows, names)
+    whole = _whole(headings, rows, names)
     if width is None or not rows:
         return Layout([whole], [])
     short, short_legend = _shortened(whole)
@@ -121,6 +128,16 @@ def lay_out(headings: Sequence[str], rows: Sequence[Sequence[Text]], *, names: i
             if tried.width <= width:
                 return Layout([tried], lines)
     return Layout(_split(_broken(numbered), width), legend)
+
+
+def _whole(headings: Sequence[str], rows: Sequence[Sequence[Text]], names: int) -> Part:
+    """All columns but those of numbers without content."""
+    kept = [
+        index
+        for index in range(len(headings))
+        if index < names or not rows or any(row[index].plain not in NOTHING for row in rows)
+    ]
+    return Part([headings[index] for index in kept], [[row[index] for index in kept] for row in rows], names)
 
 
 def _broken(part: Part) -> Part:

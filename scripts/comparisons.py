@@ -1,0 +1,259 @@
+"""Which runs may be compared, which arm is the best of them, and how far each is from a baseline."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.training.report import Results
+from scripts.arms import Arm, arms_of, differing, label, setting
+
+LOSS = "val bpc"  # the heading of the number by which arms are ranked
+RATE = "lr"
+DIFFERENCE = "difference"  # of the loss, to a baseline
+FURTHER = ("tokens/s", "peak GiB")  # headings of numbers beside the loss
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs whose bits per byte mean the same: of one corpus, of the same of its bytes, after as many bytes of training.
+
+    Attributes:
+        terms: these three, None where no run recorded it.
+        arms: the runs by configuration, sorted by the settings that differ.
+    """
+
+    terms: dict[str, Any]
+    arms: tuple[Arm, ...]
+
+    @property
+    def runs(self) -> list[Results]:
+        """Those of all arms."""
+        return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def keys(self) -> list[str]:
+        """The settings that tell the arms apart."""
+        return differing(self.arms)
+
+
+def comparisons_of(runs: Sequence[Results]) -> list[Comparison]:
+    """The runs in as many comparisons as they need, the one of most runs first.
+
+    A run that ended before it recorded what it was about joins the one comparison that its record does not contradict.
+    One that has no configuration and did not finish is in none.
+    """
+    terms = [(run, _terms(run)) for run in runs if run.status == "finished" or run.configured("seed") is not None]
+    whole = _unique(found for _, found in terms if None not in found.values())
+    groups: list[tuple[dict[str, Any], list[Results]]] = []
+    for run, found in terms:
+        fitting = [other for other in whole if _agree(found, other)]
+        chosen = fitting[0] if len(fitting) == 1 else found
+        for other, members in groups:
+            if other == chosen:
+                members.append(run)
+                break
+        else:
+            groups.append((chosen, [run]))
+    groups.sort(key=lambda group: -len(group[1]))  # a stable sort: of as many runs, the first
+    return [Comparison(chosen, tuple(_sorted(arms_of(members, one_corpus=True)))) for chosen, members in groups]
+
+
+def _terms(run: Results) -> dict[str, Any]:
+    corpus = run.record.get("corpus") or {}
+    sha256 = corpus.get("sha256")
+    per_step = run.record.get("tokens_per_step") or run.configured("tokens_per_step")
+    steps = run.configured("max_steps")
+    return {
+        "corpus": sha256 and f"{corpus.get('name')} (SHA-256 {sha256[:8]})",
+        "validated bytes": corpus.get("val_scored"),
+        "bytes trained on": steps * per_step if steps and per_step else None,
+    }
+
+
+def _unique(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({tuple(terms.values()): terms for terms in found}.values())
+
+
+def _agree(found: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(value in (None, other[term]) for term, value in found.items())
+
+
+def _sorted(arms: list[Arm]) -> list[Arm]:
+    keys = differing(arms)
+
+    def place(arm: Arm) -> list[tuple[bool, float, str]]:
+        values = [arm.settings.get(key) for key in keys]
+        numbers = [value if is_number(value) else math.inf for value in values]
+        return [(not is_number(value), number, str(value)) for value, number in zip(values, numbers, strict=True)]
+
+    return sorted(arms, key=place)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is one; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def titles(comparisons: Sequence[Comparison]) -> list[str]:
+    """For each, the terms in which it differs from the others; empty texts for a lone one."""
+    terms = comparisons[0].terms if comparisons else {}
+    names = [term for term in terms if len({one.terms[term] for one in comparisons}) > 1]
+    return [", ".join(f"{term}: {_readable(one.terms[term])}" for term in names) for one in comparisons]
+
+
+def _readable(value: Any) -> str:
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def best_of(arms: Sequence[Arm]) -> list[Arm]:
+    """The arm of the lowest mean loss of each seq_len; none of a seq_len where only one arm has a loss.
+
+    A longer context makes bytes easier to predict, so that the best of all would be the best of the longest.
+    """
+    by_length: dict[Any, list[tuple[float, Arm]]] = {}
+    for arm in arms:
+        mean = arm.mean(LOSS)
+        if mean is not None:
+            by_length.setdefault(arm.settings.get("seq_len"), []).append((mean, arm))
+    return [min(found, key=lambda pair: pair[0])[1] for found in by_length.values() if len(found) > 1]
+
+
+def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
+    """Of arms that differ in their learning rate alone the one of the lowest mean loss, and how many have one.
+
+    Empty where no two arms differ in their learning rate alone.
+    """
+    groups: dict[tuple, list[tuple[float, Arm]]] = {}
+    for arm in arms:
+        mean = arm.mean(LOSS)
+        if mean is not None:
+            groups.setdefault(_others(arm, (RATE,)), []).append((mean, arm))
+    if all(len(group) == 1 for group in groups.values()):
+        return []
+    return [(min(group, key=lambda pair: pair[0])[1], len(group)) for group in groups.values()]
+
+
+def _others(arm: Arm, keys: Sequence[str]) -> tuple:
+    """The arm's settings but for some, and for those below them."""
+    kept = {name: value for name, value in arm.settings.items() if not any(_is_below(name, key) for key in keys)}
+    return tuple(sorted((name, repr(value)) for name, value in kept.items()))
+
+
+def _is_below(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key}.")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What arms are compared with: the arm of a run, or for each arm the one that differs from it in one key alone.
+
+    Attributes:
+        text: as it was given, a run's name or KEY=VALUE.
+        key, value: of KEY=VALUE.
+    """
+
+    text: str
+    key: str | None = None
+    value: str | None = None
+
+    def of(self, arm: Arm, arms: Sequence[Arm], *, but: Sequence[str] = ()) -> Arm | None:
+        """The arm's baseline among arms, itself if it is one; None where there is none, or more than one.
+
+        Args:
+            but: further keys that it may differ in.
+        """
+        if self.key is None:
+            found = [other for other in arms if self.text in (run.name for run in other.runs)]
+        elif self._fits(arm):
+            found = [arm]
+        else:
+            keys = (self.key, *but)
+            rest = _others(arm, keys)
+            found = [other for other in arms if self._fits(other) and _others(other, keys) == rest]
+        return found[0] if len(found) == 1 else None
+
+    def _fits(self, arm: Arm) -> bool:
+        return self.key in arm.settings and _same(arm.settings[self.key], str(self.value))
+
+
+def _same(value: Any, text: str) -> bool:
+    if not is_number(value):
+        return str(value) == text
+    try:
+        return float(text) == value
+    except ValueError:
+        return False
+
+
+def baseline_of(text: str, comparisons: Sequence[Comparison]) -> Baseline:
+    """The baseline that a text names. Raises ValueError if no run is of it."""
+    runs = [run.name for one in comparisons for run in one.runs]
+    if text in runs:
+        return Baseline(text)
+    arms = [arm for one in comparisons for arm in one.arms]
+    key, is_pair, value = text.partition("=")
+    baseline = Baseline(text, key, value)
+    if is_pair and any(baseline._fits(arm) for arm in arms):
+        return baseline
+    values = {key: dict.fromkeys(setting(arm, key) for arm in arms if key in arm.settings) for key in differing(arms)}
+    if is_pair and key in values:
+        accepted = f"of {key} these runs have {', '.join(values[key])}"
+    else:
+        pairs = "; ".join(f"{key}={'|'.join(found)}" for key, found in values.items())
+        accepted = (
+            f"accepted: {pairs or 'no KEY=VALUE, for these runs differ in nothing but their seed'}; or a run's name"
+        )
+    raise ValueError(f"--baseline must be a run's name or a KEY=VALUE that runs have, got {text!r}; {accepted}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss of one arm minus that of another.
+
+    Attributes:
+        mean: over the seeds that both have; or, where they share fewer than two, the difference of the arms' means.
+        deviation: the sample standard deviation of the seeds' differences; or the root of the sum of both arms'
+            variances; None where there are too few runs for either.
+        n: how many seeds that is; or of each arm how many.
+    """
+
+    mean: float
+    deviation: float | None
+    n: tuple[int, ...]
+
+    def __str__(self) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.4f}"
+        return f"{self.mean:+.4f}{spread} ({', '.join(map(str, self.n))})"
+
+
+def difference(arm: Arm, baseline: Arm) -> Difference | None:
+    """Of the arm's loss to the baseline's; None where one of them has none.
+
+    Runs of one seed have read the same windows of the text, so that what these do to both cancels.
+    """
+    ours, theirs = arm.values_by_seed(LOSS), baseline.values_by_seed(LOSS)
+    shared = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if len(shared) > 1:
+        return Difference(statistics.mean(shared), statistics.stdev(shared), (len(shared),))
+    if not ours or not theirs:
+        return None
+    mean = statistics.mean(ours.values()) - statistics.mean(theirs.values())
+    if len(ours) == len(theirs) == len(shared):
+        return Difference(mean, None, (1,))
+    variances = [statistics.variance(losses.values()) for losses in (ours, theirs) if len(losses) > 1]
+    deviation = math.sqrt(sum(variances)) if len(variances) == 2 else None
+    return Difference(mean, deviation, (len(ours), len(theirs)))
+
+
+def counts(runs: Sequence[Results]) -> str:
+    """How many runs there are and how they ended: ``5 runs: 4 finished, 1 diverged``."""
+    ends = Counter(sorted((run.status for run in runs), key=lambda end: (end != "finished", end)))
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: " + ", ".join(f"{n} {end}" for end, n in ends.items())
+
+
+def name_of(arm: Arm, keys: Sequence[str]) -> str:
+    """The arm's name in plots and legends: its settings that differ, or the run's name where none does."""
+    return label(arm, keys) or (arm.runs[0].name if len(arm.runs) == 1 else "all runs")
