@@ -98,7 +98,7 @@ class Sweep:
             self.folder = _own_folder(Path(config.hydra.sweep.dir))
             self._header = self._make_header(config)
         for number, overrides in enumerate(jobs, start=first):
-            self._jobs[number] = redact_words([line for line in overrides if not line.startswith("hydra.")])
+            self._jobs[number] = redact_words([line for line in overrides if not _key(line).startswith("hydra")])
         self._write()
         launcher = config.hydra.launcher
         told = {
