@@ -42,6 +42,7 @@ class JobError(RuntimeError):
 
 
 def told() -> dict[str, Any]:
+    """What the process that conducts the sweep says: process, folder, cuda_visible_devices, gpus; {} without one."""
     return json.loads(os.environ.get(SWEEP_VARIABLE, "{}"))
 
 
@@ -80,7 +81,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Its overrides that not all jobs of the sweep have."""
+        """What tells it from the sweep's other jobs."""
         return labels_of(self.sweep).get(self.number, "")
 
     def note(self, **entries: Any) -> None:
@@ -151,11 +152,10 @@ class Job:
             status, reason = "refused", str(error)
         folder = None
         if self.training is None:
-            root, name = mark()
             try:
-                folder = leave_mark(root, name, status, error=str(error), overrides=self._record["overrides"])
-            except OSError as full:
-                reason += f" (and {root} takes no mark of it: {full})"
+                folder = leave_mark(*mark(), status, error=str(error), overrides=self._record["overrides"])
+            except Exception as other:  # whatever it is, the job's own error is to be told
+                reason += f" (and no mark could be left: {other})"
         trace = traceback.format_exc() if status == "failed" else None
         if "HYDRA_FULL_ERROR" in os.environ:
             traceback.print_exc()
