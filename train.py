@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from conf.legacy import answer_flags
@@ -37,37 +38,65 @@ from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.identity import default_name, plain_name
+from models.training.jobs import Job, job_here
 from models.training.load import build_gpt, load_weights
-from models.training.loggers import finish, offline_folder, sweep_group, wandb_mode
+from models.training.loggers import finish, group_here, offline_folder, wandb_mode
 from models.training.module import DivergedError, GPTModule
 from models.training.processes import end_started, find_processes, join
 from models.training.progress import ProgressReport
 from models.training.report import conclude, read_results
 from models.training.runs import Run, open_run
 from models.training.stopping import Interrupted, Stopping, stopping
+from models.training.sweeps import Sweep, is_sweep
 from models.training.trainer import build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
 
 
+def main() -> None:
+    """Answers the command line: one run, or with -m the jobs of a sweep."""
+    if is_sweep(sys.argv[1:]):
+        sys.exit(Sweep().conduct(composed))
+    composed()
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> float:
+def composed(config: DictConfig) -> float:
     """Trains as configured and returns the validation loss in bits per byte, which a sweeper minimises."""
     hydra_config = HydraConfig.get()
-    choices, multirun = dict(hydra_config.runtime.choices), hydra_config.mode == RunMode.MULTIRUN
-    overrides = hydra_config.overrides.task
+    choices, overrides = dict(hydra_config.runtime.choices), hydra_config.overrides.task
+    if hydra_config.mode == RunMode.MULTIRUN:
+        redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
+        job = job_here(hydra_config)
+        parts = (config, choices, overrides, job)
+        return job.run(train=partial(train_job, *parts), mark=partial(job_mark, *parts))
     try:
-        if multirun:
-            redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
-            config, overrides = of_job(config, choices, overrides)
         config = validate(config)
-        check_mode(config, choices, multirun=multirun)
+        check_mode(config, choices, multirun=False)
         check_backend(config)
-        return train(config, choices, overrides, keep_failed=multirun)
+        return train(config, choices, overrides)
     except (ValueError, OSError, DivergedError) as error:
-        if multirun or "HYDRA_FULL_ERROR" in os.environ:
-            raise  # Hydra reports it when the other jobs are done
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
         sys.exit(f"error: {error}")
+
+
+def train_job(config: DictConfig, choices: dict[str, str], overrides: Sequence[str], job: Job) -> float:
+    """A sweep's job."""
+    config, overrides = of_job(config, choices, overrides)
+    config = validate(config)
+    check_mode(config, choices, multirun=True)
+    job.check_gpu(config.trainer.accelerator)
+    return train(config, choices, overrides, job)
+
+
+def job_mark(config: DictConfig, choices: dict[str, str], overrides: Sequence[str], job: Job) -> tuple[Path, str]:
+    """Where the mark of a job belongs that cannot become a run: run_root, and a name, whatever the configuration is."""
+    config, overrides = of_job(config, choices, overrides)
+    with suppress(ValueError, TypeError):
+        return Path(config.run_root), config.name or default_name(config, choices, overrides)
+    return Path(config.run_root), plain_name(["refused", job.label])  # a key that names tell has no value for one
 
 
 def check_backend(config: DictConfig) -> None:
@@ -87,19 +116,23 @@ def check_backend(config: DictConfig) -> None:
         raise ValueError(f"attention.{error}") from error
 
 
-def train(
-    config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), *, keep_failed: bool = False
-) -> float:
-    """One run: builds model, data and trainer, fits, tests on request, and sums up. Returns the last val/bpc."""
+def train(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), job: Job | None = None) -> float:
+    """One run: builds model, data and trainer, fits, tests on request, and sums up. Returns the last val/bpc.
+
+    Raises:
+        Skipped: a sweep's job that is done already, or is being done.
+    """
     processes = find_processes(devices=config.trainer.devices, num_nodes=config.trainer.num_nodes)
     if not processes.is_first:
         logging.getLogger().setLevel(logging.ERROR)  # each would say what the first one says
     with (
         stopping(follows=processes.is_started_by_first) as stop,
-        open_run(config, choices, overrides, processes=processes, keep_failed=keep_failed) as run,
+        open_run(config, choices, overrides, processes=processes, in_sweep=job is not None) as run,
     ):
+        if job is not None:
+            job.training = run
         try:
-            bits_per_byte, corpus = fit(config, choices, run, stop)
+            bits_per_byte, corpus = fit(config, choices, run, stop, job)
         finally:
             processes.leave()
     if processes.is_first:
@@ -107,7 +140,9 @@ def train(
     return bits_per_byte
 
 
-def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -> tuple[float, Corpus]:
+def fit(
+    config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping, job: Job | None = None
+) -> tuple[float, Corpus]:
     """Trains an open run to its last step. Returns the last val/bpc, and the bytes."""
     lightning.seed_everything(config.seed, verbose=False)
     check_trainer(config.trainer)
@@ -118,14 +153,15 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     data, accumulate = build_data(config, corpus)
     join(run.processes, cuda=uses_cuda(config.trainer.accelerator))
     run.find(corpus.provenance["sha256"])
+    gpu = take_devices(config, run, job)
     if config.init_from is not None and run.checkpoint is None:
         start_from(module, config.init_from)
     if run.resume_step == run.validated_step == config.max_steps:
-        return repeat(config, run, module, data, accumulate, stop), corpus
+        return repeat(config, run, module, data, accumulate, stop, gpu), corpus
     run.start(choices, **describe(module, data))
     log.info(opening_line(config, run))
     with loggers_of(config, run) as loggers:
-        trainer = trainer_of(config, run, data, accumulate, stop, loggers)
+        trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
         except BaseException as error:
@@ -138,8 +174,27 @@ def fit(config: DictConfig, choices: dict[str, str], run: Run, stop: Stopping) -
     return bits_per_byte, corpus
 
 
+def take_devices(config: DictConfig, run: Run, job: Job | None) -> int | None:
+    """Locks what the run trains on. Returns the index of the GPU that a sweep's job got, which is CUDA's from here."""
+    cuda = uses_cuda(config.trainer.accelerator)
+    on_wait = (lambda: None) if job is None else job.end_if_stopped
+    gpu = run.take_devices(cuda=cuda, devices=config.trainer.devices, on_wait=on_wait)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    if job is not None:
+        check_backend(config)  # not before: it would put something on the first GPU, which may be another job's
+        job.note(folder=str(run.folder), place=run.record.get("place"))
+    return gpu
+
+
 def repeat(
-    config: DictConfig, run: Run, module: GPTModule, data: ByteDataModule, accumulate: int, stop: Stopping
+    config: DictConfig,
+    run: Run,
+    module: GPTModule,
+    data: ByteDataModule,
+    accumulate: int,
+    stop: Stopping,
+    gpu: int | None,
 ) -> float:
     """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc."""
     bits_per_byte = read_results(run.folder).last("val/bpc")
@@ -149,7 +204,7 @@ def repeat(
     run.started = True  # its end is recorded, as before
     if config.test:
         with loggers_of(config, run) as loggers:
-            trainer = trainer_of(config, run, data, accumulate, stop, loggers)
+            trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)
             checkpoint = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
                 run.resume_step  # what the test is logged at
@@ -165,7 +220,13 @@ def start_from(module: GPTModule, source: str) -> None:
 
 
 def trainer_of(
-    config: DictConfig, run: Run, data: ByteDataModule, accumulate: int, stop: Stopping, loggers: list[Logger]
+    config: DictConfig,
+    run: Run,
+    data: ByteDataModule,
+    accumulate: int,
+    stop: Stopping,
+    loggers: list[Logger],
+    gpu: int | None,
 ) -> lightning.Trainer:
     """The run's trainer."""
     return build_trainer(
@@ -177,6 +238,7 @@ def trainer_of(
         options=config.trainer,
         processes=run.processes,
         stopping=stop,
+        gpu=gpu,
     )
 
 
@@ -289,7 +351,7 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
 def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
     open_loggers, options = builder(config, "logger"), {}
     if "group" in config.logger:
-        run.record.setdefault("wandb_group", sweep_group())  # the same when it is resumed
+        run.record.setdefault("wandb_group", group_here())  # the same when it is resumed
         options["group"] = config.logger.group or run.record["wandb_group"]
     try:
         return open_loggers(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)

@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType
@@ -22,6 +23,13 @@ MULTIRUN = ("-m", "--multirun")
 # With these another configuration is composed than conf/config.yaml, or none.
 OTHERS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--experimental-rerun", "--hydra-help",
           "--shell-completion", "-sc", "--version")  # fmt: skip
+# The files of conf/hydra/ that need a plugin of Hydra, and its module.
+PLUGINS = {
+    "hydra/launcher=parallel": "hydra_plugins.hydra_joblib_launcher",
+    "hydra/launcher=processes": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/sweeper=search": "hydra_plugins.hydra_optuna_sweeper",
+}
 COLUMN, WIDTH = 45, 120  # where --help's meanings start and end
 
 
@@ -98,6 +106,7 @@ def _parse(word: str) -> Override | None:
     if re.search(r"(?<!\w)_target_ *[=:]", word):  # Hydra would import what it names for its own plugins
         raise ConfigError(f"{shown(word)}: _target_ is not a key; what is built is chosen as GROUP=OPTION")
     if re.match(r"[+~]*hydra[./]", word):
+        _check_plugin(word)
         return None
     if "=" not in word and not word.startswith("~"):
         raise ConfigError(f"{shown(word)} must be KEY=VALUE; python train.py --help lists the keys")
@@ -109,6 +118,17 @@ def _parse(word: str) -> Override | None:
             quoted = shlex.quote(f'{key}="{value}"')
             raise ConfigError(f"{key} got characters that must be quoted: {quoted}") from error
         raise ConfigError(f"{shown(word)} is no KEY=VALUE: {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_plugin(word: str) -> None:
+    """Raises ConfigError for a launcher or a sweeper of conf/hydra/ whose package is not installed."""
+    module = PLUGINS.get(word)
+    try:
+        missing = module is not None and find_spec(module) is None
+    except ModuleNotFoundError:  # no plugin of Hydra at all
+        missing = True
+    if missing:
+        raise ConfigError(f"{word} needs {module}, which is not installed: pip install -e '.[sweep]'")
 
 
 def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[str]]:

@@ -204,7 +204,8 @@ REFUSED = {
     "+model.depth=3": "model.depth is not a key; accepted: model.num_layers, model.width",
     "optimizer.betas.x=3": "optimizer.betas.x is not a key; accepted: optimizer.lr",
     "optimizer.betas={a:0.9}": "optimizer.betas takes no keys of its own, got {'a': 0.9}",
-    "attention=regular attention.scale=3": "is a key of attention=cosine and attention=cosine_fixed; the chosen option",
+    "attention=regular attention.scale=3": "attention.scale is a key of attention=cosine and attention=cosine_fixed; "
+    "the chosen option has none",
     "attention=regular +attention.scale=3": "attention.scale is a key of attention=cosine",
     "-m attention=regular norm=pre,post attention.scale=3": "attention.scale is a key of attention=cosine",
     "data=pystdlib data.pattern=x": "data.pattern is a key of data=file; the chosen option has data.subset",

@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
         HydraConfig.instance().set_config(compose("config", overrides, return_hydra_config=True))
         config = compose("config", overrides)
     try:
-        train.main.__wrapped__(config)
+        train.composed.__wrapped__(config)
     finally:
         HydraConfig.instance().cfg = None
     return root / "runs" / "first"

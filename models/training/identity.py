@@ -65,6 +65,11 @@ def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequenc
         key, _, value = override.lstrip("+~").partition("=")
         if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
             parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
+    return plain_name(parts)
+
+
+def plain_name(parts: Sequence[str]) -> str:
+    """The parts as a folder's name, of letters, digits, '.', '_' and '-' alone, and not too long."""
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

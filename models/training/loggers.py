@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from models.training.jobs import sweep_group
 from models.training.metrics import METRICS
 from models.training.run_files import METRICS_FILE, SAMPLES_FILE, read_csv, read_samples
 
@@ -213,12 +214,12 @@ def wandb_mode(*, offline: bool) -> str:
     return WANDB_MODES[asked]
 
 
-def sweep_group() -> str | None:
-    """What the runs that one -m started have in common: the sweep's name and its start. None for a single run."""
+def group_here() -> str | None:
+    """What the runs of a sweep have in common, and of the same one started again. None for a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     hydra = HydraConfig.get()
-    return f"{hydra.runtime.choices.get('sweep') or 'sweep'}_{Path(hydra.sweep.dir).name}"
+    return sweep_group(Path(hydra.sweep.dir), hydra.runtime.choices.get("sweep"))
 
 
 @rank_zero_only

@@ -1,6 +1,7 @@
 """A run is a folder: its configuration, its record, its checkpoints, its metrics. Made, found again, closed here."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -9,13 +10,14 @@ import shutil
 import socket
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from models.training.checkpoint_files import (
     CHECKPOINT_FOLDER,
@@ -25,15 +27,42 @@ from models.training.checkpoint_files import (
     read_checkpoint,
     write_text,
 )
-from models.training.environment import environment
+from models.training.environment import command, environment
 from models.training.identity import changes_of, default_name, flat, identity_of, recorded_identity, refuse_another
+from models.training.locks import Lock, holder, try_lock
 from models.training.module import DivergedError
-from models.training.processes import Processes
-from models.training.run_files import CONFIG_FILE, LOCK_FILE, RECORD_FILE, is_owned, load_config, read_record
+from models.training.places import hold, places, take
+from models.training.processes import Processes, find_processes
+from models.training.run_files import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    is_owned,
+    load_config,
+    read_csv,
+    read_record,
+)
 from models.training.started import RUN_VARIABLE
 from models.training.stopping import Interrupted, exit_code
 
+SWEEPS_FOLDER = ".sweeps"  # below run_root: what sweeps keep beside their runs
+NEW = "new"  # as resume: a new run, also in a sweep, which goes on with earlier runs otherwise
+
 log = logging.getLogger(__name__)
+
+
+class Skipped(Exception):
+    """A job of a sweep whose run is there already, or is being made by another process.
+
+    Attributes:
+        folder: that run's, or None where it is not known yet.
+        bits_per_byte: its val/bpc, or None where it is not finished.
+    """
+
+    def __init__(self, message: str, folder: Path | None = None, bits_per_byte: float | None = None):
+        super().__init__(message)
+        self.folder, self.bits_per_byte = folder, bits_per_byte
 
 
 @dataclass
@@ -42,6 +71,7 @@ class Run:
 
     Attributes:
         processes: those that make it up, and this one's place among them.
+        in_sweep: it is a sweep's job: what is there already is not done again, and a failure leaves a mark.
         folder: where everything of the run is written; None until ``find``.
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
@@ -53,6 +83,7 @@ class Run:
     config: DictConfig
     name: str
     processes: Processes
+    in_sweep: bool = False
     folder: Path | None = None
     checkpoint: Path | None = None
     resume_step: int | None = None
@@ -61,6 +92,8 @@ class Run:
     started: bool = False
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
     _lock: IO[str] | None = None
+    _devices: list[Lock] = field(default_factory=list)
+    _claim: Lock | None = None  # on being the one sweep's job that makes this run
     _handler: logging.Handler | None = None
 
     def find(self, corpus_sha256: str | None) -> None:
@@ -68,6 +101,7 @@ class Run:
 
         Raises:
             ValueError: resume names no run, one of another model or corpus, or one that another process owns.
+            Skipped: in a sweep, such a run is finished, or another process is at it.
         """
         identity = identity_of(self.config, corpus_sha256)
         if RUN_VARIABLE in os.environ:
@@ -105,23 +139,62 @@ class Run:
 
     def _find(self, identity: dict[str, Any]) -> None:
         root, resume = Path(self.config.run_root), self.config.resume
-        if resume == "auto":
-            self._find_own(root, identity)
-        elif resume is not None:
+        if self.in_sweep:
+            self._claim_it(root, identity)
+        if self.in_sweep and resume in (None, "auto"):
+            self._find_of_sweep(root, identity)
+        elif resume == "auto":
+            self._find_own(self._runs_of(root, identity))
+        elif resume not in (None, NEW):
             folder, self.checkpoint = _checkpoint_at(Path(resume))
             self._own(folder)
             refuse_another(self.folder, self.config, identity)
         if self.folder is None:
             self._make(root)
 
-    def _find_own(self, root: Path, identity: dict[str, Any]) -> None:
-        """The newest run of this identity, of the configured name if there is one."""
+    def _claim_it(self, root: Path, identity: dict[str, Any]) -> None:
+        """From here on no other sweep's job makes the same run. Raises Skipped if one does."""
+        folder = root / SWEEPS_FOLDER / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([identity, self.config.max_steps, self.config.trainer.val_bytes], default=str)
+        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.lock"
+        self._claim = try_lock(path, f"of {self.name}")
+        if self._claim is None:
+            raise Skipped(f"{holder(path)} is at it")
+
+    def _find_of_sweep(self, root: Path, identity: dict[str, Any]) -> None:
+        """The run that a sweep's job goes on with; Skipped if there is nothing left to do in it.
+
+        With resume=auto a run of another max_steps may go on, as it does in a lone run; else it is another run.
+        """
+        runs = self._runs_of(root, identity)
+        as_long = [folder for folder in runs if _length_of(folder) == self._length]
+        for folder in as_long:
+            if is_owned(folder):
+                raise Skipped(f"{holder(folder / LOCK_FILE)} is at it", folder)
+            if read_record(folder).get("status") == "finished":
+                bits_per_byte, tested = _scores(folder)
+                if tested or not self.config.test:
+                    raise Skipped("finished before", folder, bits_per_byte)
+                runs = as_long = [folder]  # what is left is its test
+                break
+        self._find_own(as_long if self.config.resume is None else runs)
+
+    @property
+    def _length(self) -> tuple[int, int | None]:
+        return self.config.max_steps, self.config.trainer.val_bytes
+
+    def _runs_of(self, root: Path, identity: dict[str, Any]) -> list[Path]:
+        """The runs of this identity, of the configured name if there is one, the newest first."""
         given = self.config.name
         pattern = re.compile(rf"{re.escape(given)}(-[1-9]\d{{0,5}})?") if given else re.compile(".*")
         found = [path.parent for path in root.glob(f"*/{RECORD_FILE}") if pattern.fullmatch(path.parent.name)]
-        for folder in sorted(found, key=lambda folder: -(folder / RECORD_FILE).stat().st_mtime_ns):
-            if recorded_identity(folder) != identity:
-                continue
+        found.sort(key=lambda folder: -(folder / RECORD_FILE).stat().st_mtime_ns)
+        return [folder for folder in found if recorded_identity(folder) == identity]
+
+    def _find_own(self, runs: Sequence[Path]) -> None:
+        """Goes on with the first of several runs, if there is one."""
+        for folder in runs[:1]:
             self._own(folder)
             self.checkpoint, wrong = newest_good(folder / CHECKPOINT_FOLDER)
             for sentence in wrong:
@@ -131,7 +204,10 @@ class Run:
             if self.checkpoint is None:
                 log.info("resume=auto: the run in %s ended before its first checkpoint and starts anew there", folder)
             return
-        log.info("resume=auto: no run of this configuration and corpus under %s, a new one starts", root)
+        if self.config.resume == "auto":
+            log.info(
+                "resume=auto: no run of this configuration and corpus under %s, a new one starts", self.config.run_root
+            )
 
     def _make(self, root: Path) -> None:
         """A new folder: the name, or the name and a number; no earlier run is overwritten, nor another's at work."""
@@ -169,6 +245,29 @@ class Run:
         self.folder, self._lock = folder, lock
         for half_written in folder.rglob(".*.tmp"):  # by an owner that was killed
             half_written.unlink()
+
+    def take_devices(self, *, cuda: bool, devices: int, on_wait: Callable[[], None]) -> int | None:
+        """Locks what the run trains on, so that a sweep's jobs keep off it; a sweep's job waits for a free device.
+
+        Args:
+            cuda: the run trains on GPUs, of which a sweep's job takes one.
+            devices: how many GPUs a lone run has.
+            on_wait: called while waiting, several times a second; ends the waiting by raising.
+
+        Returns:
+            the index of the GPU that a sweep's job took; None otherwise.
+        """
+        what = f"run {self.folder}"
+        if not self.in_sweep:
+            if cuda and self.processes.is_first:
+                self._devices = hold(devices, what)
+            return None
+        among = places(cuda=cuda)
+        if not among:
+            return None
+        place, lock = take(among, what, on_wait=on_wait)
+        self._devices, self.record["place"] = [lock], place.name
+        return place.index
 
     def _log_into_folder(self) -> None:
         if self.processes.is_first:
@@ -215,15 +314,17 @@ class Run:
         if self.processes.is_first:
             write_text(self.folder / RECORD_FILE, json.dumps(self.record, indent=2, default=str) + "\n")
 
-    def end(self, status: str, error: BaseException | None = None, *, keep: bool = True) -> None:
-        """Marks how the run ended; a new one that never started is removed unless it is to be kept."""
+    def end(self, status: str, error: BaseException | None = None) -> None:
+        """Marks how the run ended; a new one that never started is removed, unless it is a sweep's job."""
         message = "".join(traceback.format_exception_only(error)).strip() if error else None
-        if self.folder is None and keep and self.processes.is_first:
+        if self.folder is None and self.in_sweep:
             with suppress(OSError):  # as the mark of a sweep's failed job
                 self._make(Path(self.config.run_root))
         if self.folder is None:
             return
-        if self.started or (self._made and keep):
+        if self.started or (self._made and self.in_sweep):
+            if not self.started:
+                self.record["command"] = command()
             try:
                 self.update(status=status, error=message)
             except OSError as full:
@@ -239,6 +340,8 @@ class Run:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        for lock in (*self._devices, *([self._claim] if self._claim else [])):
+            lock.release()
         if not self.processes.is_started_by_first:
             os.environ.pop(RUN_VARIABLE, None)
 
@@ -257,32 +360,37 @@ def open_run(
     overrides: Sequence[str] = (),
     *,
     processes: Processes,
-    keep_failed: bool,
+    in_sweep: bool = False,
 ) -> Iterator[Run]:
     """A run whose folder is yet to be found; marked finished, failed, diverged or interrupted when it ends.
+
+    A sweep's job that is refused before it starts is marked, too, as refused.
 
     Args:
         config: the validated configuration; resume is null, "auto" or a path.
         choices: the option chosen of every configuration group.
         overrides: the command line's KEY=VALUE, of which the run's name tells those that change what it computes.
         processes: those that make up the run.
-        keep_failed: keep the folder of a run that failed before it started, as the mark of a sweep's failed job.
+        in_sweep: it is a sweep's job.
 
     Raises:
         ValueError: name is no plain folder name.
+        Skipped: in a sweep, see Run.find.
     """
     name = config.name or default_name(config, choices, overrides)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"name must be a plain folder name (letters, digits, '.', '_' and '-'), got {name!r}")
-    run = Run(config, name, processes)
+    run = Run(config, name, processes, in_sweep)
     try:
         yield run
         run.end("finished")
+    except Skipped:
+        raise
     except DivergedError as error:
         run.end("diverged", error)
         raise
     except Interrupted as stopped:
-        run.end("interrupted", keep=keep_failed)
+        run.end("interrupted")
         if processes.is_first:
             log.warning(
                 "interrupted by %s; the checkpoint of step %d is kept. To go on: python train.py resume=%s, with the "
@@ -292,14 +400,46 @@ def open_run(
         # Those that the first process started report through it: it would take any other code for a crash
         raise SystemExit(0 if processes.is_started_by_first else exit_code(stopped)) from None
     except (KeyboardInterrupt, SystemExit) as stopped:
-        run.end("interrupted", keep=keep_failed)
+        run.end("interrupted")
         raise SystemExit(exit_code(stopped)) from None
     except BaseException as error:
-        run.end("failed", error, keep=keep_failed)
+        run.end("refused" if is_refusal(error) and not run.started else "failed", error)
         run.keep_traceback(error)
         raise
     finally:
         run.close()
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error, before anything started, says that what was asked for cannot be."""
+    return isinstance(error, ValueError | OSError)
+
+
+def leave_mark(root: Path, name: str, status: str, **entries: Any) -> Path:
+    """A folder with no more than a record, for a sweep's job that never became a run; an earlier mark is replaced."""
+    mark = Run(OmegaConf.create({"run_root": str(root)}), name, find_processes(devices=1, num_nodes=1))
+    mark._make(root)
+    try:
+        mark.update(status=status, command=command(), **entries)
+    finally:
+        mark.close()
+    return mark.folder
+
+
+def _length_of(folder: Path) -> tuple[int, int | None] | None:
+    """max_steps and trainer.val_bytes of a run; None where its files do not say."""
+    try:
+        config = load_config(folder)
+        return config.max_steps, config.trainer.val_bytes
+    except (ValueError, OSError, OmegaConfBaseException):
+        return None
+
+
+def _scores(folder: Path) -> tuple[float | None, bool]:
+    """The last val/bpc of a run, and whether it was tested after its last step."""
+    rows = read_csv(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    scores = [float(row["val/bpc"]) for row in rows if "val/bpc" in row]
+    return scores[-1] if scores else None, bool(rows) and "test/bpc" in rows[-1]
 
 
 def _left_nothing(folder: Path) -> bool:
@@ -313,7 +453,7 @@ def _left_nothing(folder: Path) -> bool:
     if LOCK_FILE in names and left == {CONFIG_FILE}:  # killed between its configuration and its record
         left = set()
     recorded = "metrics.csv" in left or CHECKPOINT_FOLDER in left
-    return (not left or (not recorded and status in ("failed", "interrupted"))) and not is_owned(folder)
+    return (not left or (not recorded and status in ("failed", "interrupted", "refused"))) and not is_owned(folder)
 
 
 def _empty(folder: Path) -> None:
@@ -351,8 +491,8 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
             raise ValueError(f"the run in {str(path)!r} has no sound checkpoint: {wrong[0]}")
     if not path.is_file():
         raise ValueError(
-            f"resume must be null, auto, a run's folder with a checkpoint, or a checkpoint in it, got {str(path)!r}, "
-            "which has none"
+            f"resume must be null, auto, new, a run's folder with a checkpoint, or a checkpoint in it, got "
+            f"{str(path)!r}, which has none"
         )
     folder = path.parent.parent
     if not (folder / RECORD_FILE).is_file():

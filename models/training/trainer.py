@@ -38,6 +38,7 @@ def build_trainer(
     options: DictConfig,
     processes: Processes,
     stopping: Stopping,
+    gpu: int | None = None,
 ) -> lightning.Trainer:
     """The Trainer.
 
@@ -50,6 +51,7 @@ def build_trainer(
         options: conf/trainer/.
         processes: those that make up the run.
         stopping: says when a signal came.
+        gpu: the index of the one GPU to train on; None: the first ones, or the CPU.
     """
     cuda = uses_cuda(options.accelerator)
     _silence_known_lines()
@@ -64,7 +66,7 @@ def build_trainer(
     )
     trainer = lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
-        devices=options.devices,
+        devices=options.devices if gpu is None else [gpu],
         num_nodes=options.num_nodes,
         strategy="auto" if processes.world_size == 1 else "ddp",
         precision=choose_precision(options.precision, cuda=cuda),

@@ -23,6 +23,11 @@ class Forked:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode

@@ -47,9 +47,9 @@ def fit(text, root, *changes):
     return Path(root) / "run"
 
 
-def command(text, root, *changes, flags=(), code=None):
+def command(text, root, *changes, flags=(), code=None, variables=None):
     """The same in a process of its own, as a user starts it; code runs before it."""
-    process = Popen(text, root, *changes, flags=flags, code=code)
+    process = Popen(text, root, *changes, flags=flags, code=code, variables=variables)
     out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
