@@ -286,8 +286,11 @@ def packed(*paths: str) -> str:
 
 
 def _lists(rows: Sequence[dict[str, Any]]) -> str:
-    total = rows[0]["seq_len"]
-    return described(rows[0]["lengths"]) if len(rows) == 1 else f"{len(rows)} lists, each of {total:,} tokens"
+    if len(rows) == 1:
+        return described(rows[0]["lengths"])
+    least, most = (extreme(row["seq_len"] for row in rows) for extreme in (min, max))
+    tokens = f"each of {most:,}" if least == most else f"of {least:,} to {most:,}"
+    return f"{len(rows)} lists, {tokens} tokens"
 
 
 def _median_and_lowest(ratios: Sequence[float]) -> str:

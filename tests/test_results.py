@@ -64,7 +64,9 @@ def test_packed(files):
         row(name, forward, 2.0, batch=1, lengths=(500, 500), causal=False)
         for name, forward in (("ours (auto)", 1.0), ("ours (auto), as a batch", 0.97), ("varlen_attn, no norm", 1.5))
     ]
-    files(several=several, equal=equal)
+    files(
+        several=several, equal=equal, unequal=[several[0], row("ours (auto)", 1, 1, batch=1, lengths=(9,), seq_len=9)]
+    )
     lines = results.packed("equal", "several").splitlines()
     names = "as a batch | FlashAttention-4 | varlen_attn"
     assert lines[0] == f"| head dim | lengths |  | forward, ms | {names} | forward + backward, ms | {names} |"
@@ -73,6 +75,7 @@ def test_packed(files):
         "| 128 | 3 lists, each of 1,000 tokens | causal | 2.000 | - | 1.10x (0.90x) | - | 6.000 | - | 2.20x (1.80x) | "
         "- |",
     ]
+    assert "| 2 lists, of 9 to 1,000 tokens |" in results.packed("unequal")
 
 
 def test_padding(files):
