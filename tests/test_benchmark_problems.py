@@ -212,6 +212,23 @@ def test_flash_attention_is_loaded_with_the_name_that_it_has_for_unlimited(monke
     assert calls == [(None, 3), (-1, 3)]
 
 
+def test_a_gpu_has_compiled_contenders_of_windows_and_packed_sequences(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", flash_package([]))
+
+    def added(problem):
+        """Those that an ordinary problem does not have; nothing runs, so no GPU has to be there."""
+        lists = [contenders.contenders(["cuda"], torch.device("cuda"), problems=[one])[0] for one in (problem, case())]
+        named, ordinary = map(by_name, lists)
+        return {name: contender.cosine for name, contender in named.items() if name not in ordinary}
+
+    normed = {"compiled l2norm + FlashAttention-4": True}
+    flex = {"compiled l2norm + flex_attention": True, "flex_attention, no norm": False}
+    assert added(case(window=(4, 0))) == normed | flex
+    assert added(packed(9, 1)) == normed | {"varlen_attn, no norm": False}
+    assert added(case(padding=("last", 0.5))) == {"ours (cuda), unmasked": True}
+
+
 @pytest.mark.parametrize("problem", [packed(9, 1, 14, causal=True, window=(3, 0)), packed(9, 1, 14, causal=True)])
 def test_varlen_attn_gets_a_causal_mask_as_a_window(monkeypatch, problem):
     calls = []
