@@ -20,8 +20,8 @@ are equal. --padding adds ours without the mask, which sees every key.
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, a window shrinking with it, and a batch of two) or the first list of
 packed lengths (of 4096 tokens at most, every length shrinking with their sum); one that is wrong, or that cannot serve
-the case, is listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel can
-crash, and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over
+the case, is listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel
+can crash, and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over
 random data after warm-up and a pause, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every
 time. TFLOP/s count 4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5
 times that backward; what --mask-prob hides counts as visible. The peak of memory is what forward and backward allocate
