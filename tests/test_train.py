@@ -27,6 +27,7 @@ from models.training.checkpoint_files import read_checkpoint
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name
+from models.training.load import load_model
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
@@ -257,6 +258,44 @@ def test_auto_continues_the_run_of_the_same_identity_and_no_other(text, tmp_path
     assert [read_results(folder).last("step") for folder in (first, second, tmp_path / "run-3")] == [8, 4, 4]
     fit(text, tmp_path, "resume=auto", "seed=5")
     assert read_results(tmp_path / "run-4").last("step") == 8 and read_results(first).last("step") == 8
+
+
+def test_a_run_from_before_there_were_windows_is_the_same_run(text, tmp_path):
+    """Neither its config.yaml nor the identity in its run.json has the keys."""
+    folder = fit(text, tmp_path, "max_steps=4", "model.num_layers=2")
+    config, record = OmegaConf.load(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+    for key in ("window", "window_pattern"):
+        assert config.attention.pop(key, "absent") is None and f"attention.{key}" not in record["identity"]
+    assert {"attention.scale", "trainer.overfit", "init_from"} & record["identity"].keys() == {"attention.scale"}
+    record["identity"] |= {"trainer.overfit": False, "init_from": None}  # which were written at that time
+    OmegaConf.save(config, folder / "config.yaml")
+    (folder / "run.json").write_text(json.dumps(record))
+    gpt, _ = load_model(folder)
+    assert [block.attention.inner.window for block in gpt.blocks] == [None, None]
+    for change in ("attention.window=8", "attention.window=8 attention.window_pattern=L"):
+        with pytest.raises(ValueError, match="has another model: attention.window was None, is 8"):
+            fit(text, tmp_path, f"resume={folder}", "model.num_layers=2", *change.split())
+    fit(text, tmp_path, "resume=auto", "model.num_layers=2", "attention.window=8", "max_steps=2")
+    assert read_results(tmp_path / "run-2").last("step") == 2
+    fit(text, tmp_path, "resume=auto", "model.num_layers=2", "max_steps=6")
+    assert read_results(folder).last("step") == 6
+
+
+@pytest.mark.parametrize("attention", ["cosine", "regular"])
+def test_a_run_with_windows_is_sampled_from_resumed_and_read(text, tmp_path, attention):
+    changes = [f"attention={attention}", "attention.window=8", "attention.window_pattern=SL", "model.num_layers=3"]
+    fit(text, tmp_path, *changes, "max_steps=4")
+    folder = fit(text, tmp_path, *changes, "resume=auto")
+    results = read_results(folder)
+    assert results.last("step") == 8 and results.last("logit/layer2/max") > 0
+    assert (folder / "samples.txt").read_text().count("--- step ") == 2
+    gpt, config = load_model(folder, checkpoint="last")
+    assert [block.attention.inner.window for block in gpt.blocks] == [8, None, None]
+    assert "window8-window_patternSL" in default_name(config, {"attention": attention}, changes)
+    flops = results.last("throughput/model_tflops_per_s") * 1e12 / results.last("throughput/tokens_per_s")
+    assert flops == pytest.approx(gpt.flops_per_token(32)) and gpt.flops_per_token(32) == 6 * (
+        3 * 12 * 32**2 + 32 * 256 + 2 * 32 * (8 * (1 - 8 / 64) + 16 + 16)
+    )
 
 
 def test_auto_takes_up_a_folder_that_has_no_checkpoint_yet(text, tmp_path):
