@@ -755,9 +755,90 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
     assert out.count("x nanogpt") == 1 and "said" not in out
 
 
+# Blocks as nanoGPT's, as far as windows take them; mask is the tests' own.
+NANOGPT_WITH_BLOCKS = """
+import types
+import torch
+from torch import nn
+
+GPTConfig = types.SimpleNamespace
+
+class Attention(nn.Module):
+    mask = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.resid_dropout = config.n_head, nn.Dropout(config.dropout)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        batch, length, width = x.size()
+        q, k, v = (y.view(batch, length, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(width, dim=2))
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        return self.resid_dropout(self.c_proj(o.transpose(1, 2).reshape(batch, length, width)))
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        blocks = (nn.ModuleDict({"attn": Attention(config)}) for _ in range(config.n_layer))
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer = nn.ModuleDict({"wte": wte, "h": nn.ModuleList(blocks)})
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, tokens, targets):
+        x = self.transformer.wte(tokens)
+        for block in self.transformer.h:
+            x = x + block.attn(x)
+        logits = self.head(x)
+        return logits, nn.functional.cross_entropy(logits.view(-1, 256), targets.reshape(-1))
+"""
+WINDOWS = ["attention.window=5", "attention.window_pattern=LSS", "model.num_layers=4", "model.dropout=0"]
+
+
+def test_nanogpt_is_given_the_same_windows(text, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
+    config = validate(configure(*overrides(text, tmp_path, *WINDOWS)))
+    code = benchmark_training.load_nanogpt(tmp_path / "model.py")
+    gpt = code.GPT(code.GPTConfig(n_layer=4, n_head=2, n_embd=32, vocab_size=256, dropout=0, bias=False)).double()
+    tokens, targets = torch.randint(0, 256, (2, 2, 32))
+    plain = gpt(tokens, targets)[1]
+    i = torch.arange(32)
+    for layer in (1, 2):
+        gpt.transformer.h[layer].attn.mask = (i[:, None] >= i) & (i[:, None] - i < 5)
+    expected = gpt(tokens, targets)[1]
+    assert (plain - expected).abs() > 1e-4
+    weights_before = {id(weight) for weight in gpt.parameters()}
+    benchmark_training.give_windows(gpt, config)
+    torch.testing.assert_close(gpt(tokens, targets)[1], expected, rtol=0, atol=1e-12)
+    assert {id(weight) for weight in gpt.parameters()} == weights_before  # trained by the same optimizer
+
+
+def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
+    line = [word for word in overrides(text, tmp_path, *WINDOWS) if word != "max_steps=8"]
+    line += ["--steps", "8", "--json", str(tmp_path / "report.json"), "--nanogpt", str(tmp_path / "model.py")]
+    assert benchmark_training.main(line) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["lightning", "bare", "nanogpt_windows", "nanogpt"]
+    assert all(row["tokens_per_s"] > 0 for row in rows) and capsys.readouterr().out.count("x nanogpt") == 1
+    for change, named in (
+        ("attention.window=null attention.window_pattern=null", "nanogpt_windows needs attention.window"),
+        ("model.dropout=0.1", "model.dropout must be 0 for nanoGPT with the windows, got 0.1"),
+    ):
+        changed = [*change.split(), *(word for word in line if word.split("=")[0] not in change)]
+        assert benchmark_training.main([*changed, "--contenders", "nanogpt_windows"]) == 2
+        assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
+        (["--contenders", "nanogpt_windows"], "--contenders nanogpt_windows needs --nanogpt"),
+        (["seq_len=32", "attention.window=0", "--contenders", "bare"], "attention.window must be null or at least 1"),
         (["--steps", "5"], "--steps must be at least 3 * trainer.log_every = 6"),
         (["--nanogpt", "absent.py"], "must be the path of nanoGPT's model.py, got 'absent.py'"),
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),
