@@ -322,7 +322,12 @@ def _short(name: str) -> str:
 
 def training(*paths: str) -> str:
     """A training step of the trainer, of a bare loop around the same model, and of nanoGPT's model."""
-    names = {"lightning": "`train.py`", "bare": "our model, bare loop", "nanogpt": "nanoGPT, bare loop"}
+    names = {
+        "lightning": "`train.py`",
+        "bare": "our model, bare loop",
+        "nanogpt_windows": "nanoGPT with the windows, bare loop",
+        "nanogpt": "nanoGPT, bare loop",
+    }
     rows = []
     for path in paths:
         results = {row["contender"]: row for row in _report(path)["rows"]}
