@@ -135,8 +135,6 @@ def test_top_p_draws_from_the_nucleus_alone():
     assert set(drawn.flatten().tolist()) == set(best.indices[:nucleus_size].tolist())
 
 
-def test_cached_logits_equal_the_whole_context_at_every_position():
-    gpt = randomise_head(build(num_kv_heads=2)).double()
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_cached_logits_equal_the_whole_context_at_every_position(kind, window):
