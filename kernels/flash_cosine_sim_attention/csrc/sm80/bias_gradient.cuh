@@ -51,11 +51,16 @@ struct BiasGradient {
         [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_b, 8 * n, step); });
   }
 
+  // The first `count` of 64 bits; none of fewer than one.
+  static __device__ uint64_t bits_before(int count) {
+    return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
+  }
+
   // Adds dS of the warp's rows, queries [query, ...), and keys [first_key, ...) of a head to `sum`.
   static __device__ void add_gradient(const BackwardParams& params, int batch, int head, Scores& sum,
                                       const Scores& scores, const Scores& dp, int query, int first_key) {
     const int lane = threadIdx.x & 31;
-    const uint64_t visible = visible_keys<kBlockK>(params, batch, first_key);
+    const uint64_t not_masked = visible_keys<kBlockK>(params, batch, first_key);
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
     const int64_t first_row = (int64_t(batch) * params.num_heads + head) * params.seq_len_q;
 #pragma unroll
@@ -65,13 +70,14 @@ struct BiasGradient {
       if (row_sum_log2 == -infinity()) continue;  // no such row, or an empty one
       const float delta = params.delta[first_row + row];
       const Range keys = keys_of(params, row);
+      const uint64_t visible = not_masked & bits_before(keys.end - first_key) & ~bits_before(keys.first - first_key);
       const BiasRow<T> bias(params, batch, head, row, first_key + 2 * (lane & 3));
 #pragma unroll
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int offset = 8 * n + 2 * (lane & 3) + i, key = first_key + offset;
-          if (!((visible >> offset) & 1) || key < keys.first || key >= keys.end) continue;
+          const int offset = 8 * n + 2 * (lane & 3) + i;
+          if (!((visible >> offset) & 1)) continue;
           const float score = scores[0][n][2 * half + i] * score_scale + bias[8 * n + i];
           sum[0][n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[0][n][2 * half + i] - delta);
         }
