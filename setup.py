@@ -62,15 +62,21 @@ class Instantiations:
     parameters: str
     maths: tuple[str, ...]  # keys of MATHS
     head_dims: dict[str, tuple[int, ...]]  # by key of MATHS; "": of those that are not named
+    variants: tuple[tuple[str, str], ...] = (("", ""),)  # ends of file names, and further template arguments
 
     def sources(self) -> dict[str, str]:
         """The text of each file, by its path in csrc/ if it were there."""
-        return {f"{self.header}_{math}.cu": self.source(math) for math in self.maths}
+        return {
+            f"{self.header}_{math}{suffix}.cu": self.source(math, arguments)
+            for math in self.maths
+            for suffix, arguments in self.variants
+        }
 
-    def source(self, math: str) -> str:
+    def source(self, math: str, arguments: str) -> str:
         head_dims = self.head_dims.get(math, self.head_dims[""])
         instances = [
-            f"template void {self.launch}<Math::{MATHS[math]}, {head_dim}>(const {self.parameters}&, cudaStream_t);"
+            f"template void {self.launch}<Math::{MATHS[math]}, {head_dim}{arguments}>"
+            f"(const {self.parameters}&, cudaStream_t);"
             for head_dim in head_dims
         ]
         namespace = "namespace flash_cosine_sim"
@@ -82,6 +88,7 @@ class Instantiations:
 MATHS = {"bf16": "kBf16", "fp16": "kFp16", "fp16_wide": "kFp16WideP", "fp32": "kFp32", "tf32": "kTf32"}
 PORTABLE = ("bf16", "fp16", "fp32", "tf32")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+BANDED = (("", ", false"), ("_banded", ", true"))
 # Every kernel template of csrc/ that dispatch.cpp launches.
 INSTANTIATIONS = (
     Instantiations("sm80/forward", "launch_forward_sm80", "ForwardParams", tuple(MATHS), {"": HEAD_DIMS}),
@@ -94,8 +101,10 @@ INSTANTIATIONS = (
     ),
     Instantiations("sm80/backward", "launch_backward_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
     Instantiations("sm80/bias_gradient", "launch_bias_gradient_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
-    Instantiations("sm90/forward", "launch_forward_sm90", "ForwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:]}),
-    Instantiations("sm90/backward", "launch_backward_sm90", "BackwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:-1]}),
+    Instantiations("sm90/forward", "launch_forward_sm90", "ForwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:]}, BANDED),
+    Instantiations(
+        "sm90/backward", "launch_backward_sm90", "BackwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:-1]}, BANDED
+    ),
 )
 
 

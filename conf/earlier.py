@@ -6,7 +6,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 REMOVED = {"model.residual": "float32"}
 # Keys that change what a run computes, each with the value that says what was done before there was the key: with them
 # an earlier run and one of today that compute the same are the same.
-ADDED = {"init_from": None, "trainer.overfit": False, "trainer.num_nodes": 1}
+ADDED = {
+    "init_from": None,
+    "trainer.overfit": False,
+    "trainer.num_nodes": 1,
+    "attention.window": None,
+    "attention.window_pattern": None,
+}
+# By group, the kinds that got its keys of ADDED; another kind need not have them.
+KINDS_ADDED_TO = {"attention": ("cosine", "regular")}
 
 
 def brought_up_to_date(config: DictConfig) -> DictConfig:
@@ -25,7 +33,8 @@ def brought_up_to_date(config: DictConfig) -> DictConfig:
             del holder[name]
     for key, before in ADDED.items():
         holder, name = _holder(config, key)
-        if holder is not None and name not in holder:
+        kinds = KINDS_ADDED_TO.get(key.partition(".")[0])
+        if holder is not None and name not in holder and (kinds is None or holder.get("kind") in kinds):
             with open_dict(holder):
                 holder[name] = before
     return config

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from models.rotary import Rotary
+from models.windows import window_of_layer, windowed_attention
 
 # Without a shift the largest exponential is exp(scale * groups); 40 is the library's documented range, in which
 # bf16 and fp32 probabilities neither overflow nor lose the row sum to flushed subnormals.
@@ -23,15 +24,23 @@ PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
 
 
 class InnerAttention(Protocol):
-    """What turns q, k and v into o inside ``SelfAttention``: an nn.Module, built from num_heads and head_dim.
+    """What turns q, k and v into o inside ``SelfAttention``: an nn.Module.
+
+    It is built from num_heads and head_dim, and from layer, counted from 0, and num_layers of the model it is in.
 
     q is (batch, num_heads, seq_len_q, head_dim), k and v are (batch, num_kv_heads, seq_len_k, head_dim), of one dtype;
     num_kv_heads divides num_heads, and each key head serves num_heads / num_kv_heads query heads in a row.
-    Attention is causal: the last query sees every key, the one before it every key but the last.
+    Attention is causal: the last query sees every key, the one before it every key but the last; within a window each
+    of them sees no more than the last ``window`` of these.
 
     One that learns its scale also has log_scale, the logarithms (num_heads,), and max_scale, their common bound: both
     are logged while training.
+
+    Attributes:
+        window: the most keys that a query sees, itself among them, which the count of FLOPs goes by; None for all.
     """
+
+    window: int | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o, of the shape and dtype of q; seq_len_q is seq_len_k, or 1 when keys come from a cache."""
@@ -46,10 +55,14 @@ class CosineAttention(nn.Module):
     Args:
         num_heads: query heads.
         head_dim: a multiple of 8 up to 256, what the library's back ends serve.
+        layer: counted from 0.
+        num_layers: of the model.
         scale: the fixed temperature, or the initial one of every head if ``learned_scale``.
         learned_scale: one temperature per head, learned as its logarithm and held below 40 / groups.
         groups: l2-normalise the head dimension in this many equal parts; logits then reach scale * groups.
         backend: "auto", "cuda", "sdpa" or "reference", as in ``flash_cosine_sim_attention``.
+        window: the most keys that a query sees, itself among them, or None; not in the last layer.
+        window_pattern: the layers that have the window, as in ``window_of_layer``.
     """
 
     def __init__(
@@ -57,10 +70,14 @@ class CosineAttention(nn.Module):
         num_heads: int,
         head_dim: int,
         *,
+        layer: int,
+        num_layers: int,
         scale: float,
         learned_scale: bool,
         groups: int,
         backend: str,
+        window: int | None = None,
+        window_pattern: str | None = None,
     ):
         super().__init__()
         if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
@@ -77,6 +94,7 @@ class CosineAttention(nn.Module):
             )
         if backend not in ("auto", "cuda", "sdpa", "reference"):
             raise ValueError(f"attention.backend must be auto, cuda, sdpa or reference, got {backend!r}")
+        self.window = window_of_layer(window, window_pattern, layer=layer, num_layers=num_layers)
         self.fixed_scale = scale
         self.groups = groups
         self.backend = backend
@@ -94,22 +112,37 @@ class CosineAttention(nn.Module):
         """The largest |scale * cos(q, k)| of a visible pair, a float32 scalar; shapes as in ``forward``."""
         q, k = l2norm_tensors(q.float(), k.float(), groups=self.groups)
         scale = torch.as_tensor(self.scale(), device=q.device)
-        return (largest_products(q, k) * scale).amax()
+        return (largest_products(q, k, self.window) * scale).amax()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (batch, num_heads, seq_len_q, head_dim), k and v (batch, num_kv_heads, seq_len_k, head_dim) -> like q."""
+        window_size = None if self.window is None else (self.window - 1, 0)
         return flash_cosine_sim_attention(
-            q, k, v, scale=self.scale(), groups=self.groups, causal=True, backend=self.backend
+            q, k, v, scale=self.scale(), groups=self.groups, causal=True, window_size=window_size, backend=self.backend
         )
 
 
 class RegularAttention(nn.Module):
-    """o = softmax(q k^T / sqrt(head_dim)) v, causal: PyTorch's scaled_dot_product_attention (Vaswani et al. 2017)."""
+    """o = softmax(q k^T / sqrt(head_dim)) v, causal: PyTorch's scaled_dot_product_attention (Vaswani et al. 2017).
 
-    def __init__(self, num_heads: int, head_dim: int):
+    Layers with a window take ``windowed_attention``, which says by what it is computed. Arguments as those of
+    ``CosineAttention``.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        num_layers: int,
+        window: int | None = None,
+        window_pattern: str | None = None,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.window = window_of_layer(window, window_pattern, layer=layer, num_layers=num_layers)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Shapes as in ``CosineAttention``; seq_len_q is 1 (decoding) or seq_len_k (everything at once)."""
@@ -117,17 +150,22 @@ class RegularAttention(nn.Module):
         if seq_len_q not in (1, seq_len_k):
             # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
             raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
+        if self.window is not None and self.window < seq_len_k:
+            if seq_len_q > 1:
+                return windowed_attention(q, k, v, self.window)
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         return F.scaled_dot_product_attention(q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1])
 
     def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
         """The largest |q k^T| / sqrt(head_dim) of a visible pair, a float32 scalar; shapes as in ``forward``."""
-        return largest_products(q.float(), k.float()).amax() / math.sqrt(self.head_dim)
+        return largest_products(q.float(), k.float(), self.window).amax() / math.sqrt(self.head_dim)
 
 
-def largest_products(q: Tensor, k: Tensor) -> Tensor:
-    """The largest |q_i . k_j| with j <= i of each head, float32 (num_heads,): query rows in turn, in little memory.
+def largest_products(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """The largest |q_i . k_j| that is visible in each head, float32 (num_heads,): query rows in turn, in little memory.
 
-    q (batch, num_heads, seq_len, head_dim), k (batch, num_kv_heads, seq_len, head_dim), both float32.
+    q (batch, num_heads, seq_len, head_dim), k (batch, num_kv_heads, seq_len, head_dim), both float32. Visible is
+    j <= i, with a window i - window < j <= i.
     """
     batch, num_heads, seq_len, _ = q.shape
     k = k.repeat_interleave(num_heads // k.shape[1], dim=1)
@@ -136,12 +174,18 @@ def largest_products(q: Tensor, k: Tensor) -> Tensor:
     for start in range(0, seq_len, rows):
         end = min(start + rows, seq_len)
         products = q[:, :, start:end] @ k[:, :, :end].mT  # (batch, num_heads, rows, end)
-        largest = torch.maximum(largest, products.abs().tril(start).amax((0, 2, 3)))
+        visible = products.abs().tril(start)
+        if window is not None:
+            visible = visible.triu(start - window + 1)
+        largest = torch.maximum(largest, visible.amax((0, 2, 3)))
     return largest
 
 
 class KVCache:
-    """Rotated keys and values of one layer, filled from the left: two (batch, num_kv_heads, seq_len, head_dim)."""
+    """Rotated keys and values of one layer, filled from the left: two (batch, num_kv_heads, seq_len, head_dim).
+
+    A layer with a window keeps all of them, too, and reads those of its window.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype):
         self.k = torch.empty(shape, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.attention import InnerAttention, KVCache, SelfAttention
 from models.blocks import MLP, Block
 from models.rotary import Rotary
+from models.windows import mean_visible_keys
 
 VOCABULARY = 256  # one token a byte
 
@@ -22,7 +23,7 @@ class GPT(nn.Module):
         num_heads: attention heads.
         num_kv_heads: key/value heads, dividing num_heads; None for num_heads.
         seq_len: the longest context, in bytes.
-        attention: builds the inner attention from num_heads and head_dim.
+        attention: builds a layer's inner attention from num_heads, head_dim, layer (from 0) and num_layers.
         block: builds a block from width, num_layers, attention and mlp; says how the stream is normalised.
         positions: "rotary" (relative, in q and k) or "learned" (absolute, added to the embedding).
         tied_head: share the embedding's weights with the head.
@@ -54,12 +55,12 @@ class GPT(nn.Module):
         rotary = Rotary(head_dim, seq_len) if positions == "rotary" else None
         self.dropout = nn.Dropout(dropout)
 
-        def layer() -> Block:
-            inner = attention(num_heads=num_heads, head_dim=head_dim)
+        def build_layer(layer: int) -> Block:
+            inner = attention(num_heads=num_heads, head_dim=head_dim, layer=layer, num_layers=num_layers)
             around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
             return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))
 
-        self.blocks = nn.ModuleList(layer() for _ in range(num_layers))
+        self.blocks = nn.ModuleList(build_layer(layer) for layer in range(num_layers))
         self.norm = self.blocks[0].final_norm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self._init_weights(tied_head)
@@ -170,13 +171,13 @@ class GPT(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations a token of one training step, forward and backward.
 
-        6 a weight of every matrix product (the embedding is a look-up), and for attention 6 * num_layers * width *
-        seq_len: QK^T and PV are 4 * width * seq_len a token forward, twice that backward, and a causal token sees
-        half of the keys (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
+        6 a weight of every matrix product (the embedding is a look-up), and for attention 12 * width a visible key:
+        QK^T and PV are 4 * width a key forward, twice that backward (PaLM, Chowdhery et al. 2022, appendix B). A causal
+        token sees half of the keys, seq_len / 2; one with a window of w keys w (1 - w / (2 seq_len)) of them.
         """
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        width = self.embedding.embedding_dim
-        return 6.0 * weights + 6.0 * len(self.blocks) * width * seq_len
+        keys = sum(mean_visible_keys(seq_len, block.attention.inner.window) for block in self.blocks)
+        return 6.0 * weights + 12.0 * self.embedding.embedding_dim * keys
 
 
 def _fill_tables(gpt: GPT, _incompatible_keys: object) -> None:

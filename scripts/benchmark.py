@@ -2,6 +2,9 @@
 
     python -m scripts.benchmark --causal --dtype float16 float32
     python -m scripts.benchmark --preset hidden2048 --head-dim 128 --json h200.json --plot h200.png
+    python -m scripts.benchmark --preset hidden2048 --seq-len 8192 --causal --window 1024
+    python -m scripts.benchmark --preset hidden2048 --causal --packed docs/results/packed/lengths.json
+    python -m scripts.benchmark --preset hidden2048 --seq-len 8192 --padding last 0.25 --each-direction
 
 Contenders: ours by each --backend; naive einsum; l2norm + SDPA, with the norms as they are and compiled into one kernel
 each way, and SDPA without norm, by PyTorch's flash, cuDNN and memory-efficient kernels; with --seq-len-q also ours and
@@ -9,14 +12,20 @@ SDPA over keys that were normalised once, when they were cached; FlashAttention-
 installed; and the predecessor, whose package has the same name as ours and is therefore loaded out of a folder of its
 own: see --predecessor. --contenders picks some of them.
 
+--window and --packed add, on a GPU, compiled l2norm + FlashAttention. --window adds flex_attention there, alone and
+compiled with the l2norm, its mask made before it is timed; those to which a window is a mask over all pairs are timed
+with --dense-mask only. --packed adds PyTorch's varlen_attn, and ours of the same tokens as a batch where all lengths
+are equal. --padding adds ours without the mask, which sees every key.
+
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
-inputs, at the smallest length (2048 at most, and a batch of two); one that is wrong, or that cannot serve the case, is
-listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel can crash,
-and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over random data
-after warm-up and a pause, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every time.
-TFLOP/s count 4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5 times
-that backward. The peak of memory is what forward and backward allocate beyond the inputs and the gradient of the
-output.
+inputs, at the smallest length (2048 at most, a window shrinking with it, and a batch of two) or the first list of
+packed lengths (of 4096 tokens at most, every length shrinking with their sum); one that is wrong, or that cannot serve
+the case, is listed with the reason and not timed. The predecessor is checked in a process of its own, which its kernel
+can crash, and used in this one only if it is right there. Times are medians of CUDA events (of a clock on a CPU) over
+random data after warm-up and a pause, the L2 cache flushed between calls. Ours includes the l2norm of q and k in every
+time. TFLOP/s count 4 * batch * heads * head_dim operations for every visible pair of query and key forward, and 2.5
+times that backward; what --mask-prob hides counts as visible. The peak of memory is what forward and backward allocate
+beyond the inputs and the gradient of the output.
 
 Large GPUs lower their clock after tens of milliseconds of such work, to stay within their power limit. --sustained
 measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
@@ -50,7 +59,7 @@ from torch import Tensor
 from flash_cosine_sim_attention.ops import kernels_error
 from models.training.environment import environment
 from models.training.tables import print_line, show
-from scripts import Parser, choose_device, integer, run_script
+from scripts import Parser, choose_device, integer, packing, run_script
 from scripts.contenders import (
     DTYPES,
     INSTALL_PREDECESSOR,
@@ -58,6 +67,7 @@ from scripts.contenders import (
     Case,
     Contender,
     Inputs,
+    case_of,
     contenders,
     exact,
     make_inputs,
@@ -73,6 +83,12 @@ LONGEST_CHECK_S = 300.0  # of a process that checks one contender: Triton's comp
 DIRECTIONS = {"forward_ms": ("forward", 1.0), "backward_ms": ("backward", 2.5), "both_ms": ("forward + backward", 3.5)}
 LENGTHS = {"predecessor": (128, 256, 512, 1024, 2048, 4096, 8192), "hidden2048": (2048, 4096, 8192, 16384)}
 TOKENS, HIDDEN = 16384, 2048  # of --preset hidden2048
+# Options that do not go together: the first with those that it takes none of.
+APART = {
+    "packed": ("seq_len", "seq_len_q", "batch", "mask_prob", "bias", "padding", "plot"),
+    "window": ("seq_len_q", "padding"),  # few queries: contenders disagree about which keys the first one sees
+    "padding": ("mask_prob",),
+}
 
 
 class Timer:
@@ -172,14 +188,16 @@ class Timer:
 
 def check(candidates: list[Contender], case: Case, device: torch.device) -> tuple[dict[str, dict], dict[str, str]]:
     """The relative RMS errors against float64 of each contender that ran, and why some are not to be timed."""
-    inputs = make_inputs(case, device)
-    expected = {cosine: exact(inputs, case, cosine) for cosine in {contender.cosine for contender in candidates}}
+    inputs = {problem: make_inputs(problem, device) for problem in {c.problem(case) for c in candidates}}
+    kinds = {(contender.problem(case), contender.cosine) for contender in candidates}
+    expected = {(problem, cosine): exact(inputs[problem], problem, cosine) for problem, cosine in kinds}
     errors, refused = {}, {}
     for contender in candidates:
-        name = contender.name
+        name, problem = contender.name, contender.problem(case)
         try:
             if contender.folder is None:
-                errors[name] = _errors(contender, case, inputs, expected[contender.cosine])
+                right = expected[problem, contender.cosine]
+                errors[name] = _errors(contender, problem, inputs[problem], right)
             else:
                 errors[name] = _errors_apart(contender, case, device)
         except Exception as error:  # other people's code: whatever it raises
@@ -257,7 +275,7 @@ def measure(
     graphs: bool = False,
 ) -> dict[str, Any]:
     """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
-    result = {}
+    case, result = contender.problem(case), {}
     try:
         with contender.setting():
             _measure(result, contender, case, timer, directions, host, sustained, graphs)
@@ -362,18 +380,61 @@ def _first_line(error: Exception) -> str:
 
 
 def cases(arguments: argparse.Namespace, dtype: str) -> list[Case]:
-    """One case a length, from the smallest."""
-    if arguments.causal and arguments.seq_len_q:
-        raise ValueError("--seq-len-q takes no --causal: contenders disagree about which keys the first query sees")
-    found = []
-    for seq_len in sorted(set(arguments.seq_len or LENGTHS[arguments.preset])):
+    """One case a length, from the smallest, or a list of packed lengths, in their order."""
+    _check_together(arguments)
+    window, padding, found = window_of(arguments), padding_of(arguments), []
+    lists = [lengths for text in arguments.packed or () for lengths in packing.read_lengths(text)]
+    for lengths in lists or sorted(set(arguments.seq_len or LENGTHS[arguments.preset])):
+        seq_len = lengths if isinstance(lengths, int) else sum(lengths)
         batch, heads = _batch_and_heads(arguments, seq_len)
         kv_heads = arguments.kv_heads or heads
         if heads % kv_heads:
             raise ValueError(f"--kv-heads must divide --heads {heads}, got {kv_heads}")
         options = (arguments.causal, arguments.mask_prob, arguments.bias, arguments.seq_len_q)
-        found.append(Case(batch, heads, kv_heads, seq_len, arguments.head_dim, dtype, *options))
+        case = Case(batch, heads, kv_heads, seq_len, arguments.head_dim, dtype, *options, window=window)
+        case = replace(case, batch=1, lengths=lengths) if lists else replace(case, padding=padding)
+        if case.padding and not 0 < case.hidden_keys < seq_len:
+            hidden = f"{case.hidden_keys} of {seq_len} keys"
+            raise ValueError(f"--padding must hide some keys, not all: {padding[1]:g} hides {hidden}")
+        found.append(case)
     return found
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    if arguments.causal and arguments.seq_len_q:
+        raise ValueError("--seq-len-q takes no --causal: contenders disagree about which keys the first query sees")
+    for name, others in APART.items():
+        for other in others:
+            if getattr(arguments, name) and getattr(arguments, other):
+                raise ValueError(f"--{name} takes no --{other.replace('_', '-')}")
+    if arguments.dense_mask and not arguments.window:
+        raise ValueError("--dense-mask needs --window: it is how some contenders get one")
+
+
+def window_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """--window LEFT [RIGHT]; RIGHT is 0 with --causal, else LEFT."""
+    if arguments.window is None:
+        return None
+    left, *rest = arguments.window
+    right = rest[0] if rest else 0 if arguments.causal else left
+    if len(rest) > 1 or left == right == -1 or (arguments.causal and right):
+        accepted = "LEFT [RIGHT], of which one is not -1, RIGHT being 0 with --causal"
+        raise ValueError(f"--window must be {accepted}; got {' '.join(map(str, arguments.window))}")
+    return left, right
+
+
+def padding_of(arguments: argparse.Namespace) -> tuple[str, float] | None:
+    """--padding last|first FRACTION."""
+    if arguments.padding is None:
+        return None
+    place, text = arguments.padding
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if place not in ("last", "first") or not 0 < share < 1:
+        raise ValueError(f"--padding must be last or first and a number in (0, 1), got {place} {text}")
+    return place, share
 
 
 def _batch_and_heads(arguments: argparse.Namespace, seq_len: int) -> tuple[int, int]:
@@ -381,6 +442,8 @@ def _batch_and_heads(arguments: argparse.Namespace, seq_len: int) -> tuple[int, 
         return arguments.batch or 4, arguments.heads or 8
     if arguments.batch or arguments.heads:
         raise ValueError("--preset hidden2048 sets --batch and --heads itself: leave them out")
+    if arguments.packed and seq_len != TOKENS:
+        raise ValueError(f"--preset hidden2048 takes --packed lengths that add up to {TOKENS}, got {seq_len}")
     for flag, whole, part in (("--seq-len", TOKENS, seq_len), ("--head-dim", HIDDEN, arguments.head_dim)):
         if whole % part:
             raise ValueError(f"--preset hidden2048 takes a {flag} that divides {whole}, got {part}")
@@ -393,7 +456,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.graphs and not (device.type == "cuda" and arguments.only_forwards):
         raise ValueError("--graphs needs a GPU and --only-forwards: it times CUDA graphs of forward passes")
     problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
-    candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q))
+    every = [case for listed in problems for case in listed]
+    candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q), every)
     candidates = picked(candidates, arguments.contenders)
     for path in filter(None, (arguments.json, arguments.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -443,9 +507,14 @@ def _compare(
     listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The report's part on one dtype."""
-    smallest = listed[0]
-    checked = replace(smallest, batch=min(smallest.batch, CHECKED_BATCH), seq_len=min(smallest.seq_len, CHECKED_LENGTH))
+    smallest, too_slow = listed[0], {}
+    if smallest.window and not arguments.dense_mask:
+        reason = "a window is a mask over all pairs to it, which --dense-mask times"
+        too_slow = {contender.name: reason for contender in candidates if contender.dense_mask}
+        candidates = [contender for contender in candidates if contender.name not in too_slow]
+    checked = checked_case(smallest)
     errors, refused = check(candidates, checked, timer.device)
+    refused |= too_slow
     show(_accuracy_table(checked, errors))
     peak = gemm_tflops(timer, smallest.dtype)
     copy = copy_tb_s(timer) if smallest.seq_len_q else None
@@ -461,19 +530,38 @@ def _compare(
         if not measured:
             break
         results = {contender.name: result for contender, result in measured.items()}
-        show(_table(case, results, peak))
+        show(_table(case, measured, peak))
         if case.seq_len_q:
             show(_bandwidth_table(case, results, copy))
         if arguments.sustained:
-            show(_sustained_table(case, results))
+            show(_sustained_table(case, measured))
         if host:
             show(_host_table(case, results))
-        rows += [{**asdict(case), "contender": c.name, "cosine": c.cosine, **result} for c, result in measured.items()]
+        for contender, result in measured.items():
+            names = {"contender": contender.name, "cosine": contender.cosine}
+            rows.append({**asdict(contender.problem(case)), **names, **result})
+    ratios = ratios_by_contender(rows)
+    if smallest.lengths and len(listed) > 1 and ratios:
+        show(_lists_table(listed, ratios))
     accuracy = []
     for name, results in errors.items():
         numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
         accuracy.append({**asdict(checked), "contender": name, **numbers})
     return {"accuracy": accuracy, "gemm_tflops": peak, "copy_tb_s": copy, "refused": refused, "rows": rows}
+
+
+def checked_case(case: Case) -> Case:
+    """The problem that is checked in place of a larger one: a smaller batch, shorter, with a narrower window."""
+    if case.lengths is None:
+        seq_len = min(case.seq_len, CHECKED_LENGTH)
+        smaller = replace(case, batch=min(case.batch, CHECKED_BATCH), seq_len=seq_len)
+    else:
+        lengths = packing.scaled(case.lengths, min(1.0, CHECKED_BATCH * CHECKED_LENGTH / case.seq_len))
+        smaller = replace(case, seq_len=sum(lengths), lengths=lengths)
+    if case.window is None:
+        return smaller
+    left, right = (packing.scaled_one(side, smaller.seq_len / case.seq_len) for side in case.window)
+    return replace(smaller, window=(left, right))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -502,6 +590,13 @@ def _shapes(listed: list[Case]) -> str:
     heads = f"{case.heads}" if case.kv_heads == case.heads else f"{case.heads}/{case.kv_heads}"
     batch = f"batch {case.batch}" if len({c.batch for c in listed}) == 1 else f"batch x seq_len {TOKENS}"
     options = ("causal",) * case.causal + (f"mask {case.mask_prob:g}",) * bool(case.mask_prob) + ("bias",) * case.bias
+    if case.window is not None:
+        options += (f"window {case.window}",)
+    if case.padding is not None:
+        options += (f"{case.padding[0]} {case.padding[1]:g} of the keys hidden",)
+    if case.lengths is not None:
+        several = len({c.lengths for c in listed}) > 1
+        batch = f"{len(listed)} lists" if several else f"packed {packing.described(case.lengths)}"
     queries = (f"seq_len_q {case.seq_len_q}",) if case.seq_len_q else ()
     return ", ".join((batch, f"heads {heads}", f"head_dim {case.head_dim}", *queries, *options))
 
@@ -543,46 +638,71 @@ def _bandwidth_table(case: Case, measured: dict[str, dict], copy: float | None) 
     return table
 
 
-def _sustained_table(case: Case, measured: dict[str, dict]) -> Table:
+def _lists_table(listed: list[Case], ratios: dict[str, dict[str, list[float]]]) -> Table:
+    """Others' times over ours: the median over the lists of lengths, and the lowest."""
+    table = Table(title=f"x ours, over all lists: median, lowest\n{listed[0].dtype}, {_shapes(listed)}")
+    table.add_column("contender")
+    keys = [key for key in DIRECTIONS if any(key in found for found in ratios.values())]
+    for key in keys:
+        table.add_column(DIRECTIONS[key][0], justify="right")
+    for name, found in ratios.items():
+        several = [found.get(key) for key in keys]
+        table.add_row(name, *(f"{statistics.median(some):.2f}, {min(some):.2f}" if some else "-" for some in several))
+    return table
+
+
+def ratios_by_contender(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Of the rows of several problems every other contender's times over ours, by contender and key of DIRECTIONS."""
+    found: dict[str, dict[str, list[float]]] = {}
+    ours = {case_of(row): row for row in reversed(rows) if row["contender"].startswith("ours")}  # the first back end's
+    for row in rows:
+        own = ours.get(case_of(row), row)
+        for key in DIRECTIONS:
+            if own is not row and key in row and key in own:
+                found.setdefault(row["contender"], {}).setdefault(key, []).append(row[key] / own[key])
+    return found
+
+
+def _sustained_table(case: Case, measured: dict[Contender, dict]) -> Table:
     table = Table(title=f"under continuous load\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
     table.add_column("contender")
     keys = [key for key in ("forward", "both") if any(f"sustained_{key}_ms" in result for result in measured.values())]
     for key in keys:
         for heading in (f"{DIRECTIONS[f'{key}_ms'][0]} ms", "TFLOP/s", "GHz"):
             table.add_column(heading, justify="right")
-    for name, result in measured.items():
+    for contender, result in measured.items():
         cells = []
         for key in keys:
             if f"sustained_{key}_ms" not in result:
                 cells += ["-"] * 3
                 continue
             ms, ghz = result[f"sustained_{key}_ms"], result[f"{key}_ghz"]
-            tflops = DIRECTIONS[f"{key}_ms"][1] * case.flops() / ms / 1e9
+            tflops = DIRECTIONS[f"{key}_ms"][1] * contender.problem(case).flops() / ms / 1e9
             cells += [f"{ms:.3f}", f"{tflops:.1f}", "-" if ghz is None else f"{ghz:.2f}"]
-        table.add_row(name, *cells)
+        table.add_row(contender.name, *cells)
     return table
 
 
-def _table(case: Case, measured: dict[str, dict], peak: float | None) -> Table:
+def _table(case: Case, measured: dict[Contender, dict], peak: float | None) -> Table:
     table = Table(title=f"seq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
     table.add_column("contender")
-    ours = next((result for name, result in measured.items() if name.startswith("ours")), {})
+    ours = next((result for contender, result in measured.items() if contender.name.startswith("ours")), {})
     times = [key for key in DIRECTIONS if any(key in result for result in measured.values())]
     for key in times:
         for heading in (f"{DIRECTIONS[key][0]} ms", "x ours", "TFLOP/s", *(["of GEMM"] if peak else [])):
             table.add_column(heading, justify="right")
     table.add_column("peak MiB", justify="right")
-    for name, result in measured.items():
+    for contender, result in measured.items():
         cells = []
         for key in times:
             if key not in result:
                 cells += ["-"] * (4 if peak else 3)
                 continue
-            tflops = DIRECTIONS[key][1] * case.flops() / result[key] / 1e9
+            tflops = DIRECTIONS[key][1] * contender.problem(case).flops() / result[key] / 1e9
             ratio = f"{result[key] / ours[key]:.2f}" if key in ours else "-"
             cells += [f"{result[key]:.3f}", ratio, f"{tflops:.1f}", *([f"{tflops / peak:.0%}"] if peak else [])]
         memory = result.get("error") or (f"{result['peak_mib']:.0f}" if "peak_mib" in result else "-")
-        table.add_row(name, *cells, memory)
+        table.add_row(contender.name, *cells, memory)
     return table
 
 
@@ -621,8 +741,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def _draw(axes: Any, points: list[dict], key: str, colour: tuple) -> list:
     """One contender's line: thick if it is ours, dashed if it does not normalise."""
-    fields = Case.__dataclass_fields__
-    operations = [DIRECTIONS[key][1] * Case(**{field: row[field] for field in fields}).flops() for row in points]
+    operations = [DIRECTIONS[key][1] * case_of(row).flops() for row in points]
     return axes.plot(
         [row["seq_len"] for row in points],
         [flops / row[key] / 1e9 for flops, row in zip(operations, points, strict=True)],
@@ -656,6 +775,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask-prob", type=_probability, default=0.0, help="share of keys that a key mask hides")
     parser.add_argument("--bias", action="store_true", help="a bias a head, with gradient")
+    parser.add_argument(
+        "--window",
+        type=integer(-1),
+        nargs="+",
+        metavar=("LEFT", "RIGHT"),
+        help="a sliding window: a query sees LEFT keys before its own and RIGHT after it, -1 being all; RIGHT is 0 "
+        "with --causal, else by default LEFT",
+    )
+    parser.add_argument(
+        "--dense-mask", action="store_true", help="with --window also those that get a mask over all pairs, made before"
+    )
+    parser.add_argument(
+        "--packed",
+        nargs="+",
+        metavar="FILE|LIST",
+        help="packed sequences: lengths such as 8x2048 or 300,0,700, or a JSON file with lists of them, as "
+        "docs/results/packed/lengths.json has; over several lists others' times over ours are summed up",
+    )
+    parser.add_argument(
+        "--padding",
+        nargs=2,
+        metavar=("last|first", "FRACTION"),
+        help="a key mask that hides so many of the keys, at the end or at the start of each sequence",
+    )
     parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "cuda", "sdpa", "reference"))
     parser.add_argument(
         "--contenders",

@@ -11,6 +11,8 @@ but without validations before the end and without a progress bar:
 - nanogpt: nanoGPT's model (https://github.com/karpathy/nanoGPT, a model.py that --nanogpt names) of the same size over
   the same bytes, in the bare loop, as its train.py sets it up: SDPA, no biases, its own AdamW groups (fused on a GPU),
   gradients clipped at 1, bf16 autocast and torch.compile wherever ours has them.
+- nanogpt_windows: the same with the windows of attention.window and attention.window_pattern, if they are given: in
+  layers with one, flex_attention in place of SDPA (not compiled, or on a CPU: SDPA under an explicit mask).
 
 They take turns, --rounds times. A result is the median over intervals of trainer.log_every steps, each ended by waiting
 for the device; the first interval, which compiles and warms up, does not count. --profile also lists the kernels of a
@@ -47,6 +49,7 @@ from torch import Tensor, nn
 from conf.command_line import check
 from conf.schema import CONF, builder, validate
 from data.bytes import Corpus
+from models.attention import RegularAttention
 from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
@@ -57,7 +60,7 @@ from scripts import Parser, autocast, integer, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
 
-CONTENDERS = ("lightning", "bare", "nanogpt")
+CONTENDERS = ("lightning", "bare", "nanogpt_windows", "nanogpt")  # the last is what the others are compared with
 PROFILED_STEPS = 5
 KERNELS_SHOWN = 25
 DEFAULT_STEPS = 200
@@ -91,8 +94,8 @@ def our_trainee(config: DictConfig, device: torch.device) -> Trainee:
     )
 
 
-def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device) -> Trainee:
-    """NanoGPT's model of the same size, with the settings of its own train.py."""
+def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device, *, windows: bool = False) -> Trainee:
+    """NanoGPT's model of the same size, with the settings of its own train.py; on request with the same windows."""
     code = load_nanogpt(path)
     sizes = {"n_layer": config.model.num_layers, "n_head": config.model.num_heads, "n_embd": config.model.width}
     settings = {"block_size": config.seq_len, "vocab_size": VOCABULARY, "dropout": config.model.dropout, "bias": False}
@@ -101,6 +104,8 @@ def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device) -> Tra
         optimizer = gpt.configure_optimizers(
             weight_decay=0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type=device.type
         )
+    if windows:
+        give_windows(gpt, config)
     parameters = list(gpt.parameters())
     forward = torch.compile(gpt) if _compiles(config) else gpt
     return Trainee(
@@ -110,6 +115,32 @@ def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device) -> Tra
         update_lr=lambda: None,
         clip_norm=1.0,
     )
+
+
+class WindowedAttention(nn.Module):
+    """The attention of one of nanoGPT's layers, with the weights that it has there, within a window."""
+
+    def __init__(self, attention: nn.Module, inner: RegularAttention):
+        super().__init__()
+        self.attention = attention
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, seq_len, width) -> the same."""
+        parts = self.attention.c_attn(x).chunk(3, dim=-1)  # q, k, v
+        o = self.inner(*(part.unflatten(-1, (self.inner.num_heads, -1)).transpose(1, 2) for part in parts))
+        return self.attention.resid_dropout(self.attention.c_proj(o.transpose(1, 2).flatten(2)))
+
+
+def give_windows(gpt: nn.Module, config: DictConfig) -> None:
+    """Gives the layers of nanoGPT's model the windows of the configuration; a layer without one stays as it is."""
+    num_layers, num_heads = config.model.num_layers, config.model.num_heads
+    sizes = {"num_heads": num_heads, "head_dim": config.model.width // num_heads, "num_layers": num_layers}
+    windows = {"window": config.attention.window, "window_pattern": config.attention.window_pattern}
+    for layer, block in enumerate(gpt.transformer.h):
+        inner = RegularAttention(**sizes, **windows, layer=layer)
+        if inner.window is not None:
+            block.attn = WindowedAttention(block.attn, inner)
 
 
 def load_nanogpt(path: Path) -> Any:
@@ -223,9 +254,9 @@ def _synchronize(device: torch.device) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    builders = choose_contenders(arguments)
     configs = cases_of(arguments)
     some = next(iter(configs.values()))
+    builders = choose_contenders(arguments, some)
     cuda = uses_cuda(some.trainer.accelerator)
     if arguments.profile and not cuda:
         raise ValueError("--profile needs a CUDA device: it lists a GPU's kernels")
@@ -269,15 +300,27 @@ def cases_of(arguments: argparse.Namespace) -> dict[tuple[str, int], DictConfig]
     return found
 
 
-def choose_contenders(arguments: argparse.Namespace) -> dict[str, Build | None]:
-    """By name: what the bare loop trains; None is Lightning's loop. Raises ValueError without nanoGPT's code."""
-    builders = {"lightning": None, "bare": our_trainee}
+def choose_contenders(arguments: argparse.Namespace, config: DictConfig) -> dict[str, Build | None]:
+    """By name: what the bare loop trains; None is Lightning's loop.
+
+    Raises ValueError without nanoGPT's code, and for its windows where the configuration has none, or has dropout.
+    """
+    builders: dict[str, Build | None] = {"lightning": None, "bare": our_trainee}
     if arguments.nanogpt is not None:
         load_nanogpt(arguments.nanogpt)  # a wrong path shows before anything is timed
+        if config.attention.get("window") is not None:
+            builders["nanogpt_windows"] = functools.partial(nanogpt_trainee, arguments.nanogpt, windows=True)
         builders["nanogpt"] = functools.partial(nanogpt_trainee, arguments.nanogpt)
-    elif "nanogpt" in (arguments.contenders or ()):
-        raise ValueError("--contenders nanogpt needs --nanogpt, the path of its model.py")
-    return {name: builders[name] for name in dict.fromkeys(arguments.contenders or builders)}
+    chosen = list(dict.fromkeys(arguments.contenders or builders))
+    for name in chosen:
+        if name.startswith("nanogpt") and arguments.nanogpt is None:
+            raise ValueError(f"--contenders {name} needs --nanogpt, the path of its model.py")
+        if name not in builders:
+            raise ValueError(f"--contenders {name} needs attention.window, the windows that it is given")
+    if "nanogpt_windows" in chosen and config.model.dropout:
+        # nanoGPT drops probabilities of its attention, too, which flex_attention cannot
+        raise ValueError(f"model.dropout must be 0 for nanoGPT with the windows, got {config.model.dropout}")
+    return {name: builders[name] for name in chosen}
 
 
 def configure(overrides: list[str], model: str | None, seq_len: int | None, steps: int) -> tuple[DictConfig, str]:

@@ -3,37 +3,45 @@
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
+    plain_cosine_sim_attention,
+)
+from flash_cosine_sim_attention.ops import visible_pairs
 
 SCALE = 10.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# name: module that has flash_attn_func, distribution
-FLASH_ATTENTION = {
-    "FlashAttention-4": ("flash_attn.cute", "flash-attn-4"),
-    "FlashAttention-3": ("flash_attn_interface", "flash-attn-3"),
+# name: module that has flash_attn_func and flash_attn_varlen_func, distribution, a window's unlimited side
+FLASH_ATTENTION: dict[str, tuple[str, str, int | None]] = {
+    "FlashAttention-4": ("flash_attn.cute", "flash-attn-4", None),
+    "FlashAttention-3": ("flash_attn_interface", "flash-attn-3", -1),
 }
+VARLEN_ATTN, VARLEN_MODULE = "varlen_attn", "torch.nn.attention.varlen"
 PREDECESSOR = "flash_cosine_sim_attention"  # 0.1 and 0.2 on PyPI: a module of the same name as ours
 INSTALL_PREDECESSOR = "pip install --no-deps --no-build-isolation --target PATH flash-cosine-sim-attention==0.2.2"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: shapes and options."""
+    """One problem: shapes and options. Packed sequences are a batch of 1 whose seq_len is the total."""
 
     batch: int
     heads: int
@@ -45,20 +53,54 @@ class Case:
     mask_prob: float
     bias: bool
     seq_len_q: int | None = None  # seq_len, unless queries are fewer than keys
+    window: tuple[int, int] | None = None  # keys that a query sees to its left and right; -1 is all
+    lengths: tuple[int, ...] | None = None  # of packed sequences
+    padding: tuple[str, float] | None = None  # "last" or "first", and the share of keys there that a mask hides
 
     @property
     def queries(self) -> int:
         return self.seq_len_q or self.seq_len
 
-    def flops(self) -> float:
-        """Forward operations of the two matrix products, a causal row counting the keys it sees."""
-        pairs = self.seq_len * (self.seq_len + 1) / 2 if self.causal else self.queries * self.seq_len
-        return 4 * self.batch * self.heads * pairs * self.head_dim
+    @property
+    def hidden_keys(self) -> int:
+        """How many keys the padding is."""
+        return 0 if self.padding is None else round(self.padding[1] * self.seq_len)
+
+    def limits(self) -> tuple[int, int]:
+        """The window that is left, right being 0 under a causal mask; -1 is unlimited."""
+        left, right = self.window or (-1, -1)
+        return left, 0 if self.causal else right
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, of one head; mask_prob hides none here, for it is not exact."""
+        if self.lengths is not None:
+            return sum(visible_pairs(length, length, *self.limits()) for length in self.lengths)
+        if self.padding is None:
+            return self.batch * visible_pairs(self.queries, self.seq_len, *self.limits())
+        seen = self.seq_len - self.hidden_keys
+        if not self.causal:
+            return self.batch * self.queries * seen
+        # Queries of padding see every key before a padding at the end; those of one at the start see none.
+        rest = self.hidden_keys * seen if self.padding[0] == "last" else 0
+        return self.batch * (visible_pairs(seen, seen, -1, 0) + rest)
+
+    def flops(self) -> int:
+        """Forward operations of the two matrix products, a row counting the keys it sees."""
+        return 4 * self.heads * self.pairs() * self.head_dim
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """The problem of a row of a benchmark's JSON; older ones lack the newer fields."""
+    found = {field.name: row[field.name] for field in fields(Case) if field.name in row}
+    return Case(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 @dataclass
 class Inputs:
-    """q (batch, heads, i, head_dim); k, v (batch, kv_heads, j, head_dim); mask (batch, j); bias (heads, i, j); do."""
+    """q (batch, heads, i, head_dim); k, v (batch, kv_heads, j, head_dim); mask (batch, j); bias (heads, i, j); do.
+
+    Packed sequences have batch 1 and lie in memory as (total, heads, head_dim); cu_seqlens is int32 (sequences + 1,).
+    """
 
     q: Tensor
     k: Tensor
@@ -66,6 +108,7 @@ class Inputs:
     mask: Tensor | None
     bias: Tensor | None
     do: Tensor
+    cu_seqlens: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
         """What gradients are taken of."""
@@ -74,57 +117,112 @@ class Inputs:
     def detached(self) -> "Inputs":
         """The same tensors, of which no gradient can be taken."""
         bias = None if self.bias is None else self.bias.detach()
-        return Inputs(self.q.detach(), self.k.detach(), self.v.detach(), self.mask, bias, self.do)
+        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), bias=bias)
 
     def leaf(self) -> "Inputs":
         """The same tensors as leaves, of which gradients can be taken."""
         bias = None if self.bias is None else self.bias.detach().requires_grad_()
         q, k, v = (tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v))
-        return Inputs(q, k, v, self.mask, bias, self.do)
+        return replace(self, q=q, k=k, v=v, bias=bias)
 
     def double(self) -> "Inputs":
         """The same numbers in float64, for what is exact."""
         q, k, v, do = (tensor.detach().double() for tensor in (self.q, self.k, self.v, self.do))
         bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
-        return Inputs(*(tensor.requires_grad_() for tensor in (q, k, v)), self.mask, bias, do)
+        q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+        return replace(self, q=q, k=k, v=v, bias=bias, do=do)
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random inputs of a case; every batch element keeps its first key."""
+    """Random inputs of a case; every batch element keeps its first key, unless that is padding."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, device=device, dtype=dtype, generator=generator)
-    shape = (case.batch, case.heads, case.queries, case.head_dim)
-    kv_shape = (case.batch, case.kv_heads, case.seq_len, case.head_dim)
-    q, k, v = (random(size).requires_grad_() for size in (shape, kv_shape, kv_shape))
-    mask = bias = None
+
+    def rows(heads: int, seq_len: int) -> Tensor:
+        if case.lengths is not None:
+            return _unpacked(random((seq_len, heads, case.head_dim)))
+        return random((case.batch, heads, seq_len, case.head_dim))
+
+    sizes = ((case.heads, case.queries), (case.kv_heads, case.seq_len), (case.kv_heads, case.seq_len))
+    q, k, v = (rows(*size).requires_grad_() for size in sizes)
+    mask = bias = cu_seqlens = None
     if case.mask_prob:
         mask = torch.rand(case.batch, case.seq_len, device=device, generator=generator) >= case.mask_prob
         mask[:, 0] = True
+    if case.padding is not None:
+        mask = torch.ones(case.batch, case.seq_len, dtype=torch.bool, device=device)
+        start = case.seq_len - case.hidden_keys if case.padding[0] == "last" else 0
+        mask[:, start : start + case.hidden_keys] = False
     if case.bias:
         bias = random((case.heads, case.queries, case.seq_len)).requires_grad_()
-    return Inputs(q, k, v, mask, bias, random(shape))
+    if case.lengths is not None:
+        cu_seqlens = F.pad(torch.tensor(case.lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    return Inputs(q, k, v, mask, bias, rows(case.heads, case.queries), cu_seqlens)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """(1, heads, total, head_dim) as (total, heads, head_dim)."""
+    return tensor.squeeze(0).transpose(0, 1)
+
+
+def _unpacked(tensor: Tensor) -> Tensor:
+    """(total, heads, head_dim) as (1, heads, total, head_dim)."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _sequences(inputs: Inputs, case: Case) -> Iterator[tuple[Inputs, Case]]:
+    """Each packed sequence as a problem of its own; the problem itself where nothing is packed."""
+    if case.lengths is None:
+        yield inputs, case
+        return
+    start = 0
+    for length in filter(None, case.lengths):
+        q, k, v, do = (tensor[:, :, start : start + length] for tensor in (inputs.q, inputs.k, inputs.v, inputs.do))
+        yield replace(inputs, q=q, k=k, v=v, do=do), replace(case, seq_len=length, lengths=None)
+        start += length
 
 
 def exact(inputs: Inputs, case: Case, cosine: bool) -> list[Tensor]:
     """Output and gradients in float64."""
     wide = inputs.double()
-    if cosine:
-        o = plain_cosine_sim_attention(wide.q, wide.k, wide.v, wide.mask, wide.bias, SCALE, causal=case.causal)
-    else:
-        with sdpa_kernel(SDPBackend.MATH):
-            o = sdpa(wide, case, normalise=False)
+    attend = _exact_cosine if cosine else _exact_regular
+    o = torch.cat([attend(*sequence) for sequence in _sequences(wide, case)], dim=2)
     return [o.detach(), *torch.autograd.grad(o, wide.leaves(), wide.do)]
 
 
-def ours(inputs: Inputs, case: Case, backend: str) -> Tensor:
-    """flash_cosine_sim_attention."""
-    return flash_cosine_sim_attention(
-        inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, backend=backend
+def _exact_cosine(inputs: Inputs, case: Case) -> Tensor:
+    return plain_cosine_sim_attention(
+        inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, window_size=case.window
     )
+
+
+def _exact_regular(inputs: Inputs, case: Case) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(inputs, case, normalise=False)
+
+
+def ours(inputs: Inputs, case: Case, backend: str) -> Tensor:
+    """flash_cosine_sim_attention, or flash_cosine_sim_attention_varlen of packed sequences."""
+    options = {"scale": SCALE, "causal": case.causal, "window_size": case.window, "backend": backend}
+    if case.lengths is None:
+        return flash_cosine_sim_attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, **options)
+    q, k, v = map(_packed, (inputs.q, inputs.k, inputs.v))
+    return _unpacked(flash_cosine_sim_attention_varlen(q, k, v, **_sequence_ends(inputs, case), **options))
+
+
+def ours_as_batch(inputs: Inputs, case: Case, backend: str) -> Tensor:
+    """flash_cosine_sim_attention of packed sequences of one length as a batch, where they lie in memory."""
+    count, length = len(case.lengths), case.lengths[0]
+    q, k, v = (
+        tensor.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for tensor in (inputs.q, inputs.k, inputs.v)
+    )  # (count, heads, length, head_dim)
+    o = flash_cosine_sim_attention(q, k, v, scale=SCALE, causal=case.causal, window_size=case.window, backend=backend)
+    return o.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def naive(inputs: Inputs, case: Case) -> Tensor:
     """Normalise, multiply, mask, softmax, multiply: every score in memory, as one writes it first."""
+    _refuse_packed(case)
     q, k, v = F.normalize(inputs.q, dim=-1), F.normalize(inputs.k, dim=-1), inputs.v
     if case.kv_heads != case.heads:
         k, v = (tensor.repeat_interleave(case.heads // case.kv_heads, dim=1) for tensor in (k, v))
@@ -160,9 +258,10 @@ def compiled_l2norm() -> Callable[..., list[Tensor]]:
 
 def sdpa(inputs: Inputs, case: Case, normalise: bool, norm: Callable[..., list[Tensor]] = l2norm) -> Tensor:
     """PyTorch's scaled_dot_product_attention, with or without l2norm before it."""
+    _refuse_packed(case)
     q, k = norm(inputs.q, inputs.k) if normalise else (inputs.q, inputs.k)
     attn_mask, is_causal = inputs.bias, case.causal
-    if inputs.mask is not None or inputs.bias is not None:
+    if inputs.mask is not None or inputs.bias is not None or case.window is not None:
         hidden, is_causal = _hidden(inputs, case), False
         if attn_mask is None:
             attn_mask = ~hidden
@@ -202,18 +301,98 @@ def _norm_of_query(q: Tensor) -> list[Tensor]:
     return compiled_l2norm()(q) if q.is_cuda else l2norm(q)
 
 
-def flash_attention(inputs: Inputs, case: Case, attend: Callable) -> Tensor:
-    """FlashAttention-3's or -4's flash_attn_func, which takes (batch, seq_len, heads, head_dim)."""
+def flash_attention(
+    inputs: Inputs,
+    case: Case,
+    package: ModuleType,
+    unlimited: int | None,
+    norm: Callable[..., list[Tensor]] | None = None,
+) -> Tensor:
+    """FlashAttention-3's or -4's function, which takes (batch, seq_len, heads, head_dim), or that of packed sequences.
+
+    With ``norm`` q and k are normalised before, and the scale is ours.
+    """
     if inputs.q.dtype == torch.float32 or inputs.mask is not None or inputs.bias is not None:
         raise ValueError("it takes float16 and bfloat16, no mask and no bias")
-    q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
-    result = attend(q, k, v, causal=case.causal)
-    o = result[0] if isinstance(result, tuple) else result  # some versions return the log-sum-exp with it
-    return o.transpose(1, 2)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    options: dict[str, Any] = {"causal": case.causal}
+    if norm is not None:
+        options["softmax_scale"] = SCALE
+    if case.window is not None:
+        options["window_size"] = tuple(unlimited if side < 0 else side for side in case.limits())
+    if case.lengths is not None:
+        q, k, v = map(_packed, (q, k, v))
+        q, k = norm(q, k) if norm else (q, k)
+        result = package.flash_attn_varlen_func(q, k, v, **_sequence_ends(inputs, case), **options)
+        return _unpacked(_output(result))
+    q, k = norm(q, k) if norm else (q, k)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return _output(package.flash_attn_func(q, k, v, **options)).transpose(1, 2)
+
+
+def _sequence_ends(inputs: Inputs, case: Case) -> dict[str, Any]:
+    """The arguments of functions of packed sequences that say where these end, in the order that all have."""
+    ends, longest = inputs.cu_seqlens, max(case.lengths)
+    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+def _output(result: Tensor | tuple) -> Tensor:
+    """Some versions return the log-sum-exp with the output."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def varlen_attn(inputs: Inputs, case: Case, package: ModuleType) -> Tensor:
+    """PyTorch's torch.nn.attention.varlen.varlen_attn; a causal mask is a window to it."""
+    q, k, v = map(_packed, (inputs.q, inputs.k, inputs.v))
+    options = {} if case.kv_heads == case.heads else {"enable_gqa": True}
+    ends = _sequence_ends(inputs, case).values()  # it has other names for them
+    return _unpacked(package.varlen_attn(q, k, v, *ends, window_size=case.limits(), **options))
+
+
+def flex(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
+    """PyTorch's flex_attention, compiled, with or without l2norm in front in the same compilation."""
+    if inputs.mask is not None or inputs.bias is not None or case.lengths is not None:
+        raise ValueError("here it takes no mask, no bias and no packed sequences")
+    attend = compiled_flex(normalise, case.kv_heads != case.heads)
+    return attend(inputs.q, inputs.k, inputs.v, block_mask(case.queries, case.seq_len, case.limits(), inputs.q.device))
+
+
+@cache
+def compiled_flex(normalise: bool, grouped: bool) -> Callable[..., Tensor]:
+    """flex_attention of (q, k, v, block_mask) as torch.compile makes it for each shape, l2norm with it."""
+    # Each length compiles twice, with and without gradients; beyond torch's limit of 8 it would raise.
+    torch._dynamo.config.recompile_limit = 64
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+        scale = None
+        if normalise:
+            (q, k), scale = l2norm(q, k), SCALE
+        return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+
+    return attend
+
+
+@cache
+def block_mask(queries: int, keys: int, limits: tuple[int, int], device: torch.device) -> BlockMask:
+    """flex_attention's mask of a window, made once: its first call, which no time counts, makes it."""
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _within(query + keys - queries - key, limits, queries, keys)
+
+    return create_block_mask(visible, None, None, queries, keys, device)
+
+
+def _within(distance: Tensor, limits: tuple[int, int], queries: int, keys: int) -> Tensor:
+    """Whether a key so far to the left of a query is in its window."""
+    left, right = limits
+    return (distance <= (keys if left < 0 else left)) & (distance >= -(queries if right < 0 else right))
 
 
 def predecessor(inputs: Inputs, case: Case, attend: Callable) -> Tensor:
     """The predecessor's function; 0.2 has no argument for a bias."""
+    if case.window is not None or case.lengths is not None:
+        raise ValueError("it takes no window and no packed sequences")
     bias = {} if inputs.bias is None else {"attn_bias": inputs.bias}
     return attend(inputs.q, inputs.k, inputs.v, mask=inputs.mask, scale=SCALE, causal=case.causal, **bias)
 
@@ -223,9 +402,24 @@ def unavailable(_inputs: Inputs, _case: Case, error: Exception) -> Tensor:
     raise error
 
 
+def _refuse_packed(case: Case) -> None:
+    if case.lengths is not None:
+        raise ValueError("it takes no packed sequences")
+
+
+@lru_cache(maxsize=1)  # as large as the scores of a head
+def _outside_window(queries: int, keys: int, limits: tuple[int, int], device: torch.device) -> Tensor:
+    """True where a key is outside a query's window, (queries, keys), made once and outside the time of a call."""
+    query, key = torch.arange(queries, device=device).unsqueeze(1), torch.arange(keys, device=device)
+    return ~_within(query + keys - queries - key, limits, queries, keys)
+
+
 def _hidden(inputs: Inputs, case: Case) -> Tensor | None:
     hidden = None if inputs.mask is None else ~inputs.mask[:, None, None, :]
-    if case.causal:
+    if case.window is not None:
+        outside = _outside_window(case.queries, case.seq_len, case.limits(), inputs.q.device)
+        hidden = outside if hidden is None else hidden | outside
+    elif case.causal:
         above = torch.ones(case.seq_len, case.seq_len, dtype=torch.bool, device=inputs.q.device).triu(1)
         hidden = above if hidden is None else hidden | above
     return hidden
@@ -237,7 +431,8 @@ class Contender:
 
     ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to; ``folder``: the predecessor's, whose
     calls can crash the process, so that another one tries them first; ``prepare``: what is made of the inputs once,
-    before its calls and outside their time.
+    before its calls and outside their time; ``dense_mask``: a window is a mask over all pairs to it; ``unmasked``: it
+    solves the problem without its padding, which says what a mask costs.
     """
 
     name: str
@@ -246,6 +441,12 @@ class Contender:
     kernel: SDPBackend | None = None
     folder: Path | None = None
     prepare: Callable[[Inputs], Inputs] | None = None
+    dense_mask: bool = False
+    unmasked: bool = False
+
+    def problem(self, case: Case) -> Case:
+        """The problem that it solves where the others solve this one."""
+        return replace(case, padding=None) if self.unmasked else case
 
     def prepared(self, inputs: Inputs) -> Inputs:
         """What its calls are given."""
@@ -257,47 +458,88 @@ class Contender:
 
 
 CACHED = ", keys normalised when cached"
+AS_BATCH, UNMASKED = ", as a batch", ", unmasked"
 
 
 def contenders(
-    backends: list[str], device: torch.device, predecessor_folder: Path | None = None, decoding: bool = False
+    backends: list[str],
+    device: torch.device,
+    predecessor_folder: Path | None = None,
+    decoding: bool = False,
+    problems: Sequence[Case] = (),
 ) -> tuple[list[Contender], list[str]]:
     """Ours first, by each back end asked for, then all that is installed; and the names of what is not installed.
 
-    ``decoding`` adds those that find their keys normalised: a query comes after the keys of many others.
+    ``decoding`` adds those that find their keys normalised: a query comes after the keys of many others. ``problems``
+    adds those that only windows, packed sequences or padding need.
     """
-    found = [Contender(f"ours ({backend})", partial(ours, backend=backend), True) for backend in backends]
-    if decoding:
-        for backend in backends:
-            attend = partial(ours_cached, backend=backend)
-            found.append(Contender(f"ours ({backend}){CACHED}", attend, True, prepare=cache_normalised_keys))
-    found.append(Contender("naive einsum", naive, True))
+    windows, packed = any(case.window for case in problems), any(case.lengths for case in problems)
+    found = _ours(backends, decoding, problems)
+    found.append(Contender("naive einsum", naive, True, dense_mask=True))
     absent = []
     if predecessor_folder is None:
         absent.append("predecessor (--predecessor)")
     else:
         found += predecessors(predecessor_folder)
-    kernels = [("flash", SDPBackend.FLASH_ATTENTION)]
+    found += _sdpas(device, decoding)
+    compiles = device.type == "cuda"
+    if windows and compiles:  # flex_attention has no gradient on a CPU
+        found.append(Contender("compiled l2norm + flex_attention", partial(flex, normalise=True), True))
+        found.append(Contender("flex_attention, no norm", partial(flex, normalise=False), False))
+    packages = []
+    for name, (module, _, unlimited) in FLASH_ATTENTION.items():
+        attend = partial(flash_attention, unlimited=unlimited)
+        added = [(f"{name}, no norm", attend, False)]
+        if (windows or packed) and compiles:
+            added.insert(0, (f"compiled l2norm + {name}", partial(attend, norm=compiled_l2norm()), True))
+        packages.append((name, module, added))
+    if packed:
+        packages.append((VARLEN_ATTN, VARLEN_MODULE, [(f"{VARLEN_ATTN}, no norm", varlen_attn, False)]))
+    for package, module, added in packages:
+        installed = [_installed(module, *contender) for contender in added]
+        found += filter(None, installed)
+        absent += [package] * (None in installed)
+    return found, absent
+
+
+def _ours(backends: Sequence[str], decoding: bool, problems: Sequence[Case]) -> list[Contender]:
+    found = [Contender(f"ours ({backend})", partial(ours, backend=backend), True) for backend in backends]
+    for backend in backends:
+        if decoding:
+            attend = partial(ours_cached, backend=backend)
+            found.append(Contender(f"ours ({backend}){CACHED}", attend, True, prepare=cache_normalised_keys))
+        if problems and all(case.lengths and len(set(case.lengths)) == 1 for case in problems):
+            found.append(Contender(f"ours ({backend}){AS_BATCH}", partial(ours_as_batch, backend=backend), True))
+        if any(case.padding for case in problems):
+            attend = partial(ours, backend=backend)
+            found.append(Contender(f"ours ({backend}){UNMASKED}", attend, True, unmasked=True))
+    return found
+
+
+def _sdpas(device: torch.device, decoding: bool) -> list[Contender]:
+    kernels, found = [("flash", SDPBackend.FLASH_ATTENTION)], []
     if device.type == "cuda":
         kernels += [("cudnn", SDPBackend.CUDNN_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION)]
+    add = partial(Contender, dense_mask=True)
     for name, kernel in kernels:
-        found.append(Contender(f"l2norm + SDPA {name}", partial(sdpa, normalise=True), True, kernel))
+        found.append(add(f"l2norm + SDPA {name}", partial(sdpa, normalise=True), True, kernel))
         if device.type == "cuda" and name != "efficient":
-            found.append(Contender(f"compiled l2norm + SDPA {name}", compiled_norm_sdpa, True, kernel))
+            found.append(add(f"compiled l2norm + SDPA {name}", compiled_norm_sdpa, True, kernel))
         if decoding:
-            found.append(Contender(f"SDPA {name}{CACHED}", sdpa_cached, True, kernel, prepare=cache_normalised_keys))
-    for name, kernel in kernels:
-        found.append(Contender(f"SDPA {name}, no norm", partial(sdpa, normalise=False), False, kernel))
-    for name, (module, _) in FLASH_ATTENTION.items():
-        try:
-            attend = partial(flash_attention, attend=importlib.import_module(module).flash_attn_func)
-        except Exception as error:
-            if is_absent(error, module):
-                absent.append(name)
-                continue
-            attend = partial(unavailable, error=error)
-        found.append(Contender(f"{name}, no norm", attend, False))
-    return found, absent
+            found.append(add(f"SDPA {name}{CACHED}", sdpa_cached, True, kernel, prepare=cache_normalised_keys))
+    found += [add(f"SDPA {name}, no norm", partial(sdpa, normalise=False), False, kernel) for name, kernel in kernels]
+    return found
+
+
+def _installed(module: str, name: str, attend: Callable[..., Tensor], cosine: bool) -> Contender | None:
+    """A contender whose function gets a package; None where that is not installed."""
+    try:
+        call = partial(attend, package=importlib.import_module(module))
+    except Exception as error:
+        if is_absent(error, module):
+            return None
+        call = partial(unavailable, error=error)
+    return Contender(name, call, cosine)
 
 
 def is_absent(error: Exception, module: str) -> bool:
@@ -351,7 +593,7 @@ def _take_modules() -> dict[str, ModuleType]:
 
 def versions(predecessor_folder: Path | None) -> dict[str, str | None]:
     """The versions of what is compared with ours."""
-    packages = ("triton", *(distribution for _, distribution in FLASH_ATTENTION.values()))
+    packages = ("triton", *(distribution for _, distribution, _ in FLASH_ATTENTION.values()))
     found = {package: installed_version(package) for package in packages}
     if predecessor_folder is not None:
         found["predecessor"] = installed_version(PREDECESSOR, path=[str(predecessor_folder)])

@@ -13,16 +13,17 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models.training.report import Results, read_results
 from scripts import Parser, run_script
 from scripts.arms import Arm, arms_of, markdown
-from scripts.benchmark import DIRECTIONS
+from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
-from scripts.contenders import DTYPES, Case
+from scripts.contenders import AS_BATCH, DTYPES, UNMASKED, VARLEN_ATTN, case_of
+from scripts.packing import described
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -31,6 +32,8 @@ OURS, FA4 = "ours (auto)", "FlashAttention-4, no norm"
 CUDNN, NORM_CUDNN, COMPILED_CUDNN = "SDPA cudnn, no norm", "l2norm + SDPA cudnn", "compiled l2norm + SDPA cudnn"
 SHORT = {FA4: "FlashAttention-4, no norm", CUDNN: "cuDNN, no norm", NORM_CUDNN: "l2norm + cuDNN"}
 SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
+NORM_FA4, FLEX = "compiled l2norm + FlashAttention-4", "flex_attention, no norm"
+NORM_FLEX, VARLEN = "compiled l2norm + flex_attention", f"{VARLEN_ATTN}, no norm"
 
 
 # The comparison of attention and norm.
@@ -115,16 +118,16 @@ def _report(path: str) -> dict[str, Any]:
 
 
 def _measured(path: str) -> dict[tuple, dict[str, dict[str, Any]]]:
-    """What a benchmark's JSON has, by (dtype, seq_len) and contender."""
+    """What a benchmark's JSON has, by (dtype, seq_len), of packed sequences with their lengths, and by contender."""
     found: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in _report(path)["rows"]:
-        found.setdefault((row["dtype"], row["seq_len"]), {})[row["contender"]] = row
+        key = row["dtype"], row["seq_len"], *(row.get("lengths") or ())
+        found.setdefault(key, {})[row["contender"]] = row
     return found
 
 
 def _tflops(row: dict[str, Any], key: str) -> float:
-    case = Case(**{field.name: row[field.name] for field in fields(Case)})
-    return DIRECTIONS[key][1] * case.flops() / row[key] / 1e9
+    return DIRECTIONS[key][1] * case_of(row).flops() / row[key] / 1e9
 
 
 def _ratio(row: dict[str, Any] | None, ours: dict[str, Any], key: str) -> str:
@@ -142,7 +145,7 @@ def speed(*arguments: str) -> str:
     for argument in arguments:
         path, _, length = argument.partition(":")
         measured = _measured(path)
-        picked += [results for (_, seq_len), results in measured.items() if not length or seq_len == int(length)]
+        picked += [results for key, results in measured.items() if not length or key[1] == int(length)]
     others = [name for name in others if any(name in results for results in picked)]
     for results in picked:
         ours = results[OURS]
@@ -240,9 +243,91 @@ def decoding(*paths: str) -> str:
     return markdown(("contender", *(f"head dim {dim}" for dim in dims)), rows)
 
 
+def windows(*paths: str) -> str:
+    """Windows, and no window: times with TFLOP/s of visible pairs, and the others' times over ours in the same file.
+
+    Files of one problem are one row, with the first one's times.
+    """
+    others, rows = [FA4, NORM_FA4, FLEX, NORM_FLEX], {}
+    for results in (results for path in paths for results in _measured(path).values()):
+        ours = results[OURS]
+        first, factors = rows.setdefault(case_of(ours), (ours, {}))
+        for name in (name for name in others if name in results):
+            for key in ("forward_ms", "both_ms"):
+                factors.setdefault((name, key), _ratio(results[name], ours, key))
+    others = [name for name in others if any((name, "both_ms") in factors for _, factors in rows.values())]
+    lines = []
+    for case, (ours, factors) in rows.items():
+        window = _kind(ours) if case.window is None else f"({case.window[0]}, {case.window[1]})"
+        cells = [str(case.head_dim), f"{case.batch} x {case.seq_len}", window]
+        for key in ("forward_ms", "both_ms"):
+            cells.append(f"**{ours[key]:.3f}** ({_tflops(ours, key):.0f})")
+            cells += [factors.get((name, key), "-") for name in others]
+        lines.append(cells)
+    names = [_short(name) for name in others]
+    return markdown(["head dim", "seq_len", "window", "forward", *names, "forward + backward", *names], lines)
+
+
+def packed(*paths: str) -> str:
+    """Packed sequences: a row a file; of several lists of lengths the medians, and each factor's lowest, too."""
+    others, reports = [OURS + AS_BATCH, FA4, NORM_FA4, VARLEN], [_report(path)["rows"] for path in paths]
+    others = [name for name in others if any(row["contender"] == name for rows in reports for row in rows)]
+    lines = []
+    for rows in reports:
+        ours, ratios = [row for row in rows if row["contender"] == OURS], ratios_by_contender(rows)
+        cells = [str(ours[0]["head_dim"]), _lists(ours), _kind(ours[0])]
+        for key in ("forward_ms", "both_ms"):
+            cells.append(f"{statistics.median(row[key] for row in ours):.3f}")
+            cells += [_median_and_lowest(ratios.get(name, {}).get(key, [])) for name in others]
+        lines.append(cells)
+    names = [_short(name) for name in others]
+    heads = ["head dim", "lengths", "", "forward, ms", *names, "forward + backward, ms", *names]
+    return markdown(heads, lines)
+
+
+def _lists(rows: Sequence[dict[str, Any]]) -> str:
+    if len(rows) == 1:
+        return described(rows[0]["lengths"])
+    least, most = (extreme(row["seq_len"] for row in rows) for extreme in (min, max))
+    tokens = f"each of {most:,}" if least == most else f"of {least:,} to {most:,}"
+    return f"{len(rows)} lists, {tokens} tokens"
+
+
+def _median_and_lowest(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "-"
+    lowest = f" ({min(ratios):.2f}x)" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}x{lowest}"
+
+
+def padding(*paths: str) -> str:
+    """A mask that hides padding: ours in ms, and ours without the mask over it."""
+    keys, lines = tuple(DIRECTIONS), []
+    for results in (results for path in paths for results in _measured(path).values()):
+        ours, unmasked = results[OURS], results[OURS + UNMASKED]
+        case, whole = case_of(ours), case_of(unmasked)
+        hidden = f"{case.padding[0]} {case.padding[1]:.0%}"
+        cells = [str(case.head_dim), f"{case.batch} x {case.seq_len}", _kind(ours), hidden]
+        cells.append(f"{case.pairs() / whole.pairs():.0%}")
+        for key in keys:
+            cells += [f"{ours[key]:.3f}", _ratio(unmasked, ours, key)] if key in ours else ["-", "-"]
+        lines.append(cells)
+    times = [cell for key in keys for cell in (f"{DIRECTIONS[key][0]}, ms", "without mask")]
+    return markdown(["head dim", "seq_len", "", "hidden keys", "visible pairs", *times], lines)
+
+
+def _short(name: str) -> str:
+    return "as a batch" if name.endswith(AS_BATCH) else name.replace(", no norm", "")
+
+
 def training(*paths: str) -> str:
     """A training step of the trainer, of a bare loop around the same model, and of nanoGPT's model."""
-    names = {"lightning": "`train.py`", "bare": "our model, bare loop", "nanogpt": "nanoGPT, bare loop"}
+    names = {
+        "lightning": "`train.py`",
+        "bare": "our model, bare loop",
+        "nanogpt_windows": "nanoGPT with the windows, bare loop",
+        "nanogpt": "nanoGPT, bare loop",
+    }
     rows = []
     for path in paths:
         results = {row["contender"]: row for row in _report(path)["rows"]}
@@ -314,7 +399,7 @@ TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
-        aims,
+        *(windows, packed, padding, aims),
     )
 }
 

@@ -52,14 +52,21 @@ class Launch:
     row_sum_gradient: bool = False
     deterministic: bool = False
     needs: tuple[str, ...] = ALL
+    window: tuple[int, int] = (-1, -1)
+    packed: tuple[int, ...] = ()  # cu_seqlens of queries and keys; batch is 1
     layout: str = "heads"  # "seq_first": (batch, seq_len, heads, head_dim); "offset": rows that are not aligned
+
+    def lies(self) -> bool:
+        """Whether cu_seqlens are wrong: then nothing but where the kernels read and write matters."""
+        lengths = self.seq_len_q, self.seq_len_k
+        return bool(self.packed) and (list(self.packed) != sorted(self.packed) or self.packed[-1] > min(lengths))
 
     def name(self) -> str:
         shown = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
         for field, default in vars(Launch()).items():
             value = getattr(self, field)
             if field not in ("dtype", "head_dim") and value != default:
-                shown.append(f"{field}={','.join(value) if field == 'needs' else value}")
+                shown.append(f"{field}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
         return " ".join(shown)
 
 
@@ -92,6 +99,17 @@ def launches(quick: bool) -> list[Launch]:
     # So many rows that the backward kernel itself normalises them: heuristics.h says how many.
     rows_ahead = replace(sm90_backward, num_heads=14, num_kv_heads=14, seq_len_q=530, seq_len_k=520, causal=False)
     found += [rows_ahead]
+    # Windows and packed sequences, of which the last lie: cu_seqlens that fall, and end outside.
+    banded = replace(sm90_backward, num_heads=14, num_kv_heads=14, seq_len_q=530, seq_len_k=520)
+    found += [
+        replace(banded, window=(100, -1)),
+        replace(banded, causal=False, window=(40, 70), mask=True, head_dim=128),
+        replace(banded, packed=(0, 200, 200, 470), head_dim=128, deterministic=True),
+        replace(banded, packed=(0, 130, 131, 500), window=(60, -1)),
+        replace(banded, packed=(0, 900, -50, 300), num_heads=4, num_kv_heads=2),
+        replace(everything, bias=None, mask=False, dtype=FLOAT32, packed=(0, 90, 40, 1000)),
+        replace(everything, dtype=FLOAT32, window=(30, -1)),
+    ]
     if quick:
         return [*found, sm90_backward, replace(sm90_backward, head_dim=128, deterministic=True)]
     for dtype in (BFLOAT16, FLOAT16):
@@ -125,13 +143,14 @@ def launches(quick: bool) -> list[Launch]:
 
 
 def make_inputs(launch: Launch) -> list:
-    """q, k, v, mask, attn_bias, scale and scale_value, on the CPU."""
+    """q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k and scale_value, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(launch.dtype)
 
-    batch, num_heads, seq_len_q, seq_len_k = 2, launch.num_heads, launch.seq_len_q, launch.seq_len_k
+    batch = 1 if launch.packed else 2
+    num_heads, seq_len_q, seq_len_k = launch.num_heads, launch.seq_len_q, launch.seq_len_k
     q = randn(batch, num_heads, seq_len_q, launch.head_dim)
     k, v = (randn(batch, launch.num_kv_heads, seq_len_k, launch.head_dim) for _ in range(2))
     if not launch.l2norm_qk:
@@ -139,7 +158,7 @@ def make_inputs(launch: Launch) -> list:
     mask = None
     if launch.mask:
         mask = torch.rand(batch, seq_len_k, generator=generator) < 0.7
-        mask[1] = False
+        mask[1:] = False
     bias_shapes = {
         "full": (batch, num_heads, seq_len_q, seq_len_k),
         "heads": (1, num_heads, seq_len_q, seq_len_k),
@@ -150,7 +169,8 @@ def make_inputs(launch: Launch) -> list:
     scale = {"number": None, "heads": torch.linspace(1, 8, num_heads), "scalar": torch.tensor([8.0])}[launch.scale]
     if scale is not None:
         scale = scale / launch.groups
-    return [q, k, v, mask, bias, scale, 8.0 / launch.groups]
+    cu_seqlens = torch.tensor(launch.packed, dtype=torch.int32) if launch.packed else None
+    return [q, k, v, mask, bias, scale, cu_seqlens, cu_seqlens, 8.0 / launch.groups]
 
 
 def on_device(tensor, device: str, layout: str = "heads"):
@@ -173,7 +193,8 @@ def unseen_outputs(launch: Launch) -> tuple[str, ...]:
 def run(launch: Launch, device: str, tool: str | None) -> list[str]:
     """Returns what is wrong."""
     inputs = make_inputs(launch)
-    options = launch.groups, launch.causal, launch.l2norm_qk, launch.tf32
+    window = launch.window[0], 0 if launch.causal else launch.window[1]
+    options = launch.groups, launch.causal, *window, launch.l2norm_qk, launch.tf32
     needs = [name in launch.needs for name in ALL]
     needs[3] &= inputs[4] is not None
     needs[4] &= inputs[5] is not None
@@ -183,7 +204,9 @@ def run(launch: Launch, device: str, tool: str | None) -> list[str]:
     names = ("numerator", "denominator") if launch.partials else ("o", "row_sum_log2", *(ALL if any(needs) else ()))
 
     expected = {}
-    for where, layout in (("cpu", "heads"), (device, launch.layout)):
+    if launch.lies() and device == "cpu":
+        return []
+    for where, layout in ((device, launch.layout),) if launch.lies() else (("cpu", "heads"), (device, launch.layout)):
         unseen = unseen_outputs(launch) if tool == "initcheck" and where != "cpu" else ()
         tensors = [on_device(tensor, where, layout) for tensor in inputs[:3]]
         tensors += [on_device(tensor, where) for tensor in inputs[3:]]
@@ -192,7 +215,8 @@ def run(launch: Launch, device: str, tool: str | None) -> list[str]:
         else:
             outputs = list(operators.forward(*tensors, *options, any(needs)))
             if any(needs):
-                rows = [on_device(expected["o"], where) if "o" in unseen else outputs[0], outputs[1]]
+                o = outputs[0] if "o" not in unseen or launch.lies() else on_device(expected["o"], where)
+                rows = [o, outputs[1]]
                 gradients = (on_device(do, where, layout), *tensors, *rows, on_device(drow_sum_log2, where))
                 outputs += operators.backward(*gradients, *options, *needs, launch.deterministic)
         found = {name: output.cpu() for name, output in zip(names, outputs, strict=True) if name not in unseen}

@@ -22,6 +22,11 @@ class Numbers {
 
 void* data(bool exists) { return exists ? &something : nullptr; }
 
+void* ints() {
+  static int some[1];
+  return some;
+}
+
 Tensor tensor(Numbers& numbers, int num_heads, int num_rows, int head_dim) {
   const bool exists = numbers.take(), expanded = numbers.take();
   const int64_t stride_row = head_dim, stride_head = expanded ? 0 : stride_row * num_rows;
@@ -41,6 +46,11 @@ void fill(Attention& params, Gpu& gpu, Numbers& numbers) {
   params.scale_stride = numbers.take();
   params.scale_value = numbers.take();
   params.bias.data = data(numbers.take());
+  params.mask.data = static_cast<bool*>(data(numbers.take()));
+  params.window_left = numbers.take();
+  params.window_right = numbers.take();
+  params.sequences.num = numbers.take();
+  if (params.sequences.num >= 0) params.sequences.queries = params.sequences.keys = static_cast<int*>(ints());
   params.q = tensor(numbers, params.num_heads, params.seq_len_q, params.head_dim);
   params.k = tensor(numbers, params.num_kv_heads, params.seq_len_k, params.head_dim);
   params.v = tensor(numbers, params.num_kv_heads, params.seq_len_k, params.head_dim);
@@ -60,7 +70,8 @@ void plan_forward_call(const int64_t* call, int64_t* plan) {
   int i = 0;
   for (int64_t x :
        {int64_t(found.sm90), int64_t(found.num_splits), found.split_sums, int64_t(found.q_norm), int64_t(found.k_norm),
-        found.num_counters, int64_t(forward_math_of(params)), int64_t(padded_head_dim(params.head_dim))}) {
+        found.num_counters, int64_t(forward_math_of(params)), int64_t(padded_head_dim(params.head_dim)),
+        int64_t(found.banded), found.mask_words}) {
     plan[i++] = x;
   }
 }
@@ -82,7 +93,7 @@ void plan_backward_call(const int64_t* call, int64_t* plan) {
        {int64_t(found.sm90), int64_t(found.num_splits), int64_t(found.padded_rows), int64_t(found.padded_dim),
         int64_t(found.block_q), int64_t(found.block_k), found.dq_accumulator, found.dq_order, found.dkv_partials,
         int64_t(found.prepares_rows), found.num_counters, int64_t(math_of(params)),
-        int64_t(padded_head_dim(params.head_dim)), int64_t(needs_main_kernel(params))}) {
+        int64_t(padded_head_dim(params.head_dim)), int64_t(needs_main_kernel(params)), int64_t(found.banded)}) {
     plan[i++] = x;
   }
 }

@@ -26,7 +26,8 @@ def test_every_public_function_has_a_heading_and_every_argument_a_line():
     page = api.PAGE.read_text()
     assert re.findall("^## (.*)$", page, re.MULTILINE) == [f.__name__ for f in api.public_functions()]
     assert len(api.public_functions()) == len(library.__all__) - 1  # all but __version__
-    for name in ("q", "k", "v", "mask", "attn_bias", "scale", "groups", "causal", "backend", "return_partials"):
+    names = "q k v mask attn_bias scale groups causal window_size cu_seqlens_q max_seqlen_k backend return_partials"
+    for name in names.split():
         assert re.search(rf"^- (`\w+`, )?`{name}`", page, re.MULTILINE), name
     for line in page.splitlines():
         assert not re.match(r" *[*+] |\d+[.)] ", line), f"Markdown takes for a list what is none: {line}"

@@ -22,12 +22,16 @@ from support.gates import (
     results,
     rms,
 )
+from support.operators import cu_seqlens
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flash_cosine_sim_attention import (
     flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
     plain_cosine_sim_attention,
+    sdpa,
 )
 
 
@@ -76,6 +80,8 @@ BLOCKS = {"batch": 1, "num_heads": 2, "seq_len_q": 1029, "seq_len_k": 1030}
         {"causal": True, "seq_len_q": 1030, "seq_len_k": 515, "mask": True},
         {"causal": True, "seq_len_q": 700, "seq_len_k": 300, "num_kv_heads": 1},
         {"causal": True, "bias": "shared", "learned_scale": True, "groups": 2},
+        {"causal": True, "window_size": (200, 0)},
+        {"window_size": (511, 90), "mask": True, "num_kv_heads": 1, "seq_len_k": 700},
     ],
     ids=str,
 )
@@ -84,8 +90,63 @@ def test_row_blocks(dtype, options):
     check(Case(dtype=dtype, **{**BLOCKS, "num_kv_heads": 2, **options}), ["sdpa"])
 
 
+WINDOWS = [(0, -1), (1, 0), (0, 0), (3, 5), (7, -1), (8, 0), (-1, 1), (-1, 7), (9, 16), (100, 3), (20, 100)]
+WITH_WINDOWS = [
+    {},
+    {"mask": True, "num_kv_heads": 2},
+    {"bias": "heads", "groups": 2},
+    {"bias": "per_key", "mask": True, "learned_scale": True},
+    {"num_kv_heads": 1, "l2norm_qk": False, "bias": "per_query"},
+    {"layout": "merged", "num_heads": 1, "num_kv_heads": 1, "batch": 4},
+]
+
+
+@pytest.mark.parametrize("seq_len_q, seq_len_k", [(24, 24), (21, 33), (33, 17), (1, 19), (19, 1)])
+@pytest.mark.parametrize("options", WITH_WINDOWS, ids=str)
+@pytest.mark.parametrize("return_partials", [False, True])
+def test_windows_at_the_edges_of_blocks(monkeypatch, seq_len_q, seq_len_k, options, return_partials):
+    """Exactly, in float64, of "sdpa" in blocks of eight rows and of the operators."""
+    monkeypatch.setattr(sdpa, "ROWS_PER_BLOCK", 8)
+    sizes = {"seq_len_q": seq_len_q, "seq_len_k": seq_len_k, "head_dim": 8, "dtype": torch.float64}
+    case = Case(**sizes, **options)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors().items()}
+    seen = False
+    for window_size, causal in itertools.product(WINDOWS, (False, True)):
+        chosen = case.options() | {"window_size": window_size, "causal": causal, "return_partials": return_partials}
+        found = {}
+        for backend in BACKENDS:
+            results = attend(backend, **tensors, **chosen)
+            results = results if return_partials else (results,)
+            loss = sum((part * torch.linspace(0, 1, part.numel()).view_as(part)).sum() for part in results)
+            found[backend] = *results, *torch.autograd.grad(loss, list(tensors.values()))
+        expected = found.pop("reference")
+        seen |= expected[0].any().item()
+        for results in found.values():
+            torch.testing.assert_close(results, expected)
+    assert seen
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_of_sdpa_leave_out_the_keys_beside_them(monkeypatch, causal):
+    """No block of rows gets more keys than its rows can see, on either side."""
+    shapes = []
+
+    def attend(q, k, v, **options):
+        shapes.append((q.shape[-2], k.shape[-2]))
+        return attention(q, k, v, **options)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    q, k, v = torch.randn(3, 1, 1, 2048, 8).unbind(0)
+    flash_cosine_sim_attention(q, k, v, causal=causal, window_size=(100, 40), backend="sdpa")
+    right = 0 if causal else 40
+    assert shapes == [(512, 512 + right), (512, 612 + right), (512, 612 + right), (512, 612)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{"causal": True}, {"mask": True}, {"bias": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"mask": True}, {"bias": "full"}, {"window_size": (90, 40), "mask": True}], ids=str
+)
 def test_partials(backend, options):
     case = Case(num_kv_heads=2, seq_len_q=530, seq_len_k=525, learned_scale=True, **options)
 
@@ -151,6 +212,7 @@ COMPILED = [
     Case(causal=True, learned_scale=True, num_kv_heads=2),
     Case(seq_len_q=530, batch=1, num_heads=1, num_kv_heads=1, causal=True, mask=True, bias="heads"),
     Case(layout="merged", num_heads=1, num_kv_heads=1, mask=True, dtype=torch.bfloat16),
+    Case(seq_len_q=530, seq_len_k=520, batch=1, num_heads=1, num_kv_heads=1, window_size=(30, 5), mask=True),
 ]
 
 
@@ -176,6 +238,41 @@ def test_compile_with_changing_sizes_and_scales():
         torch.testing.assert_close(o, flash_cosine_sim_attention(q, k, v, scale=scale, causal=True))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "operators"])
+def test_compile_a_window_with_changing_sizes(backend):
+    """One graph for all lengths that the window is shorter than, after that of the first."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    counter = CompileCounterWithBackend("aot_eager")
+    with backend_name(backend) as name:
+        compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True, backend=counter)
+        for seq_len in (9, 10, 30):
+            q, k, v = (torch.randn(1, 2, seq_len, 16, requires_grad=True) for _ in range(3))
+            options = {"causal": True, "window_size": (4, 0), "backend": name}
+            results = [attention(q, k, v, **options) for attention in (compiled, flash_cosine_sim_attention)]
+            torch.testing.assert_close(*results)
+            torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in results))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_packed_sequences_with_changing_sizes(monkeypatch, backend):
+    monkeypatch.setattr(sdpa, "ROWS_PER_BLOCK", 8)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with backend_name(backend) as name:
+        compiled = torch.compile(flash_cosine_sim_attention_varlen, fullgraph=True, backend="aot_eager")
+        for lengths in ([4, 5], [6, 0, 3, 2]):
+            shape = sum(lengths) + 2, 2, 16
+            q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+            bounds = cu_seqlens(lengths), cu_seqlens(lengths[::-1]), max(lengths), max(lengths)
+            options = {"causal": True, "window_size": (3, 0), "backend": name}
+            results = [attend(q, k, v, *bounds, **options) for attend in (compiled, flash_cosine_sim_attention_varlen)]
+            torch.testing.assert_close(*results)
+            torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in results))
+
+
 @pytest.mark.slow
 def test_compile_inductor():
     torch._dynamo.reset()
@@ -183,6 +280,36 @@ def test_compile_inductor():
     q, k, v = (torch.randn(1, 2, 33, 16) for _ in range(3))
     compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), flash_cosine_sim_attention(q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["reference", "operators"])
+def test_export_a_window_of_any_length(backend):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_cosine_sim_attention(q, k, v, causal=True, window_size=(6, 0), backend=name)
+
+    with backend_name(backend) as name:
+        example = torch.randn(3, 1, 2, 9, 16).unbind(0)
+        shapes = dict.fromkeys("qkv", {2: torch.export.Dim("seq_len", min=2, max=4096)})
+        program = torch.export.export(Attention(), example, dynamic_shapes=shapes).module()
+        for seq_len in (3, 9, 50):
+            tensors = torch.randn(3, 1, 2, seq_len, 16).unbind(0)
+            torch.testing.assert_close(program(*tensors), Attention()(*tensors))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA has no batching rule
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_of_windows_and_packed_sequences(backend):
+    bounds = cu_seqlens([2, 4]), cu_seqlens([3, 3]), 4, 3
+    with backend_name(backend) as name:
+        options = {"causal": True, "window_size": (2, 0), "backend": name}
+        for attend, shape in (
+            (lambda *t: flash_cosine_sim_attention(*t, **options), (3, 1, 2, 6, 8)),
+            (lambda *t: flash_cosine_sim_attention_varlen(*t, *bounds, **options), (3, 6, 2, 8)),
+        ):
+            tensors = [torch.randn(shape) for _ in range(3)]
+            expected = torch.stack([attend(*one) for one in zip(*tensors, strict=True)])
+            torch.testing.assert_close(torch.vmap(attend)(*tensors), expected)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -200,9 +327,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "seq_len_q, use_mask, use_bias", [(8192, True, False), (8000, False, False), (8000, True, True)]
+    "seq_len_q, use_mask, use_bias, window",
+    [(8192, True, False, None), (8000, False, False, None), (8000, True, True, None), (8192, False, True, 300)],
 )
-def test_sdpa_memory_is_linear(seq_len_q, use_mask, use_bias):
+def test_sdpa_memory_is_linear(seq_len_q, use_mask, use_bias, window):
     """Nothing of seq_len_q x seq_len_k is made, forward or backward, nor are blocks kept in between."""
     seq_len_k = 8192
     q = torch.randn(1, 1, seq_len_q, 8, requires_grad=True)
@@ -219,9 +347,10 @@ def test_sdpa_memory_is_linear(seq_len_q, use_mask, use_bias):
 
     with LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            o = flash_cosine_sim_attention(q, k, v, mask, bias, causal=True, backend="sdpa")
+            window_size = None if window is None else (window, 0)
+            o = flash_cosine_sim_attention(q, k, v, mask, bias, causal=True, window_size=window_size, backend="sdpa")
         o.sum().backward()
-    assert largest.numel <= 512 * seq_len_k  # one block of rows
+    assert largest.numel <= 512 * (seq_len_k if window is None else 512 + window)  # one block of rows
     assert sum(saved.values()) <= 100 * q.nbytes
 
 

@@ -15,7 +15,11 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 import flash_cosine_sim_attention.interface as interface
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
+    plain_cosine_sim_attention,
+)
 from flash_cosine_sim_attention.call import BACKWARD, DIFFERENTIABLE, FORWARD, NEEDS, PARTIALS, Call, picker
 
 PACKAGE = Path(interface.__file__).parent
@@ -38,7 +42,8 @@ def arguments_of(operator, **given):
     q, k, v = (torch.randn(2, heads, 5, 16) for heads in (4, 2, 2))
     bias, scale = torch.randn(1, 4, 5, 5), torch.linspace(1, 8, 4)
     values = {"q": q, "k": k, "v": v, "mask": torch.rand(2, 5) > 0.3, "attn_bias": bias, "scale": scale}
-    values |= {"scale_value": 1.0, "groups": 2, "causal": True, "l2norm_qk": True, "allow_tf32": False}
+    values |= {"cu_seqlens_q": None, "cu_seqlens_k": None, "scale_value": 1.0, "groups": 2, "causal": True}
+    values |= {"window_left": 3, "window_right": 0, "l2norm_qk": True, "allow_tf32": False}
     values |= {"need_row_sum_log2": True, "do": torch.randn_like(q), "o": torch.randn_like(q)}
     values |= {"row_sum_log2": torch.randn(2, 4, 5), "drow_sum_log2": None, "deterministic": False}
     values |= dict.fromkeys(NEEDS, True) | given
@@ -78,6 +83,43 @@ def test_the_public_function_makes_a_call(monkeypatch):
         else:
             assert call.scale is None and call.scale_value == scale
         assert {name: getattr(call, name) for name in options} == options
+        assert (call.window_left, call.window_right) == (-1, 0 if causal else -1)
+        assert call.cu_seqlens_q is None and call.cu_seqlens_k is None
+
+
+@pytest.mark.parametrize(
+    "window_size, causal, limits",
+    [
+        (None, False, (False, -1, -1)),
+        (None, True, (True, -1, 0)),
+        ((-1, -1), False, (False, -1, -1)),
+        ((2, 3), False, (False, 2, 3)),
+        ([2, 3], True, (True, 2, 0)),
+        ((2, -1), True, (True, 2, 0)),
+        ((6, 1), False, (False, 6, 1)),
+        ((7, 4), False, (False, -1, -1)),  # of 5 queries and 8 keys, neither hides any
+        ((6, 3), False, (False, 6, 3)),
+        ((0, 0), False, (True, 0, 0)),  # which is causal
+        ((10**12, 10**12), True, (True, -1, 0)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_window_of_a_call(monkeypatch, window_size, causal, limits, packed):
+    """causal is window_right == 0, and a side that hides nothing of the call's lengths is -1."""
+    seen = []
+    monkeypatch.setattr(interface, "_choose_backend", lambda *_: lambda call, _: seen.append(Call(*call)) or call[0])
+    q, k, v = torch.randn(5, 2, 8), *torch.randn(2, 8, 2, 8)
+    options = {"causal": causal, "window_size": window_size}
+    if packed:
+        bounds = [torch.tensor([0, 2, end], dtype=torch.int32) for end in (5, 8)]
+        assert flash_cosine_sim_attention_varlen(q, k, v, *bounds, 3, 6, **options).shape == q.shape
+        assert all(map(torch.equal, (seen[0].cu_seqlens_q, seen[0].cu_seqlens_k), bounds))
+    else:
+        flash_cosine_sim_attention(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), **options)
+    (call,) = seen
+    assert (call.causal, call.window_left, call.window_right) == limits
+    for tensor, given in zip((call.q, call.k, call.v), (q, k, v), strict=True):  # views, also of packed tensors
+        assert tensor.shape == (1, 2, len(given), 8) and tensor.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
@@ -91,7 +133,8 @@ def test_cpu_and_fake_agree_with_the_fields(operator):
         assert (fake.shape, fake.dtype, fake.stride()) == (result.shape, result.dtype, result.stride())
     call = operator.call(arguments)
     assert call == Call(**{name: operator.decode(arguments)._asdict()[name] for name in Call._fields})
-    for name, other in {"causal": False, "groups": 1, "l2norm_qk": False, "mask": None, "attn_bias": None}.items():
+    others = {"window_left": 1, "window_right": 1, "groups": 1, "l2norm_qk": False, "mask": None, "attn_bias": None}
+    for name, other in others.items():
         changed = overload(operator)(*arguments_of(operator, **{name: other}, need_dattn_bias=name != "attn_bias"))
         assert not torch.equal(changed[0], results[0]), name
     number = arguments_of(operator, scale=None, scale_value=1.5, need_dscale=False)
@@ -112,10 +155,9 @@ def test_each_need_makes_the_gradient_of_its_name(needed, device):
 def test_flop_formulas_see_the_fields_by_name():
     packet = torch.ops.flash_cosine_sim_attention
     for operator in OPERATORS:
-        arguments = [a.shape if isinstance(a, torch.Tensor) else a for a in arguments_of(operator)]
-        pairs = 5 * 6 // 2  # causal
+        pairs = 5 * 6 // 2 - 1  # causal, and the last query does not see the first key
         products = 5 if operator is BACKWARD else 2
-        count = flop_registry[getattr(packet, operator.name)](*arguments, out_val=None)
+        count = flop_registry[getattr(packet, operator.name)](*arguments_of(operator), out_val=None)
         assert count == products * 2 * 2 * 4 * pairs * 16
 
 
@@ -154,42 +196,49 @@ def test_the_library_unpacks_what_the_schema_says(operator):
     """By name, type and order. PyTorch compares no more than the number, when the library is first called."""
     text = (PACKAGE / "csrc" / "binding.cpp").read_text()
     assert cpp_arguments(text, operator.name) == schema_pairs(operator)
-    swapped = re.sub(r"bool causal,\s+bool l2norm_qk", "bool l2norm_qk, bool causal", text)
+    swapped = re.sub(r"int64_t window_left,\s+int64_t window_right", "int64_t window_right, int64_t window_left", text)
     assert swapped != text and cpp_arguments(swapped, operator.name) != schema_pairs(operator)
 
 
 # One more argument
 
 
-# All that a window over the keys takes without kernels of its own: (file, what is there, what comes in its place).
-WINDOW = [
-    ("call.py", "    causal: bool", "    window_size: int  # 0: all keys\n    causal: bool"),
-    ("interface.py", "    *,\n    backend: str", "    *,\n    window_size: int = 0,\n    backend: str"),
-    ("interface.py", "scale_value, groups, causal,", "scale_value, groups, window_size, causal,"),
+# All that a bias by distance takes without kernels of its own: (file, what is there, what comes in its place).
+SLOPE = [
+    (
+        "call.py",
+        "    groups: int",
+        "    slope: float  # added to a logit for each key between it and the query's\n    groups: int",
+    ),
+    (
+        "interface.py",
+        '    backend: str = "auto",\n    ret',
+        '    slope: float = 0.0,\n    backend: str = "auto",\n    ret',
+    ),
+    ("interface.py", "scale_value, groups, causal,", "scale_value, slope, groups, causal,"),
+    ("interface.py", "scale_value=scale_value,", "scale_value=scale_value, slope=0.0,"),
     (
         "reference.py",
-        "    return logits if visible is None",
-        "    if call.window_size > 0:\n"
-        "        ones = torch.ones_like(logits, dtype=torch.bool)\n"
-        "        logits = logits.masked_fill(ones.tril(seq_len_k - seq_len_q - call.window_size), -math.inf)\n"
-        "    return logits if visible is None",
+        "    visible = visible_keys(call.mask, ranges, seq_len_k)\n",
+        "    visible = visible_keys(call.mask, ranges, seq_len_k)\n"
+        "    steps = torch.arange(seq_len_k, device=cos.device) - torch.arange(seq_len_q, device=cos.device)[:, None]\n"
+        "    logits = logits + call.slope * (steps - seq_len_k + seq_len_q)\n",
     ),
-    ("sdpa.py", "    if q.numel() == 0", "    if call.window_size > 0 or q.numel() == 0"),
+    ("sdpa.py", "    if q.numel() == 0", "    if call.slope != 0 or q.numel() == 0"),
 ]
-WINDOWED = """
+SLOPED = """
 import torch
 from flash_cosine_sim_attention import call, flash_cosine_sim_attention, interface, plain_cosine_sim_attention
 names = [argument.name for argument in torch.ops.flash_cosine_sim_attention.backward.default._schema.arguments]
-assert names == list(call.BACKWARD.fields) and names.index("window_size") == names.index("causal") - 1
+assert names == list(call.BACKWARD.fields) and names.index("slope") == names.index("scale_value") + 1
 interface._require_cuda = lambda _: None  # backend="cuda" with the operators' CPU implementation
 torch.manual_seed(0)
 tensors = [torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-outside = torch.ones(7, 7, dtype=torch.bool).tril(-3)
-bias = torch.zeros(7, 7, dtype=torch.float64).masked_fill(outside, -torch.inf)
+bias = 0.5 * (torch.arange(7.0) - torch.arange(7.0)[:, None]).double()
 for return_partials in (False, True):
     expected = plain_cosine_sim_attention(*tensors, attn_bias=bias, causal=True, return_partials=return_partials)
     for backend in ("cuda", "sdpa", "reference"):
-        options = {"causal": True, "window_size": 3, "return_partials": return_partials}
+        options = {"causal": True, "slope": 0.5, "return_partials": return_partials}
         found = flash_cosine_sim_attention(*tensors, backend=backend, **options)
         torch.testing.assert_close(found, expected)
         first, also = (result[0] if return_partials else result for result in (found, expected))
@@ -201,22 +250,22 @@ for return_partials in (False, True):
             low = flash_cosine_sim_attention(*(t.detach().float() for t in tensors), backend=backend, **options)
         assert (low[0] if return_partials else low).dtype == (torch.float32 if return_partials else torch.bfloat16)
 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-    flash_cosine_sim_attention(*tensors, backend="cuda", causal=True, window_size=3).sum().backward()
+    flash_cosine_sim_attention(*tensors, backend="cuda", causal=True, slope=0.5).sum().backward()
 assert counter.get_total_flops() == 7 * 2 * 2 * 3 * 28 * 8
 """
 
 
-def test_one_more_argument_is_five_edits(tmp_path):
-    """A window works with gradients, fake tensors, autocast and FLOP counts; csrc/ and the overloads are not needed."""
+def test_one_more_argument_is_six_edits(tmp_path):
+    """A slope works with gradients, fake tensors, autocast and FLOP counts; csrc/ and the overloads are not needed."""
     package = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("csrc", "*.so", "__pycache__"))
-    for name, old, new in WINDOW:
+    for name, old, new in SLOPE:
         text = (package / name).read_text()
-        # In interface.py the last is the function itself: overloads come before it, and plain PyTorch's has no backend.
+        # Of a signature in interface.py that is the function itself: overloads and the others read otherwise.
         assert text.count(old) == 1, (name, old)
         (package / name).write_text(text.replace(old, new))
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", "import torch.utils.flop_counter" + WINDOWED]
+    command = [sys.executable, "-W", "ignore", "-c", "import torch.utils.flop_counter" + SLOPED]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 

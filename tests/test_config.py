@@ -137,6 +137,9 @@ def test_command_line_of_the_readme_composes():
         ("optimizer.betas=[0.9,true]", "optimizer.betas must be a list, each entry a finite number, got [0.9, True]"),
         ("trainer.clip_norm=inf", "trainer.clip_norm must be a finite number or null, got inf"),
         ("attention.scale=nan", "attention.scale must be a finite number, got nan"),
+        ("attention.window=1e3", "attention.window must be an integer or null, got 1000.0"),
+        ("attention.window=true", "attention.window must be an integer or null, got true"),
+        ("attention.window_pattern=[S,L]", "attention.window_pattern must be text or null, got ['S', 'L']"),
         ("seed=1.5", "seed must be an integer, got 1.5"),
         ("seed=true", "seed must be an integer, got true"),
         ("max_steps=1e3", "max_steps must be an integer, got 1000.0"),
@@ -164,7 +167,8 @@ def test_command_line_of_the_readme_composes():
         ("~attention.kind", f"attention.kind must be one of {KINDS}; it is missing"),
         (
             "attention.kind=regular",
-            "attention.scale is a key of attention=cosine and attention=cosine_fixed; the chosen option has none",
+            "attention.scale is a key of attention=cosine and attention=cosine_fixed; the chosen option has "
+            "attention.window, attention.window_pattern",
         ),
         ("~attention", f"attention must be one of {', '.join(options_of('attention'))} (conf/attention/), got null"),
     ],
@@ -184,6 +188,9 @@ def test_wrong_values_name_the_key_and_what_is_accepted(override, message):
         (["model.width=1056", "model.num_heads=4"], "multiple of 8 up to 256, got 264"),
         (["lr=-1"], "lr must be a positive number, got -1"),
         (["attention.backend=gpu"], "attention.backend must be auto, cuda, sdpa or reference, got 'gpu'"),
+        (["attention.window=0"], "attention.window must be null or at least 1, got 0"),
+        (["attention=regular", "attention.window=8", "attention.window_pattern=SX"], "letters S and L, .* got 'SX'"),
+        (["attention=cosine_fixed", "attention.window_pattern=SL"], "_pattern needs attention.window, .* got 'SL'"),
         (["max_steps=0"], "max_steps must be at least 1, got 0"),
         (["optimizer.decay=exponential"], "optimizer.decay must be cosine or linear, got 'exponential'"),
         (["trainer.clip_norm=-1"], "trainer.clip_norm must be positive or null, got -1"),
@@ -205,7 +212,7 @@ REFUSED = {
     "optimizer.betas.x=3": "optimizer.betas.x is not a key; accepted: optimizer.lr",
     "optimizer.betas={a:0.9}": "optimizer.betas takes no keys of its own, got {'a': 0.9}",
     "attention=regular attention.scale=3": "attention.scale is a key of attention=cosine and attention=cosine_fixed; "
-    "the chosen option has none",
+    "the chosen option has attention.window, attention.window_pattern",
     "attention=regular +attention.scale=3": "attention.scale is a key of attention=cosine",
     "-m attention=regular norm=pre,post attention.scale=3": "attention.scale is a key of attention=cosine",
     "data=pystdlib data.pattern=x": "data.pattern is a key of data=file; the chosen option has data.subset",

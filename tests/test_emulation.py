@@ -25,6 +25,7 @@ import torch
 from emulator.build import build
 from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
 from support.gates import GATES, assert_within_gate, attend, check, results, rms
+from support.packed import PACKED, WINDOWS, Packed, check_packed
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from flash_cosine_sim_attention.call import Call
@@ -124,14 +125,14 @@ def check_operators(case, rows_limit=1):
     tensors, options = case.tensors(case.dtype), case.options()
     q, k, v, bias, scale = (tensors.get(name) for name in ("q", "k", "v", "attn_bias", "scale"))
     scale_value, mask = options.pop("scale", 1.0), options.pop("mask", None)
-    settings = case.groups, case.causal, case.l2norm_qk
+    settings = case.groups, case.causal, -1, 0 if case.causal else -1, case.l2norm_qk
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
     exact_inputs = *(tensor.double() for tensor in (q, k, v)), mask, None if bias is None else bias.double()
-    call = Call(*exact_inputs, None if scale is None else scale.double(), scale_value, *settings)
+    call = Call(*exact_inputs, None if scale is None else scale.double(), None, None, scale_value, *settings)
     exact_o, exact_rows = reference_forward(call)
     operators = torch.ops.flash_cosine_sim_attention
-    o, rows = operators.forward(*inputs, scale, scale_value, *settings, False)
+    o, rows = operators.forward(*inputs, scale, None, None, scale_value, *settings, False)
     seen = exact_rows.isfinite()
     assert torch.equal(rows.isneginf(), ~seen) and (o[~seen] == 0).all()
     assert (rows[seen] - exact_rows[seen]).abs().max() <= rows_limit * GATES[case.dtype]
@@ -142,7 +143,9 @@ def check_operators(case, rows_limit=1):
         needs = [name in wanted for name in ("dq", "dk", "dv", "dattn_bias", "dscale")]
         rows_exact = exact_o, exact_rows, drow.double()
         exact = reference_backward(do.double(), call, *rows_exact, needs)
-        ours = operators.backward(do, *inputs, scale, scale_value, o, rows, drow, *settings, False, *needs, True)
+        rows_ours = o, rows, drow
+        arguments = do, *inputs, scale, None, None, scale_value, *rows_ours, *settings, False, *needs, True
+        ours = operators.backward(*arguments)
         for need, gradient, expected in zip(needs, ours, exact, strict=True):
             assert gradient.shape == expected.shape
             error = rms(gradient.double() - expected) / rms(expected) if need else 0
@@ -189,6 +192,14 @@ def portable_checks():
         for kind in ("magnitudes", "zero vectors"):
             hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
             checks[f"decoding-{kind.replace(' ', '-')}-{name}"] = functools.partial(check_forward, hard)
+        # Half of them: the next dtype has the others.
+        for index, (label, options) in list(enumerate(WINDOWS.items()))[len(name) % 2 :: 2]:
+            case = Case(dtype=dtype, head_dim=(32, 64, 128)[index % 3], batch=1, num_heads=2, num_kv_heads=2)
+            case = replace(case, **options, bias="heads" if index % 4 == 0 else None)
+            checks[f"window-{label}-{name}"] = functools.partial(check_emulated, case, index % 2 == 0)
+        for index, (label, case) in list(enumerate(PACKED.items()))[len(name) % 2 :: 2]:
+            case = replace(case, dtype=dtype, head_dim=(64, 128, 32)[index % 3])
+            checks[f"packed-{label}-{name}"] = functools.partial(check_packed_emulated, case, index % 2 == 0)
         for head_dim in (8, 16, 32, 96, 256):
             case = replace(query, seq_len_q=2, head_dim=head_dim, causal=True)
             case = replace(case, seq_len_k=max(300, 70_000 // head_dim))
@@ -270,7 +281,8 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         sdpa = attend("sdpa", **{**tensors, "v": v}, **options).double()
 
         operators = torch.ops.flash_cosine_sim_attention
-        settings = options.get("scale", 1.0), case.groups, case.causal, case.l2norm_qk, False
+        window = -1, 0 if case.causal else -1
+        settings = None, None, options.get("scale", 1.0), case.groups, case.causal, *window, case.l2norm_qk, False
         before = multiplied_with_wgmma()
         (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
@@ -314,6 +326,85 @@ def check_sm90_gradients(case, deterministic=False):
     assert all(torch.equal(*gradients) for gradients in zip(first, again, strict=True))
 
 
+def check_packed_emulated(case, deterministic=False):
+    with determinism() if deterministic else contextlib.nullcontext():
+        check_packed(case, "operators")
+
+
+def check_window_sm90(case, deterministic=False):
+    """The gate, o and gradients twice, and a window of nothing but the query's own key gives its value."""
+    check_sm90_gradients(case, deterministic)
+    tensors, options = case.tensors(case.dtype), case.options()
+    with torch.no_grad():
+        o, again = (attend("operators", **tensors, **options) for _ in range(2))
+        assert torch.equal(o, again)
+        if case.seq_len_q == case.seq_len_k and not case.mask:
+            own = attend("operators", **tensors, **{**options, "window_size": (0, 0)})
+            assert torch.equal(own, tensors["v"].repeat_interleave(case.num_heads // case.num_kv_heads, 1))
+
+
+FORWARD_TILES = {64: (192, 96), 128: (128, 128)}  # by head dim: queries, keys; test_plan.py compares them
+BACKWARD_TILES = {64: (128, 128), 128: (64, 128)}
+
+
+def check_loads_sm90(case):
+    """What TMA brings: q of every tile of queries, K and V of every block of keys that one of the tile's queries sees;
+    in the backward pass K and V of every tile of keys that a query sees, q and dO of every block of queries in reach.
+    """
+    tensors, options = case.tensors(case.dtype), case.options()
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    distance = torch.arange(case.seq_len_q)[:, None] + case.seq_len_k - case.seq_len_q - torch.arange(case.seq_len_k)
+    left, right = case.window_size or (-1, -1)
+    right = 0 if case.causal else right
+    in_reach = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+    in_reach = in_reach.expand(case.batch, -1, -1)
+    not_masked = options["mask"][:, None] if case.mask else torch.tensor(True)
+
+    def blocks_with_any(pairs, block_q, block_k):
+        """(batch, blocks of queries, blocks of keys)"""
+        padded = torch.nn.functional.pad(pairs, (0, -case.seq_len_k % block_k, 0, -case.seq_len_q % block_q))
+        return padded.unflatten(2, (-1, block_k)).unflatten(1, (-1, block_q)).any(-1).any(2)
+
+    def assert_loaded(function, rows):
+        before = loaded_bytes()
+        result = function()
+        assert loaded_bytes() - before == 2 * case.head_dim * rows
+        return result
+
+    block_q, block_k = FORWARD_TILES[case.head_dim]
+    blocks = blocks_with_any(in_reach & not_masked, block_q, block_k)
+    rows = case.num_heads * (blocks[..., 0].numel() * block_q + 2 * blocks.sum().item() * block_k)
+    o = assert_loaded(lambda: attend("operators", **tensors, **options), rows)
+    block_q, block_k = BACKWARD_TILES[case.head_dim]
+    blocks = blocks_with_any(in_reach, block_q, block_k)
+    blocks &= blocks_with_any(in_reach & not_masked, block_q, block_k).any(1, keepdim=True)
+    rows = case.num_kv_heads * 2 * blocks.any(1).sum().item() * block_k
+    rows += case.num_heads * 2 * blocks.sum().item() * block_q
+    assert_loaded(lambda: o.backward(torch.randn_like(o)), rows)
+
+
+def loaded_bytes():
+    """By TMA, since the library was loaded."""
+    function = ctypes.CDLL(sys.argv[1]).emulated_loaded_bytes
+    function.restype = ctypes.c_int64
+    return function()
+
+
+def check_wrong_cu_seqlens(dtype):
+    """They end, in order or not, and touch nothing else: the emulator would see a row outside of q, k and v."""
+    for cu_seqlens in ([0, 90, 40, 130], [5, -7, 200, 60], [0, 1 << 30, -(1 << 30), 100], [130, 0, 0, 0]):
+        case = Packed((100, 30), dtype=dtype, causal=True, window_size=(20, -1))
+        tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(dtype).items()}
+        wrong = torch.tensor(cu_seqlens, dtype=torch.int32)
+        q, k, v = (tensor.unsqueeze(0).transpose(1, 2) for tensor in tensors.values())
+        arguments = q, k, v, None, None, None, wrong, wrong, 10.0, 1, True, 20, 0, True, False
+        o, _ = torch.ops.flash_cosine_sim_attention.forward(*arguments, True)
+        for deterministic in (False, True):
+            with determinism() if deterministic else contextlib.nullcontext():
+                gradients = torch.autograd.grad(o, tensors.values(), torch.ones_like(o), retain_graph=True)
+            assert all(gradient.isfinite().all() for gradient in (o, *gradients))
+
+
 def quotient(numerator, denominator):
     return numerator / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)
 
@@ -334,8 +425,8 @@ def sm90_checks():
         # So many queries for each key that the kernel itself writes k_hat; as it does in the case before.
         add("keys-ahead", replace(many, seq_len_q=70, seq_len_k=300, mask=True, strided=True), is_sm90=True)
         add("gradients", replace(case, seq_len_q=70, seq_len_k=100, causal=True, groups=2), check_emulated)
-        # Half of the options and edges: the other dtype has the others.
-        for name, options in list(SM90_OPTIONS.items())[index % 2 :: 2]:
+        # A third of the options, and half of the edges: the next kernels have the others.
+        for name, options in list(SM90_OPTIONS.items())[index % 3 :: 3]:
             add(name, replace(case, **options))
         for edge in range(index % 2, len(EDGES_Q), 2):
             seq_len_q, seq_len_k = EDGES_Q[edge], EDGES_K[(edge + index // 2) % len(EDGES_K)]
@@ -346,14 +437,36 @@ def sm90_checks():
     kernels = list(itertools.product(SM90_BACKWARD_HEAD_DIMS, SM90_DTYPES))
     for index, (head_dim, dtype) in enumerate(kernels):
         case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2)
-        for name, options in list(SM90_BACKWARD_OPTIONS.items())[index % 2 :: 2]:
+        for name, options in list(SM90_BACKWARD_OPTIONS.items())[index % 3 :: 3]:
             add(f"gradients-{name}", replace(case, **options), check_sm90_gradients)
         # In order: one block after the other, and tiles that several share.
-        for name in ("causal", "GQA", "split", "empty-split", "rows-ahead-causal"):
+        for name in ("causal", "GQA", "split", "empty-split", "rows-ahead-causal")[index % 2 :: 2]:
             ordered = replace(case, **SM90_BACKWARD_OPTIONS[name])
             add(f"deterministic-{name}", ordered, check_sm90_gradients, deterministic=True)
         alone = replace(case, seq_len_q=129, seq_len_k=127, causal=True, mask=True, learned_scale=True)
         add("operators", alone, check_operators, rows_limit=8)  # short vectors have larger cosines
+    kernels = [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16), (128, torch.float16)]
+    kernels += [(32, torch.bfloat16), (96, torch.float16)]
+    for index, (head_dim, dtype) in enumerate(kernels):
+        case = Case(dtype=dtype, head_dim=head_dim, batch=1, num_heads=2, num_kv_heads=2)
+        for place, (name, options) in enumerate(WINDOWS.items()):
+            if place % 2 != index // 2 % 2 or name in ("one-query", "strided"):
+                continue
+            add(f"window-{name}", replace(case, **options), check_window_sm90, deterministic=place % 3 == 0)
+        for place, (name, packed) in enumerate(PACKED.items()):
+            if place % 2 == index // 2 % 2:
+                packed = replace(packed, dtype=dtype, head_dim=head_dim)
+                add(f"packed-{name}", packed, check_packed_emulated, deterministic=place % 3 == 0)
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 128)):
+        case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2, seq_len_q=600, seq_len_k=600)
+        for name, options in {
+            "causal": {"window_size": (100, -1), "causal": True},
+            "both": {"window_size": (200, 64), "num_kv_heads": 1, "batch": 1},
+            "more-keys": {"window_size": (40, 20), "seq_len_q": 300},
+            "mask": {"mask": True},
+        }.items():
+            add(f"loads-{name}", replace(case, **options), check_loads_sm90)
+        checks[f"wrong-cu-seqlens-{head_dim}"] = functools.partial(check_wrong_cu_seqlens, dtype)
     for dtype in SM90_DTYPES:
         case = Case(dtype=dtype, seq_len_q=70, seq_len_k=140, head_dim=64)
         add("v-expanded", case, expand_v=True)

@@ -43,7 +43,8 @@ def write_package(folder: Path) -> Path:
     package.mkdir(parents=True)
     for name in ("__init__.py", "identity.py"):
         shutil.copy(ROOT / "kernels" / MODULE / name, package)
-    (package / "interface.py").write_text("flash_cosine_sim_attention = plain_cosine_sim_attention = None\n")
+    names = ("flash_cosine_sim_attention", "flash_cosine_sim_attention_varlen", "plain_cosine_sim_attention")
+    (package / "interface.py").write_text(f"{' = '.join(names)} = None\n")
     (package / "reference.py").write_text("l2norm_tensors = None\n")
     return folder
 

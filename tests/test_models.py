@@ -1,31 +1,38 @@
 """The GPT: shapes, starts, causality, the cache, and that cosine and regular attention are what they claim."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.attention
-from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention
+import models.windows
+from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention, sdpa
 from models.attention import CosineAttention, KVCache, RegularAttention
 from models.blocks import GELU, PostNormBlock, PreNormBlock
 from models.gpt import GPT, nucleus
 from models.training.callbacks import largest_logits
+from models.windows import block_mask, by_flex, mean_visible_keys, windowed_attention
 
 BLOCKS = [PreNormBlock, PostNormBlock]
 ATTENTIONS = ["cosine", "regular"]
 
 
 def attention_of(kind, **options):
+    """Builds it, in the first of two layers unless it is told another."""
+    place = {"layer": 0, "num_layers": 2}
     if kind == "regular":
-        return RegularAttention
+        return partial(RegularAttention, **place, **options)
     settings_ = {"scale": 12.0, "learned_scale": True, "groups": 1, "backend": "auto", **options}
-    return lambda num_heads, head_dim: CosineAttention(num_heads, head_dim, **settings_)
+    return partial(CosineAttention, **place, **settings_)
 
 
 def build(kind="cosine", block=PreNormBlock, **changes):
+    windows = {key: changes.pop(key) for key in ("window", "window_pattern") if key in changes}
     sizes = {
         "num_layers": 2,
         "width": 64,
@@ -37,7 +44,7 @@ def build(kind="cosine", block=PreNormBlock, **changes):
         "dropout": 0.0,
     }
     torch.manual_seed(0)
-    return GPT(attention=attention_of(kind), block=block, **{**sizes, **changes})
+    return GPT(attention=attention_of(kind, **windows), block=block, **{**sizes, **changes})
 
 
 def randomise_head(gpt):
@@ -78,7 +85,10 @@ def test_logits_do_not_see_the_future(kind, block, positions):
         assert (after[:, position:] - before[:, position:]).abs().amax() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"num_kv_heads": 1}, {"tied_head": True}])
+WINDOWED = {"window": 7, "window_pattern": "SLS", "num_layers": 4, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"num_kv_heads": 1}, {"tied_head": True}, WINDOWED])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_generation_with_cache_equals_generation_without(kind, block, changes):
@@ -125,8 +135,10 @@ def test_top_p_draws_from_the_nucleus_alone():
     assert set(drawn.flatten().tolist()) == set(best.indices[:nucleus_size].tolist())
 
 
-def test_cached_logits_equal_the_whole_context_at_every_position():
-    gpt = randomise_head(build(num_kv_heads=2)).double()
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_cached_logits_equal_the_whole_context_at_every_position(kind, window):
+    gpt = randomise_head(build(kind, num_kv_heads=2, window=window)).double()
     tokens = torch.randint(0, 256, (2, 32))
     cache = gpt.new_cache(2)
     steps = [gpt(tokens[:, :9], cache=cache)] + [gpt(tokens[:, i : i + 1], cache=cache) for i in range(9, 32)]
@@ -168,22 +180,159 @@ def test_regular_attention_scales_by_the_root_of_head_dim():
     q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
     hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
     expected = (q @ k.mT / 4).masked_fill(hidden, float("-inf")).softmax(-1) @ v
-    torch.testing.assert_close(RegularAttention(2, 16)(q, k, v), expected)
+    inner = attention_of("regular")(num_heads=2, head_dim=16)
+    torch.testing.assert_close(inner(q, k, v), expected)
     with pytest.raises(ValueError, match="seq_len_q must be 1 or seq_len_k = 9"):
-        RegularAttention(2, 16)(q[:, :, :3], k, v)
+        inner(q[:, :, :3], k, v)
 
 
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("window", "pattern", "expected"),
+    [
+        (8, None, [8, 8, 8, None]),
+        (8, "SSSL", [8, 8, 8, None, 8, 8, 8, None]),
+        (8, "SL", [8, None, 8, None, None]),
+        (8, "LS", [None, 8, None, None]),
+        (8, "LLLLS", [None, None]),
+        (8, "S", [None]),
+        (None, None, [None, None, None]),
+    ],
+)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_the_pattern_says_which_layers_have_the_window_and_the_last_has_none(kind, window, pattern, expected):
+    gpt = build(kind, window=window, window_pattern=pattern, num_layers=len(expected))
+    assert [block.attention.inner.window for block in gpt.blocks] == expected
+
+
+def visible_within(seq_len, window):
+    """bool (seq_len, seq_len), written as the words are: j is i or before it, and one of the last `window` of these."""
+    return torch.tensor([[max(0, i - window + 1) <= j <= i for j in range(seq_len)] for i in range(seq_len)])
+
+
+def dense(inner, q, k, v, window):
+    """softmax(logits) v with every logit stored, by the formula of the inner attention's kind."""
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    if isinstance(inner, CosineAttention):
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * inner.scale().to(q.dtype).view(-1, 1, 1)
+    else:
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+    hidden = ~visible_within(q.shape[-2], window).to(q.device)
+    return logits.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [1, 2, 8, 9, 32, 33, 10**12])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_a_window_is_a_dense_mask(monkeypatch, kind, window, num_kv_heads):
+    monkeypatch.setattr(sdpa, "ROWS_PER_BLOCK", 8)  # several blocks, the last a single row
+    inner = attention_of(kind, window=window)(num_heads=4, head_dim=16).double()
+    assert inner.window == window
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 33, 16, dtype=torch.float64) for heads in (4, num_kv_heads, num_kv_heads))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v, *inner.parameters())]
+    o, expected = inner(q, k, v), dense(inner, q, k, v, window)
+    do = torch.randn_like(o)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-12)
+    for gradient, wanted in zip(*(torch.autograd.grad(each, leaves, do) for each in (o, expected)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-10)  # the scale's is float32
+    torch.testing.assert_close(inner(q[:, :, -1:], k, v), expected[:, :, -1:], rtol=0, atol=1e-12)  # from a cache
+
+
+class Dense(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, q, k, v):
+        return dense(self.inner, q, k, v, self.inner.window or q.shape[-2])
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [("cosine", False), ("regular", False), ("regular", True)])
+def test_a_step_of_a_model_with_windows_is_that_of_dense_masks(monkeypatch, kind, compiled):
+    monkeypatch.setattr(sdpa, "ROWS_PER_BLOCK", 16)
+    gpt = randomise_head(build(kind, **{**WINDOWED, "num_layers": 3})).double()
+    tokens = torch.randint(0, 256, (2, 33))
+    if compiled:
+        torch.compiler.reset()
+        gpt.compile(fullgraph=True, dynamic=False, backend="eager")
+    loss = gpt(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    found = [parameter.grad for parameter in gpt.parameters()]
+    gpt.zero_grad()
+    for block in gpt.blocks:
+        block.attention.inner = Dense(block.attention.inner)
+    expected = gpt.forward(tokens[:, :-1], tokens[:, 1:])
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for gradient, parameter in zip(found, gpt.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=1e-10)  # the scale's is float32
+
+
+@pytest.mark.parametrize("window", [1, 2, 128, 129, 130, 255, 256, 257, 384, 1000])
+def test_the_block_mask_is_that_of_every_pair(window):
+    for seq_len in (1, 100, 128, 300, 640):
+        expected = create_block_mask(
+            lambda _batch, _head, i, j, window=window: (j <= i) & (j > i - window), None, None, seq_len, seq_len, "cpu"
+        )
+        found = block_mask(seq_len, window, torch.device("cpu"))
+        assert found.seq_lengths == (seq_len, seq_len) and found.BLOCK_SIZE == expected.BLOCK_SIZE
+        for kind in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+            for name in (kind, f"full_{kind}"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), (seq_len, name)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_flex_attention_within_a_window_is_a_dense_mask(num_kv_heads):
+    q, k, v = (torch.randn(2, heads, 300, 16, dtype=torch.float64) for heads in (4, num_kv_heads, num_kv_heads))
+    for window in (1, 100, 257):
+        torch.testing.assert_close(by_flex(q, k, v, window), dense(None, q, k, v, window), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq_len", [300, 1024])
+def test_on_a_gpu_a_window_is_a_dense_mask_compiled_or_not(monkeypatch, caplog, seq_len):
+    used = []
+    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[-1]) or by_flex(*inputs))
+    models.windows._say_that_it_is_not_compiled.cache_clear()
+    torch.manual_seed(0)
+    qkv = torch.randn(2, seq_len, 12, 64, device="cuda", requires_grad=True)  # as the projection leaves them
+    for attend, window in ((windowed_attention, 100), (torch.compile(windowed_attention, dynamic=False), 257)):
+        results = []
+        for function in (attend, partial(dense, None)):
+            q, k, v = (part.transpose(1, 2) for part in qkv.split((8, 2, 2), dim=2))
+            o = function(q, k, v, window)
+            results.append((o, *torch.autograd.grad(o.square().sum(), qkv)))
+        for found, expected in zip(*results, strict=True):
+            assert (found - expected).norm() < 2e-3 * expected.norm()  # TF32's products, if they are allowed
+    assert used == [257]
+    windowed_attention(q, k, v, 100)
+    assert caplog.text.count("is not compiled here") == 1
+
+
+def test_visible_keys_are_half_a_key_below_the_pairs_at_most():
+    for window in (1, 5, 64, 100):
+        pairs = visible_within(64, window).sum().item()
+        assert pairs / 64 - mean_visible_keys(64, window) == min(window, 64) / 128
+    assert mean_visible_keys(64, None) == mean_visible_keys(64, 64) == 32
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
 @pytest.mark.parametrize("at_once", [1, 500, 2**22])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_the_largest_logit_is_that_of_all_visible_pairs(monkeypatch, num_kv_heads, at_once):
+def test_the_largest_logit_is_that_of_all_visible_pairs(monkeypatch, num_kv_heads, at_once, window):
     monkeypatch.setattr(models.attention, "PRODUCTS_AT_ONCE", at_once)
     q, k = torch.randn(1, 4, 33, 16), torch.randn(1, num_kv_heads, 33, 16)
     k[:, :, 20] = 9 * q[:, :1, 3]  # most alike, but that query does not see this key
-    hidden = torch.ones(33, 33, dtype=torch.bool).triu(1)
+    k[:, :, 5] = 9 * q[:, :1, 30]  # nor this one within a window
+    hidden = ~visible_within(33, window or 33)
     every = k.repeat_interleave(4 // num_kv_heads, dim=1)
     regular = (q @ every.mT / 4).masked_fill(hidden, 0).abs().amax()
-    torch.testing.assert_close(RegularAttention(4, 16).largest_logit(q, k), regular)
-    cosine = attention_of("cosine", groups=2)(num_heads=4, head_dim=16)
+    torch.testing.assert_close(attention_of("regular", window=window)(4, 16).largest_logit(q, k), regular)
+    cosine = attention_of("cosine", groups=2, window=window)(num_heads=4, head_dim=16)
     with torch.no_grad():
         cosine.log_scale.copy_(torch.tensor([1.0, 2.0, 20.0, 0.5]).log())
     unit_q, unit_k = l2norm_tensors(q, every, groups=2)
@@ -295,6 +444,10 @@ def test_flops_of_a_token_count_every_matrix_product():
     # attention's own products hide in an operator that PyTorch does not count on a CPU
     attention = 6 * 2 * 64 * 64
     assert gpt.flops_per_token(64) - attention == counter.get_total_flops() / (2 * 64)
+    windowed = build("cosine", seq_len=64, window=16)  # in the first of two layers
+    hidden_pairs = 64 * 32 - 16 * (64 - 8)  # of the triangle of 64
+    assert gpt.flops_per_token(64) - windowed.flops_per_token(64) == 12 * 64 * hidden_pairs / 64
+    assert gpt.flops_per_token(16) == windowed.flops_per_token(16)
 
 
 @pytest.mark.parametrize("way", ["to_empty", "assign"])
@@ -355,6 +508,22 @@ def test_bad_sizes_are_refused(changes, message):
 def test_bad_attention_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         attention_of("cosine", **options)(num_heads=4, head_dim=16)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "attention.window must be null or at least 1, got 0"),
+        ({"window": 8, "window_pattern": "SSG"}, "_pattern must be null or letters S and L, e.g. SSSL, got 'SSG'"),
+        ({"window": 8, "window_pattern": "ssl"}, "_pattern must be null or letters S and L, e.g. SSSL, got 'ssl'"),
+        ({"window": 8, "window_pattern": ""}, "_pattern must be null or letters S and L, e.g. SSSL, got ''"),
+        ({"window_pattern": "SL"}, "_pattern needs attention.window, .* at least 1, got 'SL' with .*window=null"),
+    ],
+)
+def test_bad_windows_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention_of(kind, **options)(num_heads=4, head_dim=16)
 
 
 @pytest.mark.parametrize(

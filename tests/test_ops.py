@@ -1,6 +1,7 @@
 """The registered operators: schemas, fake tensors, autograd, autocast, FLOP formulas, and how they are found."""
 
 import functools
+import itertools
 import logging
 import re
 import subprocess
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.operators import inputs, seq_first
+from support.operators import cu_seqlens, inputs, packed_inputs, seq_first, settings
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.interface as interface
 import flash_cosine_sim_attention.ops as ops
-from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    flash_cosine_sim_attention,
+    plain_cosine_sim_attention,
+)
 from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, Call
 
 forward = torch.ops.flash_cosine_sim_attention.forward
@@ -27,8 +31,8 @@ backward = torch.ops.flash_cosine_sim_attention.backward
 def attend(q, k, v, mask=None, attn_bias=None, scale=8.0, return_partials=False, **options):
     """The operators as the library calls them."""
     scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
-    options = {"groups": 1, "causal": True, "l2norm_qk": True} | options
-    call = Call(q, k, v, mask, attn_bias, scale, scale_value, **options)
+    groups, causal, left, right, l2norm_qk, _ = settings(**options)
+    call = Call(q, k, v, mask, attn_bias, scale, None, None, scale_value, groups, causal, left, right, l2norm_qk)
     return ops.kernel_attention(tuple(call), return_partials)
 
 
@@ -43,7 +47,7 @@ def gradients(*names):
 @pytest.mark.parametrize("mask, bias, number", [(True, True, False), (False, False, False), (False, True, True)])
 def test_opcheck(operator, dtype, mask, bias, number):
     tensors = inputs(dtype, mask=mask, bias=bias, number=number)
-    torch.library.opcheck(operator.default, (*tensors, 2, True, True, False))
+    torch.library.opcheck(operator.default, (*tensors, *settings(2)))
 
 
 @pytest.mark.slow
@@ -51,13 +55,21 @@ def test_opcheck(operator, dtype, mask, bias, number):
 def test_opcheck_of_strided_inputs(operator):
     q, k, v, *rest = inputs()
     strided = [seq_first(tensor).requires_grad_() for tensor in (q, k, v)]
-    torch.library.opcheck(operator.default, (*strided, *rest, 2, True, True, False))
+    torch.library.opcheck(operator.default, (*strided, *rest, *settings(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", [forward, partials])
+def test_opcheck_of_windows_and_packed_sequences(operator):
+    window = settings(window_size=(2, 3), causal=False)
+    for tensors in (inputs(), packed_inputs([3, 0, 4], [5, 2, 0], behind=1)):
+        torch.library.opcheck(operator.default, (*tensors, *window))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
     q, k, v, *rest = inputs(requires_grad=requires_grad)
-    arguments = q, k, v, *rest, 2, True, True, False
+    arguments = q, k, v, *rest, *settings(2)
     torch.library.opcheck(forward.default, (*arguments, False))
     expected_o, expected_rows = forward(*arguments)
     o, row_sum_log2 = forward(*arguments, False)
@@ -77,11 +89,20 @@ def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
 def test_opcheck_backward(bias, with_row_sum_grad, number):
     q, k, v, *rest = inputs(requires_grad=False, bias=bias, number=number)
     tensors = seq_first(q), k, seq_first(v), *rest
-    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
+    o, row_sum_log2 = forward(*tensors, *settings(2))
     drow_sum_log2 = torch.randn_like(row_sum_log2) if with_row_sum_grad else None
     names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else set()) | (set() if number else {"dscale"})
-    options = 2, True, True, False, *gradients(*names), False
+    options = *settings(2), *gradients(*names), False
     arguments = torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, *options
+    torch.library.opcheck(backward.default, arguments)
+
+
+@pytest.mark.slow
+def test_opcheck_backward_of_packed_sequences():
+    tensors, options = packed_inputs([3, 0, 4], [5, 2, 0], 1, requires_grad=False), settings(window_size=(2, 0))
+    o, row_sum_log2 = forward(*tensors, *options)
+    assert row_sum_log2.isneginf()[..., 3:].all() and row_sum_log2.isfinite()[..., :3].all()
+    arguments = torch.randn_like(o), *tensors, o, row_sum_log2, None, *options, *gradients("dq", "dk", "dv"), False
     torch.library.opcheck(backward.default, arguments)
 
 
@@ -90,11 +111,11 @@ def test_gradients_that_are_not_needed_are_not_made(number):
     """The operator returns (0,) for them, asked for by what requires a gradient; the others stay the same."""
     tensors = inputs(requires_grad=False, number=number)
     names = ["dq", "dk", "dv", "dattn_bias"] + ([] if number else ["dscale"])
-    o, row_sum_log2 = forward(*tensors, 2, True, True, False)
+    o, row_sum_log2 = forward(*tensors, *settings(2))
     do = torch.randn_like(o)
 
     def run(*names):
-        options = 2, True, True, False, *gradients(*names), False
+        options = *settings(2), *gradients(*names), False
         return dict(zip(GRADIENTS, backward(do, *tensors, o, row_sum_log2, None, *options), strict=True))
 
     every = run(*names)
@@ -115,26 +136,36 @@ def test_gradients_that_are_not_needed_are_not_made(number):
     for name in names:
         differentiable[name].requires_grad_()
         with Record():
-            forward(*tensors, 2, True, True, False)[0].backward(do)
+            forward(*tensors, *settings(2))[0].backward(do)
         assert torch.equal(differentiable[name].grad, every[name])
         assert asked.pop() == gradients(name)
         differentiable[name].requires_grad_(False)
 
 
 def test_a_number_equals_a_tensor_as_scale():
-    q, k, v, mask, attn_bias, _, _ = inputs(requires_grad=False)
-    number = forward(q, k, v, mask, attn_bias, None, 1.5, 2, True, True, False)
-    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), 7.0, 2, True, True, False)
+    q, k, v, mask, attn_bias, *_ = inputs(requires_grad=False)
+    number = forward(q, k, v, mask, attn_bias, *[None] * 3, 1.5, *settings(2))
+    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), None, None, 7.0, *settings(2))
     torch.testing.assert_close(number, tensor)
 
 
-@pytest.mark.parametrize("groups, causal, l2norm_qk", [(1, False, True), (4, True, True), (1, True, False)])
+@pytest.mark.parametrize(
+    "groups, causal, l2norm_qk, window_size",
+    [
+        (1, False, True, (-1, -1)),
+        (4, True, True, (-1, -1)),
+        (1, True, False, (-1, -1)),
+        (2, True, True, (3, 0)),
+        (1, False, True, (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("return_partials", [False, True])
-def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
+def test_equals_plain_autograd(groups, causal, l2norm_qk, window_size, return_partials):
     """The closed-form backward against autograd through the specification, in float64."""
-    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64)
+    q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64)
     differentiable = (q, k, v, attn_bias, scale)
-    options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "return_partials": return_partials}
+    options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "window_size": window_size}
+    options |= {"return_partials": return_partials}
     ours = attend(q, k, v, mask, attn_bias, scale, **options)
     plain = plain_cosine_sim_attention(q, k, v, mask, attn_bias, scale, **options)
     if not return_partials:
@@ -149,10 +180,10 @@ def test_equals_plain_autograd(groups, causal, l2norm_qk, return_partials):
 
 def test_gradcheck_with_row_sum():
     """row_sum_log2 is differentiable too; -inf, in a row without a visible key, has gradient 0."""
-    q, k, v, mask, attn_bias, scale, _ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
+    q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
 
     def attend(q, k, v, attn_bias, scale):
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, 1.0, 2, True, True, False)
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings(2))
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale))
@@ -160,18 +191,18 @@ def test_gradcheck_with_row_sum():
 
 def test_row_sum_is_not_shifted():
     tensors = inputs(requires_grad=False)
-    _, row_sum_log2 = forward(*tensors, 1, False, True, False)
-    _, denominator = partials(*tensors, 1, False, True, False)
+    _, row_sum_log2 = forward(*tensors, *settings(causal=False))
+    _, denominator = partials(*tensors, *settings(causal=False))
     torch.testing.assert_close(row_sum_log2, denominator.log2())
     assert (row_sum_log2[1] == -torch.inf).all()
 
 
 def test_scale_of_one_element_gets_one_gradient():
-    q, k, v, mask, attn_bias, _, _ = inputs()
+    q, k, v, mask, attn_bias, *_ = inputs()
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
@@ -219,28 +250,28 @@ def test_gradient_of_partials_in_any_dtype(dtype, peaked):
 @pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
 def test_outputs_keep_the_layout_of_the_inputs(device):
     *tensors, scale_value = inputs(torch.bfloat16)
-    tensors = [tensor.detach() for tensor in tensors]
+    tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
     tensors[:3] = map(seq_first, tensors[:3])
     tensors[4] = tensors[4].mT.contiguous().mT
     with torch._subclasses.FakeTensorMode() as mode:
         if device == "fake":
-            tensors = [mode.from_tensor(tensor) for tensor in tensors]
-            o = flash_cosine_sim_attention(*tensors, backend="sdpa")  # reads no value of the scale
+            tensors = [tensor if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+            o = flash_cosine_sim_attention(*tensors[:6], backend="sdpa")  # reads no value of the scale
             assert o.shape == (2, 4, 7, 16)
     if device == "meta":
-        tensors = [tensor.to("meta") for tensor in tensors]
+        tensors = [tensor if tensor is None else tensor.to("meta") for tensor in tensors]
     q = tensors[0]
-    o, row_sum_log2 = forward(*tensors, scale_value, 1, True, True, False)
+    o, row_sum_log2 = forward(*tensors, scale_value, *settings())
     assert same_layout(o, q) and not o.is_contiguous()
     assert row_sum_log2.shape == (2, 4, 7) and row_sum_log2.dtype == torch.float32 and row_sum_log2.is_contiguous()
     do = torch.empty_like(o[..., :1]).expand_as(o)
     rows = o, row_sum_log2, None
-    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients(), False)
-    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:]), strict=True):
+    grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients(), False)
+    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:6]), strict=True):
         assert same_layout(grad, tensor)
-    grads = backward(do, *tensors, scale_value, *rows, 1, True, True, False, *gradients("dv"), False)
+    grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients("dv"), False)
     assert [grad.shape == (0,) for grad in grads] == [True, True, False, True, True]
-    numerator, denominator = partials(*tensors, scale_value, 1, True, True, False)
+    numerator, denominator = partials(*tensors, scale_value, *settings())
     assert numerator.shape == o.shape and denominator.shape == row_sum_log2.shape
     assert numerator.dtype == denominator.dtype == torch.float32
     assert numerator.is_contiguous() and denominator.is_contiguous()
@@ -296,14 +327,14 @@ def test_forward_and_backward_get_the_same_tf32_setting(setting, compiled):
 
 
 def jvp(q, *rest):
-    return torch.func.jvp(lambda q: forward(q, *rest, 1, True, True, False)[0], (q,), (torch.ones_like(q),))
+    return torch.func.jvp(lambda q: forward(q, *rest, *settings())[0], (q,), (torch.ones_like(q),))
 
 
 def dual_level(q, *rest):
     with torch.autograd.forward_ad.dual_level():
-        forward(q, *rest, 1, True, True, False)  # no tangent, no error
+        forward(q, *rest, *settings())  # no tangent, no error
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        forward(dual, *rest, 1, True, True, False)
+        forward(dual, *rest, *settings())
 
 
 @pytest.mark.parametrize("differentiate", [jvp, dual_level])
@@ -336,13 +367,13 @@ def test_transforms_get_between_the_call_and_autograd():
 def test_no_graph_without_a_gradient():
     for tensors, context in ((inputs(requires_grad=False), torch.enable_grad()), (inputs(), torch.no_grad())):
         with context:
-            assert not any(part.requires_grad for part in forward(*tensors, 1, True, True, False))
+            assert not any(part.requires_grad for part in forward(*tensors, *settings()))
 
 
 def test_operator_exports():
     class Attention(torch.nn.Module):
         def forward(self, *tensors):
-            return forward(*tensors, 1, True, True, False)[0]
+            return forward(*tensors, *settings())[0]
 
     tensors = inputs(requires_grad=False)
     program = torch.export.export(Attention(), tensors)
@@ -352,12 +383,12 @@ def test_operator_exports():
 
 @pytest.mark.parametrize("operator", [forward, partials])
 def test_autocast_keeps_the_scale_in_float32(operator):
-    q, k, v, mask, attn_bias, _, _ = inputs()
+    q, k, v, mask, attn_bias, *_ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, 1.0, 1, True, True, False)
+        result = operator(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, 1.0, 1, True, True, False)
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, None, None, 1.0, *settings())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))
@@ -370,7 +401,7 @@ def test_operator_compiles_under_autocast():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return forward(*tensors, 1, True, True, False)[0]
+            return forward(*tensors, *settings())[0]
 
     o = attend(*tensors)
     assert o.dtype == torch.bfloat16
@@ -383,8 +414,8 @@ def test_operator_compiles_under_autocast():
 def test_operator_through_inductor(operator):
     torch._dynamo.reset()
     grads = []
-    compiled = torch.compile(lambda *tensors: operator(*tensors, 2, True, True, False), fullgraph=True)
-    for function in (compiled, lambda *tensors: operator(*tensors, 2, True, True, False)):
+    compiled = torch.compile(lambda *tensors: operator(*tensors, *settings(2)), fullgraph=True)
+    for function in (compiled, lambda *tensors: operator(*tensors, *settings(2))):
         q, k, v, mask, *rest = inputs()
         q = seq_first(q).requires_grad_()
         result = function(q, k, v, mask, *rest)
@@ -407,7 +438,7 @@ def test_deterministic_flag_reaches_the_backward():
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             try:
-                forward(*tensors, 1, False, True, False)[0].sum().backward()
+                forward(*tensors, *settings(causal=False))[0].sum().backward()
             finally:
                 torch.use_deterministic_algorithms(False)
     assert flags == [False, True]
@@ -415,29 +446,98 @@ def test_deterministic_flag_reaches_the_backward():
 
 def test_double_backward_is_a_clear_error():
     tensors = inputs()
-    o, _ = forward(*tensors, 1, False, True, False)
+    o, _ = forward(*tensors, *settings(causal=False))
     (dq,) = torch.autograd.grad(o.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward; use backend='reference'"):
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("seq_len_q, seq_len_k, causal", [(7, 9, False), (7, 9, True), (9, 7, True), (1, 5, True)])
-def test_flops(seq_len_q, seq_len_k, causal):
-    pairs = seq_len_q * seq_len_k
-    if causal:
-        pairs = sum(max(0, min(seq_len_k, i + 1 + seq_len_k - seq_len_q)) for i in range(seq_len_q))
+def brute_force_pairs(seq_len_q, seq_len_k, left, right):
+    diagonal = seq_len_k - seq_len_q
+    return sum(
+        (left == -1 or i + diagonal - j <= left) and (right == -1 or j - i - diagonal <= right)
+        for i, j in itertools.product(range(seq_len_q), range(seq_len_k))
+    )
+
+
+def test_visible_pairs():
+    """In closed form, of every window there is and of wider ones."""
+    for sizes in itertools.product(range(7), range(7), range(-1, 9), range(-1, 9)):
+        assert ops.visible_pairs(*sizes) == brute_force_pairs(*sizes), sizes
+    assert ops.visible_pairs(10**6, 10**6, 1023, 0) == 1024 * 10**6 - 1024 * 1023 // 2
+
+
+@pytest.mark.parametrize(
+    "seq_len_q, seq_len_k, causal, window_size",
+    [
+        (7, 9, False, (-1, -1)),
+        (7, 9, True, (-1, -1)),
+        (9, 7, True, (-1, -1)),
+        (1, 5, True, (-1, -1)),
+        (7, 9, True, (3, 0)),
+        (9, 7, False, (2, 4)),
+    ],
+)
+def test_flops(seq_len_q, seq_len_k, causal, window_size):
+    pairs = brute_force_pairs(seq_len_q, seq_len_k, window_size[0], 0 if causal else window_size[1])
+    options = settings(causal=causal, window_size=window_size)
     expected = 4 * 2 * 4 * pairs * 16  # 4 b h pairs d
     tensors = inputs(seq_len_q=seq_len_q, seq_len_k=seq_len_k)
     with FlopCounterMode(display=False) as counter:
-        o, _ = forward(*tensors, 1, causal, True, False)
+        o, _ = forward(*tensors, *options)
     counts = counter.get_flop_counts()["Global"]
     assert counts[forward] == expected
     with FlopCounterMode(display=False) as counter:
         o.sum().backward()
     assert counter.get_flop_counts()["Global"][backward] == 2.5 * expected
     with FlopCounterMode(display=False) as counter:
-        partials(*tensors, 1, causal, True, False)
+        partials(*tensors, *options)
     assert counter.get_flop_counts()["Global"][partials] == expected
+
+
+@pytest.mark.parametrize("causal, window_size", [(False, (-1, -1)), (True, (-1, -1)), (False, (1, 2)), (True, (2, 0))])
+def test_flops_of_packed_sequences(causal, window_size):
+    """Of the sequences alone where cu_seqlens can be read; of fake ones no less than that."""
+    lengths_q, lengths_k = [3, 0, 1, 4, 2], [5, 2, 7, 1, 0]
+    window = window_size[0], 0 if causal else window_size[1]
+    expected = [brute_force_pairs(*lengths, *window) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    tensors, options = packed_inputs(lengths_q, lengths_k, behind=2), settings(causal=causal, window_size=window_size)
+    with FlopCounterMode(display=False) as counter:
+        forward(*tensors, *options)[0].sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 4 * sum(expected) * 16
+    fake = [tensor.to("meta") if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
+    with FlopCounterMode(display=False) as counter:
+        forward(*fake, *options)
+    assert counter.get_total_flops() == 2 * 2 * 4 * brute_force_pairs(12, 17, *window) * 16
+
+
+def test_fewer_pairs_are_in_sequences_than_in_one_of_all_rows():
+    """What makes the count of fake tensors a bound."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        left, right, sequences = torch.randint(-1, 5, (3,), generator=generator).tolist()
+        lengths = torch.randint(0, 6, (2, sequences + 2), generator=generator)
+        apart = sum(ops.visible_pairs(*pair, left, right) for pair in lengths.T.tolist())
+        assert apart <= ops.visible_pairs(*lengths.sum(1).tolist(), left, right)
+
+
+def test_cu_seqlens_have_no_gradient():
+    """Nor are they cast: they reach the backward pass as they are, and autocast leaves them int32."""
+    q, k, v, *_ = packed_inputs([2, 3], [4, 1])
+    bounds = cu_seqlens([2, 3]), cu_seqlens([4, 1])
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
+            if function in (forward.default, backward.default):
+                seen.extend(argument for argument in args if getattr(argument, "dtype", None) == torch.int32)
+            return function(*args, **(kwargs or {}))
+
+    with Record(), torch.autocast("cpu", dtype=torch.bfloat16):
+        o, _ = forward(q, k, v, None, None, None, *bounds, 1.5, *settings())
+        o.float().sum().backward()
+    assert len(seen) == 4 and all(map(torch.equal, seen, bounds * 2))
+    assert q.grad.dtype == torch.float32 and k.grad.any()
 
 
 @pytest.fixture
@@ -608,6 +708,8 @@ def on_gpu(test):
 test_opcheck_on_gpu = on_gpu(test_opcheck)
 test_opcheck_of_strided_inputs_on_gpu = on_gpu(test_opcheck_of_strided_inputs)
 test_opcheck_backward_on_gpu = on_gpu(test_opcheck_backward)
+test_opcheck_of_windows_and_packed_sequences_on_gpu = on_gpu(test_opcheck_of_windows_and_packed_sequences)
+test_opcheck_backward_of_packed_sequences_on_gpu = on_gpu(test_opcheck_backward_of_packed_sequences)
 test_row_sums_are_made_only_for_a_backward_pass_on_gpu = on_gpu(test_row_sums_are_made_only_for_a_backward_pass)
 test_a_number_equals_a_tensor_as_scale_on_gpu = on_gpu(test_a_number_equals_a_tensor_as_scale)
 test_row_sum_is_not_shifted_on_gpu = on_gpu(test_row_sum_is_not_shifted)

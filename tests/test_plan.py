@@ -54,6 +54,10 @@ class Call:
     scale_stride: int = 0
     scale_value: int = 8
     bias: bool = False
+    mask: bool = False
+    window_left: int = -1
+    window_right: int = -1  # 0 where causal
+    num_sequences: int = -1  # packed, in one batch; -1: not
     q: Operand = field(default_factory=Operand)
     k: Operand = field(default_factory=Operand)
     v: Operand = field(default_factory=Operand)
@@ -96,6 +100,8 @@ class ForwardPlan:
     num_counters: int
     math: int
     padded_head_dim: int
+    banded: int
+    mask_words: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class BackwardPlan:
     math: int
     padded_head_dim: int
     needs_main_kernel: int
+    banded: int
 
 
 @pytest.fixture(scope="module")
@@ -162,25 +169,31 @@ maybe = st.builds(Operand, exists=st.sampled_from([True, True, False]), expanded
 @st.composite
 def calls(draw, kind, **extra):
     groups, num_kv_heads = draw(st.sampled_from([1, 1, 2, 4])), draw(st.sampled_from([1, 2, 3, 8]))
-    on_device = draw(st.booleans())
+    on_device, causal = draw(st.booleans()), draw(st.booleans())
+    num_sequences = draw(st.sampled_from([-1, -1, -1, 0, 1, 3, 100]))
+    windows = st.sampled_from([-1, -1, 0, 1, 100, 1023, 40_000])
     return kind(
         num_multiprocessors=draw(st.sampled_from([3, 40, 108, 132])),
         runs_sm90=draw(st.booleans()),
         dtype=draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16])),
-        batch=draw(st.integers(0, 9)),
+        batch=draw(st.integers(0, 9)) if num_sequences < 0 else 1,
         num_heads=num_kv_heads * draw(st.sampled_from([1, 1, 2, 4, 16])),
         num_kv_heads=num_kv_heads,
         seq_len_q=draw(lengths),
         seq_len_k=draw(lengths),
         head_dim=8 * groups * draw(st.integers(1, 32 // groups)),
         groups=groups,
-        causal=draw(st.booleans()),
+        causal=causal,
         l2norm_qk=draw(st.booleans()),
         allow_tf32=draw(st.booleans()),
         scale_on_device=on_device,
         scale_stride=int(on_device and draw(st.booleans())),
         scale_value=draw(st.sampled_from([1, 8, 10, 11])),
-        bias=draw(st.sampled_from([False, False, True])),
+        bias=num_sequences < 0 and draw(st.sampled_from([False, False, True])),
+        mask=num_sequences < 0 and draw(st.sampled_from([False, False, True])),
+        window_left=draw(windows),
+        window_right=0 if causal else draw(windows),
+        num_sequences=num_sequences,
         q=draw(operands),
         k=draw(operands),
         v=draw(operands),
@@ -262,6 +275,32 @@ def test_hopper_takes_what_the_examples_have(library):
     assert (decoding.sm90, decoding.num_splits > 1, decoding.q_norm, decoding.k_norm) == (0, True, KERNEL, KERNEL)
 
 
+BANDED = {
+    "window": {"window_left": 100, "causal": True, "window_right": 0},
+    "right": {"window_right": 100},
+    "packed": {"num_sequences": 3},
+    "mask": {"mask": True},
+}
+
+
+@pytest.mark.parametrize("name", BANDED)
+def test_hopper_takes_windows_packed_sequences_and_masks(library, name):
+    options = {"num_heads": 16, "num_kv_heads": 16, "seq_len_q": 8192, "seq_len_k": 8192, **BANDED[name]}
+    for kind in (Forward, Backward):
+        plan = plan_of(library, kind(**options))
+        assert (plan.sm90, plan.banded) == (1, 1)
+        plain = plan_of(library, kind(**{**options, **dict.fromkeys(("window_left", "num_sequences"), -1)}, bias=True))
+        assert (plain.sm90, plain.banded) == (0, 0)  # the portable kernels have no variants
+    assert plan_of(library, Forward(causal=True, window_right=0, num_heads=16, num_kv_heads=16)).banded == 0
+
+
+def test_a_short_walk_is_not_cut_into_shares_without_work(library):
+    """As long as the sequences are, a window leaves a tile of keys few blocks of queries."""
+    long = {"seq_len_q": 65536, "seq_len_k": 256, "causal": True, "window_right": 0}
+    assert plan_of(library, Backward(**long)).num_splits > 8
+    assert plan_of(library, Backward(**long, window_left=100)).num_splits == 0
+
+
 # What is written, as places in the workspace
 
 
@@ -277,6 +316,9 @@ def test_forward_workspace_covers_what_is_written(library, call):
         assert (call.head_dim + ROW_SUM_PLACES) % 4 == 0
     else:
         assert plan.split_sums == 0
+    # Of 1024 keys 32 words of a bit each, and two with a bit for each of those: rowwise/visibility.cu
+    words = call.batch * blocks(call.seq_len_k, 1024) * 34
+    assert plan.mask_words == (words if plan.sm90 and call.mask else 0)
     if plan.sm90:
         counters = {0}  # kTilesTaken
         if plan.k_norm == AHEAD:

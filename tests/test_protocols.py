@@ -57,11 +57,16 @@ def test_every_group_has_its_protocol_and_says_what_it_asks_for():
                 assert inspect.getdoc(getattr(protocol_of(group), name)), (group, name)
 
 
+ATTENTION = {"num_heads": HEADS, "head_dim": HEAD_DIM, "layer": 0, "num_layers": 2}
+
+
 @each("attention")
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_attentions(option, num_kv_heads):
+@pytest.mark.parametrize("changes", [[], ["attention.window=3"]], ids=str)
+def test_attentions(option, num_kv_heads, changes):
     torch.manual_seed(0)
-    inner = build("attention", option, num_heads=HEADS, head_dim=HEAD_DIM)
+    inner = build("attention", option, *changes, **ATTENTION)
+    assert inner.window == (3 if changes else None)
     assert isinstance(inner, nn.Module) and not lacks(inner, InnerAttention)
     q = torch.randn(2, HEADS, 7, HEAD_DIM)
     k, v = (torch.randn(2, num_kv_heads, 7, HEAD_DIM) for _ in range(2))
@@ -76,7 +81,7 @@ def test_attentions(option, num_kv_heads):
 @each("norm")
 def test_blocks(option):
     torch.manual_seed(0)
-    inner = build("attention", "regular", num_heads=HEADS, head_dim=HEAD_DIM)
+    inner = build("attention", "regular", **ATTENTION)
     attention = SelfAttention(WIDTH, HEADS, HEADS, inner=inner, rotary=None, dropout=0.0)
     block = build("norm", option, width=WIDTH, num_layers=2, attention=attention, mlp=MLP(WIDTH, dropout=0.0))
     assert isinstance(block, nn.Module) and not lacks(block, Block)
@@ -161,6 +166,6 @@ class Halfway:
 
 
 def test_what_a_protocol_asks_for_and_is_not_there_is_found():
-    assert lacks(Halfway(), InnerAttention) == ["largest_logit", "forward"]
+    assert lacks(Halfway(), InnerAttention) == ["largest_logit", "window", "forward"]
     assert lacks(Halfway(), Block) == ["final_norm", "attention", "forward"]
     assert lacks(Halfway(), OptimizerBuilder) == ["lr"]

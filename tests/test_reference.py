@@ -1,6 +1,7 @@
 """The specification against an independent softmax in float64, and the facts that every back end shares."""
 
 import inspect
+import itertools
 import math
 import re
 
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gates import BACKENDS, attend
+from support.gates import BACKENDS, attend, backend_name
+from support.operators import cu_seqlens
 
 from flash_cosine_sim_attention import (
     __version__,
     flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
     l2norm_tensors,
     plain_cosine_sim_attention,
 )
+from flash_cosine_sim_attention.reference import key_ranges
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +77,125 @@ def test_equals_naive(num_kv_heads, groups, seq_len_q, seq_len_k):
     torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
 
 
+def in_window(seq_len_q, seq_len_k, left, right):
+    """Whether query i sees key j, from the definition, (seq_len_q, seq_len_k)."""
+    ahead = torch.arange(seq_len_q)[:, None] + seq_len_k - seq_len_q - torch.arange(seq_len_k)
+    return ((ahead <= left) | (left == -1)) & ((-ahead <= right) | (right == -1))
+
+
+@pytest.mark.parametrize("seq_len_q, seq_len_k", [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)])
+def test_a_window_is_a_mask_by_distance(seq_len_q, seq_len_k):
+    q, k, v = inputs(1, 2, 1, seq_len_q, seq_len_k, 8)
+    for left, right, causal in itertools.product((-1, 0, 1, 3, 8, 100), (-1, 0, 1, 3, 8, 100), (False, True)):
+        visible = in_window(seq_len_q, seq_len_k, left, 0 if causal else right)
+        bias = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -math.inf)
+        o = plain_cosine_sim_attention(q, k, v, causal=causal, window_size=(left, right))
+        assert torch.equal(o, plain_cosine_sim_attention(q, k, v, attn_bias=bias)), (left, right, causal)
+        assert torch.equal((o == 0).all(-1), ~visible.any(-1).expand(1, 2, -1))
+
+
+def test_key_ranges():
+    def ranges(*arguments):
+        return [bound.tolist() for bound in key_ranges(*arguments)]
+
+    cpu = torch.device("cpu")
+    assert key_ranges(5, 7, -1, -1, cpu) is None
+    assert ranges(3, 5, 1, 0, cpu) == [[1, 2, 3], [3, 4, 5]]
+    assert ranges(5, 3, -1, 1, cpu) == [[0, 0, 0, 0, 0], [0, 1, 2, 3, 3]]
+    assert ranges(4, 4, 2, -1, cpu) == [[0, 0, 0, 1], [4, 4, 4, 4]]
+    # Two queries and three keys, no queries, one and two, none of the keys, and a query behind them all.
+    packing = cu_seqlens([2, 0, 1, 1]), cu_seqlens([3, 1, 2, 0])
+    assert ranges(5, 7, -1, -1, cpu, *packing) == [[0, 0, 4, 6, 6], [3, 3, 6, 6, 6]]
+    first, end = ranges(5, 7, 1, 0, cpu, *packing)
+    assert [list(range(*bounds)) for bounds in zip(first, end, strict=True)] == [[0, 1], [1, 2], [4, 5], [], []]
+
+
+PACKINGS = {  # lengths of queries and of keys
+    "alike": ([3, 1, 6], [3, 1, 6]),
+    "one": ([5], [7]),
+    "ragged": ([4, 1, 6, 2], [2, 5, 6, 1]),
+    "empty": ([0, 3, 2, 0, 4, 0], [0, 2, 0, 3, 5, 0]),
+    "tokens": ([1] * 5, [1] * 5),
+}
+
+
+def packed_inputs(lengths_q, lengths_k, behind, **options):
+    """q, k, v in float64, with `behind` rows that belong to no sequence."""
+    options = {"dtype": torch.float64, "requires_grad": True, **options}
+    q = torch.randn(sum(lengths_q) + behind, 4, 8, **options)
+    return q, *(torch.randn(sum(lengths_k) + behind, 2, 8, **options) for _ in range(2))
+
+
+def one_by_one(q, k, v, lengths_q, lengths_k, **options):
+    """Packed attention by its definition: sequences in a loop, and zeros behind them."""
+    results, start_q, start_k = [], 0, 0
+    for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
+        parts = q[start_q : start_q + length_q], *(t[start_k : start_k + length_k] for t in (k, v))
+        o = plain_cosine_sim_attention(*(part.transpose(0, 1)[None] for part in parts), **options)
+        results.append(o[0].transpose(0, 1))
+        start_q, start_k = start_q + length_q, start_k + length_k
+    return torch.cat([*results, torch.zeros_like(q[start_q:])])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("behind", [0, 2])
+def test_packed_sequences_attend_each_to_itself(backend, packing, behind):
+    lengths_q, lengths_k = PACKINGS[packing]
+    q, k, v = packed_inputs(lengths_q, lengths_k, behind)
+    bounds = cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
+    scale = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    for causal, window_size, groups in itertools.product(
+        (False, True), (None, (0, 0), (2, 1), (-1, 0), (50, 2)), (1, 2)
+    ):
+        options = {"causal": causal, "window_size": window_size, "groups": groups, "scale": scale}
+        with backend_name(backend) as name:
+            o = flash_cosine_sim_attention_varlen(q, k, v, *bounds, backend=name, **options)
+        expected = one_by_one(q, k, v, lengths_q, lengths_k, **options)
+        torch.testing.assert_close(o, expected)
+        assert o.shape == q.shape and o.is_contiguous() and not o[sum(lengths_q) :].any()
+        do = torch.randn_like(o)
+        ours, theirs = (torch.autograd.grad(result, (q, k, v, scale), do) for result in (o, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths_q, lengths_k", [([2, 1], [0, 0]), ([0, 0], [2, 1]), ([2, 0], [0, 3]), ([0], [0])])
+@pytest.mark.parametrize("behind", [0, 3])
+def test_packed_sequences_without_a_pair(backend, lengths_q, lengths_k, behind):
+    """Zeros, and a gradient of zeros for every tensor."""
+    q, k, v = packed_inputs(lengths_q, lengths_k, behind, dtype=torch.float32)
+    with backend_name(backend) as name:
+        bounds = cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
+        o = flash_cosine_sim_attention_varlen(q, k, v, *bounds, backend=name)
+    assert o.shape == q.shape and not o.any()
+    for tensor, grad in zip((q, k, v), torch.autograd.grad(o.sum(), (q, k, v)), strict=True):
+        assert grad.shape == tensor.shape and not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_gradcheck_of_packed_sequences(backend):
+    bounds = cu_seqlens([2, 0, 1]), cu_seqlens([3, 1, 2]), 2, 3
+    q, k, v = (tensor[:, :1] for tensor in packed_inputs([2, 0, 1], [3, 1, 2], behind=1))
+    options = {"causal": True, "window_size": (1, 0), "groups": 2, "scale": 4, "backend": backend}
+    assert torch.autograd.gradcheck(lambda *t: flash_cosine_sim_attention_varlen(*t, *bounds, **options), (q, k, v))
+
+
+def test_packed_and_strided():
+    """Also as views of one (total, 3, heads, head_dim) tensor, and under autocast."""
+    qkv = torch.randn(9, 3, 4, 8)
+    q, k, v = qkv.unbind(1)
+    bounds = *[cu_seqlens([4, 5])] * 2, 5, 5
+    for backend in BACKENDS:
+        with backend_name(backend) as name:
+            o = flash_cosine_sim_attention_varlen(q, k, v, *bounds, causal=True, backend=name)
+            torch.testing.assert_close(o, one_by_one(q, k, v, [4, 5], [4, 5], causal=True))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                low = flash_cosine_sim_attention_varlen(q, k, v, *bounds, causal=True, backend=name)
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), o, rtol=0.05, atol=0.05)
+
+
 def test_bias_forms_and_layouts_agree():
     q, k, v = inputs()
     batch, num_heads, seq_len_q, seq_len_k = 2, 4, 13, 17
@@ -96,18 +219,18 @@ def test_bias_forms_and_layouts_agree():
     torch.testing.assert_close(single, plain(q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)))
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal, window_size", [(False, None), (True, None), (False, (1, 2)), (True, (2, 0))])
 @pytest.mark.parametrize("return_partials", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_gradcheck(causal, return_partials, backend):
+def test_gradcheck(causal, window_size, return_partials, backend):
     q, k, v = inputs(1, 2, 1, 4, 5, 8, requires_grad=True)
     scale = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, True, False, True, True]])
 
     def attend(q, k, v, bias, scale):
-        options = {"groups": 2, "causal": causal, "return_partials": return_partials, "backend": backend}
-        return flash_cosine_sim_attention(q, k, v, mask, bias, scale, **options)
+        options = {"groups": 2, "causal": causal, "window_size": window_size, "backend": backend}
+        return flash_cosine_sim_attention(q, k, v, mask, bias, scale, return_partials=return_partials, **options)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, bias, scale))
 
@@ -379,6 +502,13 @@ ERRORS = [
     (TypeError, "floating dtype, got torch.int64", {"scale": torch.tensor(8)}),
     (ValueError, r"shape \(\) or \(num_heads = 4,\), got \(3,\)", {"scale": torch.ones(3)}),
     (ValueError, "backend must be one of .*'reference'.*, got 'cudnn'", {"backend": "cudnn"}),
+    (TypeError, r"window_size must be \(left, right\), ints of at least -1.*got int", {"window_size": 4}),
+    (TypeError, r"window_size must be \(left, right\).*got \(4.0, 0\)", {"window_size": (4.0, 0)}),
+    (TypeError, r"window_size must be \(left, right\).*got \(4, None\)", {"window_size": (4, None)}),
+    (TypeError, r"window_size must be \(left, right\).*got \[True, 0\]", {"window_size": [True, 0]}),
+    (TypeError, r"window_size must be \(left, right\).*got str", {"window_size": "44"}),
+    (ValueError, r"window_size must be \(left, right\).*got \(4, -2\)", {"window_size": (4, -2)}),
+    (ValueError, r"window_size must be \(left, right\).*got \(4,\)", {"window_size": (4,)}),
 ]
 
 
@@ -388,6 +518,64 @@ def test_errors_say_what_is_accepted(error, message, changes):
         changes = dict.fromkeys("qkv", torch.randn(1, 1, 2, int(changes.split()[1])))
     with pytest.raises(error, match=message):
         flash_cosine_sim_attention(**{"q": Q, "k": K, "v": K, **changes})
+
+
+BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+PACKED_ERRORS = [
+    (TypeError, "k must be a tensor, got NoneType", {"k": None}),
+    (ValueError, r"packed q must be \(total, heads, head_dim\), got \(1, 5, 4, 16\)", {"q": torch.ones(1, 5, 4, 16)}),
+    (ValueError, "k and v must have the same shape", {"v": torch.ones(6, 2, 16)}),
+    (TypeError, "must have one dtype", {"v": torch.ones(7, 2, 16).half()}),
+    (
+        ValueError,
+        r"num_kv_heads must divide num_heads 3, got 2 \(q: \(5, 3, 16\), k: \(7, 2, 16\), v: \(7, 2, 16\)\)",
+        {"q": torch.ones(5, 3, 16)},
+    ),
+    (ValueError, r"q's head_dim 8, got 16 \(q: \(5, 4, 8\)", {"q": torch.ones(5, 4, 8)}),
+    (ValueError, "groups must divide head_dim 16, got 3", {"groups": 3}),
+    (TypeError, "causal must be a bool, got int", {"causal": 1}),
+    (TypeError, "l2norm_qk must be a bool, got str", {"l2norm_qk": "no"}),
+    (ValueError, "must be at most 60, got 61", {"scale": 61}),
+    (ValueError, "backend must be one of", {"backend": "cudnn"}),
+    (TypeError, "window_size must be .*got int", {"window_size": 4}),
+    (
+        TypeError,
+        r"cu_seqlens_q must be an int32 tensor, got torch.int64: call .int\(\) on it",
+        {"cu_seqlens_q": BOUNDS.long()},
+    ),
+    (TypeError, "cu_seqlens_k must be an int32 tensor, got list$", {"cu_seqlens_k": [0, 2, 5]}),
+    (ValueError, r"cu_seqlens_k must be \(num_sequences \+ 1,\).*got \(1, 3\)", {"cu_seqlens_k": BOUNDS[None]}),
+    (
+        ValueError,
+        r"cu_seqlens_q must be \(num_sequences \+ 1,\), of at least one.*got \(1,\)",
+        {"cu_seqlens_q": BOUNDS[:1]},
+    ),
+    (ValueError, "must be of one length, the number of sequences plus 1, got 3 and 2", {"cu_seqlens_k": BOUNDS[:2]}),
+    (ValueError, "cu_seqlens_q must be on q's device cpu, got meta", {"cu_seqlens_q": BOUNDS.to("meta")}),
+    (ValueError, "cu_seqlens_q must begin with 0.*; it begins with 1", {"cu_seqlens_q": BOUNDS + 1}),
+    (ValueError, "cu_seqlens_k must .*not fall.*entry 2 is 1, the one before it 2", {"cu_seqlens_k": BOUNDS % 4}),
+    (
+        ValueError,
+        "cu_seqlens_q must .*end at most at 5, the number of rows; it ends at 10",
+        {"cu_seqlens_q": BOUNDS * 2},
+    ),
+    (TypeError, "max_seqlen_q must be an int, got Tensor", {"max_seqlen_q": torch.tensor(5)}),
+    (TypeError, "max_seqlen_k must be an int, got float", {"max_seqlen_k": 5.0}),
+    (
+        ValueError,
+        "max_seqlen_k must be at least the longest sequence's length, got 2: sequence 1 is of length 3",
+        {"max_seqlen_k": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize("error, message, changes", PACKED_ERRORS)
+def test_errors_of_packed_sequences_say_what_is_accepted(error, message, changes):
+    given = {"q": torch.ones(5, 4, 16), "k": torch.ones(7, 2, 16), "v": torch.ones(7, 2, 16)}
+    given |= {"cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS, "max_seqlen_q": 10, "max_seqlen_k": 3}
+    flash_cosine_sim_attention_varlen(**given)
+    with pytest.raises(error, match=message):
+        flash_cosine_sim_attention_varlen(**given | changes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,6 +27,7 @@ from models.training.checkpoint_files import read_checkpoint
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name
+from models.training.load import load_model
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
@@ -257,6 +258,44 @@ def test_auto_continues_the_run_of_the_same_identity_and_no_other(text, tmp_path
     assert [read_results(folder).last("step") for folder in (first, second, tmp_path / "run-3")] == [8, 4, 4]
     fit(text, tmp_path, "resume=auto", "seed=5")
     assert read_results(tmp_path / "run-4").last("step") == 8 and read_results(first).last("step") == 8
+
+
+def test_a_run_from_before_there_were_windows_is_the_same_run(text, tmp_path):
+    """Neither its config.yaml nor the identity in its run.json has the keys."""
+    folder = fit(text, tmp_path, "max_steps=4", "model.num_layers=2")
+    config, record = OmegaConf.load(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+    for key in ("window", "window_pattern"):
+        assert config.attention.pop(key, "absent") is None and f"attention.{key}" not in record["identity"]
+    assert {"attention.scale", "trainer.overfit", "init_from"} & record["identity"].keys() == {"attention.scale"}
+    record["identity"] |= {"trainer.overfit": False, "init_from": None}  # which were written at that time
+    OmegaConf.save(config, folder / "config.yaml")
+    (folder / "run.json").write_text(json.dumps(record))
+    gpt, _ = load_model(folder)
+    assert [block.attention.inner.window for block in gpt.blocks] == [None, None]
+    for change in ("attention.window=8", "attention.window=8 attention.window_pattern=L"):
+        with pytest.raises(ValueError, match="has another model: attention.window was None, is 8"):
+            fit(text, tmp_path, f"resume={folder}", "model.num_layers=2", *change.split())
+    fit(text, tmp_path, "resume=auto", "model.num_layers=2", "attention.window=8", "max_steps=2")
+    assert read_results(tmp_path / "run-2").last("step") == 2
+    fit(text, tmp_path, "resume=auto", "model.num_layers=2", "max_steps=6")
+    assert read_results(folder).last("step") == 6
+
+
+@pytest.mark.parametrize("attention", ["cosine", "regular"])
+def test_a_run_with_windows_is_sampled_from_resumed_and_read(text, tmp_path, attention):
+    changes = [f"attention={attention}", "attention.window=8", "attention.window_pattern=SL", "model.num_layers=3"]
+    fit(text, tmp_path, *changes, "max_steps=4")
+    folder = fit(text, tmp_path, *changes, "resume=auto")
+    results = read_results(folder)
+    assert results.last("step") == 8 and results.last("logit/layer2/max") > 0
+    assert (folder / "samples.txt").read_text().count("--- step ") == 2
+    gpt, config = load_model(folder, checkpoint="last")
+    assert [block.attention.inner.window for block in gpt.blocks] == [8, None, None]
+    assert "window8-window_patternSL" in default_name(config, {"attention": attention}, changes)
+    flops = results.last("throughput/model_tflops_per_s") * 1e12 / results.last("throughput/tokens_per_s")
+    assert flops == pytest.approx(gpt.flops_per_token(32)) and gpt.flops_per_token(32) == 6 * (
+        3 * 12 * 32**2 + 32 * 256 + 2 * 32 * (8 * (1 - 8 / 64) + 16 + 16)
+    )
 
 
 def test_auto_takes_up_a_folder_that_has_no_checkpoint_yet(text, tmp_path):
@@ -716,9 +755,90 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
     assert out.count("x nanogpt") == 1 and "said" not in out
 
 
+# Blocks as nanoGPT's, as far as windows take them; mask is the tests' own.
+NANOGPT_WITH_BLOCKS = """
+import types
+import torch
+from torch import nn
+
+GPTConfig = types.SimpleNamespace
+
+class Attention(nn.Module):
+    mask = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.resid_dropout = config.n_head, nn.Dropout(config.dropout)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        batch, length, width = x.size()
+        q, k, v = (y.view(batch, length, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(width, dim=2))
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        return self.resid_dropout(self.c_proj(o.transpose(1, 2).reshape(batch, length, width)))
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        blocks = (nn.ModuleDict({"attn": Attention(config)}) for _ in range(config.n_layer))
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer = nn.ModuleDict({"wte": wte, "h": nn.ModuleList(blocks)})
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, tokens, targets):
+        x = self.transformer.wte(tokens)
+        for block in self.transformer.h:
+            x = x + block.attn(x)
+        logits = self.head(x)
+        return logits, nn.functional.cross_entropy(logits.view(-1, 256), targets.reshape(-1))
+"""
+WINDOWS = ["attention.window=5", "attention.window_pattern=LSS", "model.num_layers=4", "model.dropout=0"]
+
+
+def test_nanogpt_is_given_the_same_windows(text, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
+    config = validate(configure(*overrides(text, tmp_path, *WINDOWS)))
+    code = benchmark_training.load_nanogpt(tmp_path / "model.py")
+    gpt = code.GPT(code.GPTConfig(n_layer=4, n_head=2, n_embd=32, vocab_size=256, dropout=0, bias=False)).double()
+    tokens, targets = torch.randint(0, 256, (2, 2, 32))
+    plain = gpt(tokens, targets)[1]
+    i = torch.arange(32)
+    for layer in (1, 2):
+        gpt.transformer.h[layer].attn.mask = (i[:, None] >= i) & (i[:, None] - i < 5)
+    expected = gpt(tokens, targets)[1]
+    assert (plain - expected).abs() > 1e-4
+    weights_before = {id(weight) for weight in gpt.parameters()}
+    benchmark_training.give_windows(gpt, config)
+    torch.testing.assert_close(gpt(tokens, targets)[1], expected, rtol=0, atol=1e-12)
+    assert {id(weight) for weight in gpt.parameters()} == weights_before  # trained by the same optimizer
+
+
+def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
+    line = [word for word in overrides(text, tmp_path, *WINDOWS) if word != "max_steps=8"]
+    line += ["--steps", "8", "--json", str(tmp_path / "report.json"), "--nanogpt", str(tmp_path / "model.py")]
+    assert benchmark_training.main(line) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["lightning", "bare", "nanogpt_windows", "nanogpt"]
+    assert all(row["tokens_per_s"] > 0 for row in rows) and capsys.readouterr().out.count("x nanogpt") == 1
+    for change, named in (
+        ("attention.window=null attention.window_pattern=null", "nanogpt_windows needs attention.window"),
+        ("model.dropout=0.1", "model.dropout must be 0 for nanoGPT with the windows, got 0.1"),
+    ):
+        changed = [*change.split(), *(word for word in line if word.split("=")[0] not in change)]
+        assert benchmark_training.main([*changed, "--contenders", "nanogpt_windows"]) == 2
+        assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
+        (["--contenders", "nanogpt_windows"], "--contenders nanogpt_windows needs --nanogpt"),
+        (["seq_len=32", "attention.window=0", "--contenders", "bare"], "attention.window must be null or at least 1"),
         (["--steps", "5"], "--steps must be at least 3 * trainer.log_every = 6"),
         (["--nanogpt", "absent.py"], "must be the path of nanoGPT's model.py, got 'absent.py'"),
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),

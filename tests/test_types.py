@@ -26,18 +26,25 @@ USER = """
 import torch
 from torch import Tensor
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors, plain_cosine_sim_attention
+from flash_cosine_sim_attention import flash_cosine_sim_attention_varlen
 
 x = torch.ones(1, 1, 3, 8)
 one: Tensor = flash_cosine_sim_attention(x, x, x)
 also: Tensor = plain_cosine_sim_attention(x, x, x, None, None, torch.ones(1), causal=True, return_partials=False)
 two: tuple[Tensor, Tensor] = flash_cosine_sim_attention(x, x, x, backend="sdpa", return_partials=True)
 more: tuple[Tensor, Tensor] = plain_cosine_sim_attention(x, x, x, return_partials=True)
+near: Tensor = flash_cosine_sim_attention(x, x, x, causal=True, window_size=(128, 0))
+also_near: Tensor = plain_cosine_sim_attention(x, x, x, window_size=[1, 1])
+bounds = torch.tensor([0, 1, 3], dtype=torch.int32)
+packed: Tensor = flash_cosine_sim_attention_varlen(x[0], x[0], x[0], bounds, bounds, 2, 2, window_size=(128, 0))
 many: tuple[Tensor, ...] = l2norm_tensors(x, x, groups=2)
 """
 WRONG = {
     "flash_cosine_sim_attention(x, x, x, casual=True)": "call-overload",
     "flash_cosine_sim_attention(x, x, x, groups=0.5)": "call-overload",
     "plain_cosine_sim_attention(x, x, x, backend='sdpa')": "call-overload",
+    "flash_cosine_sim_attention(x, x, x, window_size=128)": "call-overload",
+    "flash_cosine_sim_attention_varlen(x, x, x, bounds, bounds, 2, 2, mask=x > 0)": "call-arg",
     "l2norm_tensors(x, groups='2')": "arg-type",
     "one.no_such_method()": "attr-defined",
 }

@@ -5,9 +5,19 @@ no running maximum (Henry et al. 2020, "Query-Key Normalization for Transformers
 """
 
 from .identity import __version__, warn_of_others
-from .interface import flash_cosine_sim_attention, plain_cosine_sim_attention
+from .interface import (
+    flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
+    plain_cosine_sim_attention,
+)
 from .reference import l2norm_tensors
 
-__all__ = ["__version__", "flash_cosine_sim_attention", "l2norm_tensors", "plain_cosine_sim_attention"]
+__all__ = [
+    "__version__",
+    "flash_cosine_sim_attention",
+    "flash_cosine_sim_attention_varlen",
+    "l2norm_tensors",
+    "plain_cosine_sim_attention",
+]
 
 warn_of_others()

@@ -17,7 +17,14 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """The arguments that decide what is computed, as interface.py has checked and normalised them."""
+    """The arguments that decide what is computed, as interface.py has checked and normalised them.
+
+    Which keys a query may see follows from the windows and cu_seqlens alone; causal says nothing more.
+
+    Packed, with cu_seqlens, batch is 1, there is neither mask nor attn_bias, and sequence s has the queries from
+    cu_seqlens_q[s] up to cu_seqlens_q[s + 1] and the keys from cu_seqlens_k[s] up to cu_seqlens_k[s + 1]. Queries
+    behind the last sequence see nothing. On a GPU nobody has checked the values of cu_seqlens.
+    """
 
     q: Tensor  # (batch, num_heads, seq_len_q, head_dim)
     k: Tensor  # (batch, num_kv_heads, seq_len_k, head_dim)
@@ -25,9 +32,13 @@ class Call(NamedTuple):
     mask: Tensor | None  # bool (batch, seq_len_k), True = attend
     attn_bias: Tensor | None  # in q's dtype, broadcastable to (batch, num_heads, seq_len_q, seq_len_k)
     scale: Tensor | None  # float32, or float64 for float64, (1,) or (num_heads,); None: it is scale_value
+    cu_seqlens_q: Tensor | None  # int32 (num_sequences + 1,), contiguous; None: not packed
+    cu_seqlens_k: Tensor | None  # the same; both or neither
     scale_value: float  # ignored where scale is a tensor
     groups: int  # divides head_dim
-    causal: bool  # query i sees key j iff j <= i + seq_len_k - seq_len_q
+    causal: bool  # True where window_right is 0, and nowhere else
+    window_left: int  # query i sees key j iff i + seq_len_k - seq_len_q - j <= window_left, or it is -1: unlimited;
+    window_right: int  # and j - (i + seq_len_k - seq_len_q) <= window_right, or -1. Packed: inside each sequence
     l2norm_qk: bool
 
 
@@ -105,6 +116,14 @@ BACKWARD = Operator(
     {"do": Tensor, **_INPUTS, **_ROWS, **_OPTIONS, **dict.fromkeys(NEEDS, bool), "deterministic": bool},
     GRADIENTS,
 )
+
+
+def limits(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) -> tuple[int, int]:
+    """The window for these lengths: a side that hides nothing is -1."""
+    return (
+        -1 if window_left >= seq_len_k - 1 else window_left,  # the last query is as far as this from the first key
+        -1 if window_right >= seq_len_q - 1 else window_right,
+    )
 
 
 def scale_of(call: Call) -> float | Tensor:

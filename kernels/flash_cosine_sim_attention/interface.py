@@ -2,14 +2,15 @@
 
 import logging
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .reference import check_groups, compute_dtype, has_readable_values, reference_attention
+from .call import Call, limits
+from .reference import check_cu_seqlens, check_groups, compute_dtype, has_readable_values, reference_attention
 from .sdpa import sdpa_attention
 
 BACKENDS = ("auto", "cuda", "sdpa", "reference")
@@ -30,13 +31,15 @@ _gpu_reasons: dict[int, str | None] = {}  # by device index: asking a GPU in eve
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, backend: str = ..., return_partials: Literal[False] = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
+    return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, backend: str = ..., return_partials: Literal[True],
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
+    return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_cosine_sim_attention(
     q: Tensor,
@@ -50,6 +53,7 @@ def flash_cosine_sim_attention(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
     *,
+    window_size: Sequence[int] | None = None,
     backend: str = "auto",
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,6 +84,10 @@ def flash_cosine_sim_attention(
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
             not of unit norm the bound on the logits is void, and row sums may overflow in the CUDA kernels.
         attn_bias_batch_dim: a 3-D attn_bias is (batch, seq_len_q, seq_len_k).
+        window_size: (left, right), a sliding window: query i sees the keys from i + off - left to i + off + right,
+            both included, where off = seq_len_k - seq_len_q. -1 is unlimited, and None is (-1, -1). With causal,
+            right counts as 0. By "cuda" and "sdpa" the time goes with the window. Under torch.compile, other
+            numbers may compile anew.
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once. A named
             back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
@@ -117,8 +125,14 @@ def flash_cosine_sim_attention(
     mask = _as_2d_mask(mask, q, k)
     attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
     scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged)
+    if window_size is None:
+        left, right = -1, 0 if causal else -1
+    else:
+        causal, left, right = _as_limits(window_size, causal, q, k)
     # A Call's values in its order, but no Call: see call.py.
-    call = q, k, v, mask, attn_bias, scale_tensor, scale_value, groups, causal, l2norm_qk
+    call = (
+        q, k, v, mask, attn_bias, scale_tensor, None, None, scale_value, groups, causal, left, right, l2norm_qk
+    )  # fmt: skip
     if leave_autocast:
         with torch.autocast(q.device.type, enabled=False):
             result = attend(call, return_partials)
@@ -131,13 +145,13 @@ def flash_cosine_sim_attention(
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, return_partials: Literal[False] = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, return_partials: Literal[True],
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
@@ -151,6 +165,7 @@ def plain_cosine_sim_attention(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
     *,
+    window_size: Sequence[int] | None = None,
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Like flash_cosine_sim_attention with backend="reference": plain PyTorch, the specification.
@@ -160,8 +175,78 @@ def plain_cosine_sim_attention(
     """
     return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return]  # mypy takes a bool for no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
-        backend="reference", return_partials=return_partials,
+        window_size=window_size, backend="reference", return_partials=return_partials,
     )  # fmt: skip
+
+
+def flash_cosine_sim_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | Tensor = 8,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    window_size: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Like flash_cosine_sim_attention, of sequences of different lengths, packed one behind the other.
+
+    Each attends to itself alone. Names and order of the first seven arguments are those of flash_attn_varlen_func.
+
+    It is made for many queries a sequence, as in training. For a few queries beside many keys, as in decoding, it is
+    faster to pad: call flash_cosine_sim_attention with each sequence as an element of the batch, and a mask.
+
+    Args:
+        q: (total_q, num_heads, head_dim), the rows of all sequences. Any strides will do.
+        k, v: (total_k, num_kv_heads, head_dim) where num_kv_heads divides num_heads.
+        cu_seqlens_q, cu_seqlens_k: int32 (num_sequences + 1,) on q's device, of one length, at least 2: sequence s has
+            the rows from cu_seqlens[s] up to cu_seqlens[s + 1]. The first entry is 0, none is less than the one before
+            it, and the last is at most total. A sequence may have no queries or no keys. Rows behind the last
+            sequence belong to none: such queries yield zeros, with zero gradients. Values on the CPU are checked.
+            Those on a GPU are not, for that would synchronise, nor is anything under torch.compile: there wrong ones
+            give wrong results, but nothing is read or written outside the tensors. "sdpa" attends to one sequence
+            after the other, for which it reads the values on a GPU, too, and checks them; under torch.compile it
+            does not, and takes the time of total_q x total_k scores.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length, and checked like cu_seqlens; nothing else
+            depends on it.
+        causal: in a sequence of n queries and m keys, its query i sees its key j iff j <= i + m - n.
+        window_size: (left, right), as there, with off = m - n in each sequence.
+
+    Returns:
+        The output, contiguous, in q's shape, (total_q, num_heads, head_dim), and in q's dtype, or autocast's.
+
+    Raises:
+        ValueError, TypeError, ImportError, NotImplementedError, RuntimeError: as there.
+    """
+    attend = _choose_backend(backend, q)
+    q, k, v, _, leave_autocast = _autocast(q, k, v, None)
+    _check_packed(q, k, v)
+    _check_flag("causal", causal)
+    _check_flag("l2norm_qk", l2norm_qk)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, heads, total, head_dim)
+    _check_shapes(q, k, v, any_head_dim=backend == "reference", packed=True)
+    check_groups(groups, q.shape[-1], "head_dim")
+    cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
+    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged=False)
+    causal, left, right = _as_limits((-1, -1) if window_size is None else window_size, causal, q, k)
+    call = Call(
+        q=q, k=k, v=v, mask=None, attn_bias=None, scale=scale_tensor, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, scale_value=scale_value, groups=groups, causal=causal, window_left=left,
+        window_right=right, l2norm_qk=l2norm_qk,
+    )  # fmt: skip
+    if leave_autocast:
+        with torch.autocast(q.device.type, enabled=False):
+            o = attend(call, False)
+    else:
+        o = attend(call, False)
+    # As from the kernels it is contiguous for such a q, and can be viewed as (total_q, num_heads * head_dim).
+    return o.squeeze(0).transpose(0, 1).contiguous()  # type: ignore[union-attr]  # of no partials it is one tensor
 
 
 def _squeeze_heads(result: Result) -> Result:
@@ -256,6 +341,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} must be (batch, heads, seq_len, head_dim) or, merged or single-head, (batch, "
                 f"seq_len, head_dim); got {tuple(tensor.shape)}"
             )
+    _check_alike(q, k, v)
+    if q.ndim == 3 and k.ndim == 4:
+        raise ValueError(
+            f"with merged q (batch * heads, seq_len_q, head_dim), k and v must be (batch * heads, seq_len_k, "
+            f"head_dim); got q: {tuple(q.shape)}, k: {tuple(k.shape)}"
+        )
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 3:
+            raise ValueError(f"packed {name} must be (total, heads, head_dim), got {tuple(tensor.shape)}")
+    _check_alike(q, k, v)
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
     dtype = q.dtype
     if not (k.dtype is dtype and v.dtype is dtype and dtype in ANY_DTYPES):
         _refuse_dtypes(q, k, v)
@@ -263,11 +366,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be on one device, got q: {q.device}, k: {k.device}, v: {v.device}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got k: {tuple(k.shape)}, v: {tuple(v.shape)}")
-    if q.ndim == 3 and k.ndim == 4:
-        raise ValueError(
-            f"with merged q (batch * heads, seq_len_q, head_dim), k and v must be (batch * heads, seq_len_k, "
-            f"head_dim); got q: {tuple(q.shape)}, k: {tuple(k.shape)}"
-        )
 
 
 def _refuse_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -282,27 +380,32 @@ def _check_flag(name: str, flag: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool, packed: bool = False) -> None:
     """q (batch, num_heads, seq_len_q, head_dim); k, v (batch, num_kv_heads, seq_len_k, head_dim)."""
     batch, num_heads, _, head_dim = q.shape
     kv_batch, num_kv_heads, _, kv_head_dim = k.shape
     if batch != kv_batch:
-        raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v)}")
+        raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v, packed)}")
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v)}")
+        raise ValueError(
+            f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v, packed)}"
+        )
     if kv_head_dim != head_dim:
-        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(q, k, v)}")
+        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(q, k, v, packed)}")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         if head_dim < 1:  # nothing has a direction there
-            raise ValueError(f"head_dim must be at least 1, got {head_dim} {_shapes(q, k, v)}")
+            raise ValueError(f"head_dim must be at least 1, got {head_dim} {_shapes(q, k, v, packed)}")
         if not any_head_dim:
             raise ValueError(
-                f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} {_shapes(q, k, v)}; "
-                "backend='reference' takes any"
+                f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} "
+                f"{_shapes(q, k, v, packed)}; backend='reference' takes any"
             )
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> str:
+    """As they were given."""
+    if packed:
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))
     return f"(q: {tuple(q.shape)}, k: {tuple(k.shape)}, v: {tuple(v.shape)})"
 
 
@@ -380,6 +483,61 @@ def _as_vector_or_number(
             _check_range(value, groups)
     scale = scale.to(compute_dtype(q.dtype))
     return scale if scale.ndim == 1 else scale.reshape(1), 1.0
+
+
+def _as_limits(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -> tuple[bool, int, int]:
+    """Return causal, window_left and window_right of a Call."""
+    accepted = "window_size must be (left, right), ints of at least -1, which is unlimited, or None"
+    if not isinstance(window_size, (tuple, list)):
+        raise TypeError(f"{accepted}; got {type(window_size).__name__}")
+    if len(window_size) != 2:
+        raise ValueError(f"{accepted}; got {window_size!r}")
+    left, right = window_size
+    for side in (left, right):
+        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
+            raise TypeError(f"{accepted}; got {window_size!r}")
+        if side < -1:
+            raise ValueError(f"{accepted}; got {window_size!r}")
+    # An exported program is for all lengths of its range: there, a comparison with one would narrow that.
+    if not torch.compiler.is_exporting():
+        left, right = limits(left, right, q.shape[-2], k.shape[-2])
+    if causal:  # after limits, which makes -1 of it for a single query
+        right = 0
+    return right == 0, left, right
+
+
+def _as_cu_seqlens(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return both contiguous. q is (1, num_heads, total_q, head_dim), k likewise."""
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_cu_seqlens_tensor(name, cu_seqlens, q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of one length, the number of sequences plus 1, got "
+            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
+    for name, max_seqlen in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+            raise TypeError(f"{name} must be an int, got {type(max_seqlen).__name__}")
+    readable = not torch.compiler.is_compiling() and all(map(has_readable_values, (cu_seqlens_q, cu_seqlens_k)))
+    if readable:
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[-2], max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[-2], max_seqlen_k)
+    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+
+
+def _check_cu_seqlens_tensor(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        hint = ": call .int() on it" if got == torch.int64 else ""
+        raise TypeError(f"{name} must be an int32 tensor, got {got}{hint}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name} must be (num_sequences + 1,), of at least one sequence; got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {cu_seqlens.device}")
 
 
 def _check_range(scale: float, groups: int) -> None:

@@ -15,6 +15,9 @@ The operators do not validate: interface.py did. What an implementation may rely
   for o, which is as below.
 - o has the strides of empty_like(q), and every gradient those of empty_like of its tensor: (batch, seq_len,
   heads, head_dim) storage viewed as (batch, heads, ...) stays such. The other outputs are contiguous.
+- cu_seqlens_q and cu_seqlens_k are contiguous and int32, and have no gradient. On a GPU nobody has read them: whatever
+  they hold, an implementation neither reads nor writes outside the tensors.
+- causal is True exactly where window_right is 0; a window with a side that hides nothing may come in.
 - A row without a visible key has row_sum_log2 = -inf, o = 0 and no share in any gradient.
 - row_sum_log2 is log2 of the row sum, not shifted. In the backward pass it is whatever makes P = exp(S) *
   2^-row_sum_log2 belong to do: the gradient of float16 partials passes do * 2^-e with row_sum_log2 - e, and
@@ -42,10 +45,18 @@ from .call import (
     SHARED,
     TENSORS,
     VALUES,
+    Call,
     Operator,
     picker,
 )
-from .reference import LOG2_E, compute_dtype, reference_backward, reference_forward, reference_partials
+from .reference import (
+    LOG2_E,
+    compute_dtype,
+    has_values,
+    reference_backward,
+    reference_forward,
+    reference_partials,
+)
 
 Function = TypeVar("Function")
 
@@ -345,38 +356,68 @@ for _device_type in ("cpu", "cuda"):
         _library.impl(_operator.name, _kernel, f"Autocast{_device_type.upper()}")
 
 
-# FLOPs, from shapes alone: a multiply-add is two; causal counts the visible pairs only, a key mask is data.
+# FLOPs: a multiply-add is two, and only pairs inside the window and the sequence count. A key mask is data.
 
 
-def _matmul_flops(q, k, causal: bool) -> int:
-    """FLOPs of one product of seq_len_q x seq_len_k x head_dim over all heads."""
-    batch, num_heads, seq_len_q, head_dim = q
-    seq_len_k = k[2]
-    pairs = seq_len_q * seq_len_k
-    if causal:
-        num_rows = min(seq_len_q, seq_len_k)  # that see a key: the last sees all, each one before one less
-        pairs = num_rows * seq_len_k - num_rows * (num_rows - 1) // 2
-    return 2 * batch * num_heads * pairs * head_dim
+def visible_pairs(seq_len_q: int, seq_len_k: int, window_left: int, window_right: int) -> int:
+    """The number of pairs of a query and a key inside the window (left, right) of a Call."""
+
+    def within(distance: int) -> int:
+        """Pairs of query i and key j with i + seq_len_k - seq_len_q - j <= distance.
+
+        With j' = seq_len_k - 1 - j, those are the pairs with i + j' < distance + seq_len_q: a triangle, without its
+        parts beyond either length; what is beyond both has been taken off twice.
+        """
+        side = distance + seq_len_q
+        beyond = _triangle(side - seq_len_q) + _triangle(side - seq_len_k) - _triangle(side - seq_len_q - seq_len_k)
+        return _triangle(side) - beyond
+
+    left = seq_len_k if window_left < 0 else window_left
+    right = seq_len_q if window_right < 0 else window_right
+    return within(left) - within(-right - 1)
+
+
+def _triangle(side: int) -> int:
+    """The number of pairs of integers a, b >= 0 with a + b < side."""
+    side = max(0, side)
+    return side * (side + 1) // 2
+
+
+def _pairs(call: Call) -> int:
+    """Pairs of one head, over the batch; of packed sequences whose lengths are not known (fake tensors) a bound.
+
+    The bound is what one sequence of all rows would have: on each diagonal, that has no fewer pairs.
+    """
+    window = call.window_left, call.window_right
+    if call.cu_seqlens_q is None or not (has_values(call.cu_seqlens_q) and has_values(call.cu_seqlens_k)):
+        return call.q.shape[0] * visible_pairs(call.q.shape[2], call.k.shape[2], *window)
+    lengths = zip(call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist(), strict=True)
+    return sum(visible_pairs(*pair, *window) for pair in lengths)
+
+
+def _matmul_flops(call: Call) -> int:
+    """FLOPs of one product of every visible pair over head_dim, over all heads."""
+    _, num_heads, _, head_dim = call.q.shape
+    return 2 * num_heads * _pairs(call) * head_dim
 
 
 def _register_forward_flops(operator: Operator) -> None:
-    @register_flop_formula(getattr(torch.ops.flash_cosine_sim_attention, operator.name))
-    def flops(*shapes, out_shape=None) -> int:  # noqa: ARG001
-        call = operator.call(shapes)
-        return 2 * _matmul_flops(call.q, call.k, call.causal)  # q k^T, P v
+    @register_flop_formula(getattr(torch.ops.flash_cosine_sim_attention, operator.name), get_raw=True)
+    def flops(*arguments, out_val=None) -> int:  # noqa: ARG001
+        return 2 * _matmul_flops(operator.call(arguments))  # q k^T, P v
 
 
 _register_forward_flops(FORWARD)
 _register_forward_flops(PARTIALS)
 
 
-@register_flop_formula(torch.ops.flash_cosine_sim_attention.backward)
-def _backward_flops(*shapes, out_shape=None) -> int:  # noqa: ARG001
-    given = BACKWARD.decode(shapes)
+@register_flop_formula(torch.ops.flash_cosine_sim_attention.backward, get_raw=True)
+def _backward_flops(*arguments, out_val=None) -> int:  # noqa: ARG001
+    given = BACKWARD.decode(arguments)
     # q k^T again, dO v^T; dS k, dS^T q, P^T dO
     need_ds = given.need_dq or given.need_dk or given.need_dattn_bias or given.need_dscale
     num_products = 1 + need_ds + given.need_dq + given.need_dk + given.need_dv
-    return num_products * _matmul_flops(given.q, given.k, given.causal)
+    return num_products * _matmul_flops(BACKWARD.call(arguments))
 
 
 load_kernels()

@@ -1,7 +1,7 @@
 """The specification in plain PyTorch: it materialises the scores, and favours clarity over speed.
 
     q^ = q / |q|,  k^ = k / |k|                   per group of head_dim / groups channels
-    S  = scale * q^ k^T + attn_bias               -inf where masked
+    S  = scale * q^ k^T + attn_bias               -inf where the mask, the window or another sequence hides the key
     o  = exp(S) v / rowsum(exp(S))                0 where no key is visible
 
 `reference_attention` is differentiable by autograd. `reference_forward`, `reference_partials` and
@@ -61,6 +61,24 @@ def check_groups(groups: int, size: int, name: str) -> None:
         raise ValueError(f"groups must divide {name} {size}, got {groups}")
 
 
+def check_cu_seqlens(name: str, bounds: Sequence[int], total: int, max_seqlen: int | None = None) -> None:
+    """Raises ValueError where `bounds` do not cut `total` rows into sequences, of at most max_seqlen if given."""
+    accepted = f"{name} must begin with 0, not fall, and end at most at {total}, the number of rows"
+    if bounds[0] != 0:
+        raise ValueError(f"{accepted}; it begins with {bounds[0]}")
+    for place, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"{accepted}; entry {place + 1} is {end}, the one before it {start}")
+        if max_seqlen is not None and end - start > max_seqlen:
+            longest = name.replace("cu_seqlens", "max_seqlen")
+            raise ValueError(
+                f"{longest} must be at least the longest sequence's length, got {max_seqlen}: "
+                f"sequence {place} is of length {end - start}"
+            )
+    if bounds[-1] > total:
+        raise ValueError(f"{accepted}; it ends at {bounds[-1]}")
+
+
 def l2norm(x: Tensor, groups: int) -> Tensor:
     """Normalise (..., head_dim) per group; the result is in `compute_dtype`, not yet rounded to x's dtype."""
     return _unit_groups(x, groups)[0].flatten(-2)
@@ -73,7 +91,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def has_readable_values(tensor: Tensor) -> bool:
     """On the CPU, as reading from the GPU would wait for it, and neither fake nor wrapped by torch.func."""
-    is_data = tensor.is_cpu and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return tensor.is_cpu and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Neither fake nor wrapped by torch.func; on a GPU reading them waits for it."""
+    is_data = not tensor.is_meta and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -172,18 +195,52 @@ def expand_kv_heads(kv: Tensor, num_heads: int) -> Tensor:
     return kv.unsqueeze(2).expand(-1, -1, group_size, -1, -1).flatten(1, 2)
 
 
-def visible_keys(
-    mask: Tensor | None, diagonal: int | None, seq_len_q: int, seq_len_k: int, device: torch.device
-) -> Tensor | None:
+def key_ranges(
+    seq_len_q: int,
+    seq_len_k: int,
+    window_left: int,
+    window_right: int,
+    device: torch.device,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The keys that each query's window and sequence leave: first and end, int64 (seq_len_q,); None where all are.
+
+    Query i sees the keys from first[i] up to, not including, end[i]: none where end[i] <= first[i].
+    """
+    if window_left < 0 and window_right < 0 and cu_seqlens_q is None:
+        return None
+    query = torch.arange(seq_len_q, device=device)
+    if cu_seqlens_q is None:
+        first, end = torch.zeros_like(query), torch.full_like(query, seq_len_k)
+        last_query = seq_len_q
+    else:
+        ends_q, bounds_k = cu_seqlens_q[1:].long(), cu_seqlens_k.long()
+        sequence = torch.bucketize(query, ends_q, right=True)
+        # Behind the last sequence both are its end: no keys.
+        following = (sequence + 1).clamp(max=ends_q.shape[0])
+        first, end = bounds_k[sequence], bounds_k[following]
+        last_query = ends_q[following - 1]
+    # Bottom-right aligned: the last query is at the last key, as key/value caches need.
+    diagonal = query + end - last_query
+    if window_left >= 0:
+        first = torch.maximum(first, diagonal - window_left)
+    if window_right >= 0:
+        end = torch.minimum(end, diagonal + window_right + 1)
+    return first, end
+
+
+def visible_keys(mask: Tensor | None, ranges: tuple[Tensor, Tensor] | None, seq_len_k: int) -> Tensor | None:
     """True where a query may see a key, (batch or 1, 1, seq_len_q or 1, seq_len_k); None where all may.
 
-    With a diagonal, query i sees key j iff j <= i + diagonal.
+    mask is (batch, seq_len_k), ranges as key_ranges says.
     """
     visible = None if mask is None else mask[:, None, None, :]
-    if diagonal is not None:
-        query = torch.arange(seq_len_q, device=device).unsqueeze(-1)
-        below = (torch.arange(seq_len_k, device=device) <= query + diagonal)[None, None]
-        visible = below if visible is None else visible & below
+    if ranges is not None:
+        first, end = (bound.unsqueeze(-1) for bound in ranges)
+        key = torch.arange(seq_len_k, device=first.device)
+        inside = ((first <= key) & (key < end))[None, None]
+        visible = inside if visible is None else visible & inside
     return visible
 
 
@@ -201,9 +258,9 @@ def _logits(cos: Tensor, call: Call) -> Tensor:
     logits = cos * _per_head(scale_of(call))
     if call.attn_bias is not None:
         logits = logits + call.attn_bias.to(cos.dtype)
-    # Bottom-right aligned: the last query sees every key, as key/value caches need.
-    diagonal = seq_len_k - seq_len_q if call.causal else None
-    visible = visible_keys(call.mask, diagonal, seq_len_q, seq_len_k, cos.device)
+    window, packing = (call.window_left, call.window_right), (call.cu_seqlens_q, call.cu_seqlens_k)
+    ranges = key_ranges(seq_len_q, seq_len_k, *window, cos.device, *packing)
+    visible = visible_keys(call.mask, ranges, seq_len_k)
     return logits if visible is None else logits.masked_fill(~visible, -math.inf)
 
 

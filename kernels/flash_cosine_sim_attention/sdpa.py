@@ -2,10 +2,14 @@
 
 It serves every argument, and its memory grows linearly with the sequence length. The scale is folded into q
 before q's only rounding to the input dtype. What SDPA's fused kernels take as it is goes there in one call:
-no mask, square causal, key mask. A bias, or causal with a key mask or with a longer k, needs an explicit mask
-of seq_len_q x seq_len_k: those run in blocks of query rows, each recomputed in the backward pass, so that the
-mask (and the scores, where a kernel stores them) of one block only are alive. The loop over the blocks is
-Python's: under torch.compile with dynamic lengths, the explicitly masked path has one graph per number of blocks.
+no mask, square causal, key mask. A bias, a window, or causal with a key mask or with a longer k, needs an explicit
+mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see and recomputed in
+the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are alive. The loop
+over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has one graph per
+number of blocks.
+
+Packed sequences are attended to one after the other: cu_seqlens is read, and on a GPU that waits for it. Under
+torch.compile, where its values are not known, they are rows of one sequence under an explicit mask, of all keys.
 
 PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
 (aten._scaled_dot_product_flash_attention_for_cpu): FlopCounterMode shows 0 for this back end on a CPU.
@@ -19,11 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .call import Call, scale_of
+from .call import Call, limits, scale_of
 from .reference import (
+    check_cu_seqlens,
     compute_dtype,
     expand_kv_heads,
     has_readable_values,
+    has_values,
+    key_ranges,
     l2norm,
     reference_attention,
     visible_keys,
@@ -44,18 +51,52 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     q, k, v, mask, attn_bias = call.q, call.k, call.v, call.mask, call.attn_bias
     if q.numel() == 0 or k.numel() == 0:  # nothing to compute, and not every SDPA kernel takes it
         return reference_attention(call, return_partials)
+    packed = call.cu_seqlens_q is not None
+    if packed and not torch.compiler.is_compiling() and has_values(call.cu_seqlens_q) and has_values(call.cu_seqlens_k):
+        return _each_sequence(call, return_partials)
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
-    causal = call.causal and seq_len_q > 1  # bottom-right aligned, a single query sees every key
+    # A single query, for instance, is aligned with the last key, and sees every key under a causal mask, too.
+    window = limits(call.window_left, call.window_right, seq_len_q, seq_len_k)
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
     q, k = _scaled_and_normalised(call, dtype)
+    if not return_partials and not packed and attn_bias is None:
+        if window == (-1, -1):
+            return _attend_with_key_mask(q, k, v, mask)
+        if window == (-1, 0) and mask is None and seq_len_q >= seq_len_k:
+            return _attend_square_causal(q, k, v)
+    ranges = key_ranges(seq_len_q, seq_len_k, *window, q.device, call.cu_seqlens_q, call.cu_seqlens_k)
+    if packed:  # which keys a block of rows can see is not known
+        window = -1, -1
     if return_partials:
-        return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, causal)
-    if attn_bias is None and not causal:
-        return _attend_with_key_mask(q, k, v, mask)
-    if attn_bias is None and mask is None and seq_len_q >= seq_len_k:
-        return _attend_square_causal(q, k, v)
-    return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, causal)[0]
+        return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, ranges, window)
+    return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, ranges, window)[0]
+
+
+def _each_sequence(call: Call, return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed sequences, one after the other; then of the queries behind the last one, without keys."""
+    lengths_q = _lengths("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[-2])
+    lengths_k = _lengths("cu_seqlens_k", call.cu_seqlens_k, call.k.shape[-2])
+    # split, not slices: see _in_row_blocks.
+    q, k, v = call.q.split(lengths_q, -2), call.k.split(lengths_k, -2), call.v.split(lengths_k, -2)
+    k, v = (*k[:-1], k[-1][..., :0, :]), (*v[:-1], v[-1][..., :0, :])
+    results = []
+    for sequence in zip(q, k, v, strict=True):
+        one = (
+            *sequence, None, None, call.scale, None, None, call.scale_value, call.groups, call.causal,
+            call.window_left, call.window_right, call.l2norm_qk,
+        )  # fmt: skip
+        results.append(sdpa_attention(one, return_partials))
+    if return_partials:
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+    return torch.cat(results, dim=2)
+
+
+def _lengths(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """The number of rows of each sequence, and of those behind the last one."""
+    bounds = cu_seqlens.tolist()
+    check_cu_seqlens(name, bounds, total)  # on a GPU nobody has
+    return [end - start for start, end in zip(bounds, [*bounds[1:], total], strict=True)]
 
 
 def _scaled_and_normalised(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -148,11 +189,18 @@ def _nan_where_logits_are(o: Tensor, q: Tensor, k: Tensor, *, is_causal: bool, m
 
 
 def _in_row_blocks(
-    attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, causal: bool
+    attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    ranges: tuple[Tensor, Tensor] | None,
+    window: tuple[int, int],
 ) -> tuple[Tensor, ...]:
-    """Concatenate `attend(q_rows, k, v, mask, attn_bias_rows, diagonal)` over blocks of query rows.
+    """Concatenate `attend(q_rows, k, v, mask, attn_bias_rows, ranges_of_rows)` over blocks of query rows.
 
-    A causal block gets the keys up to its last visible one, and diagonal = the last key its first row sees.
+    ranges are those of key_ranges; window says which keys a block gets, that is, can see at all.
     """
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
     differentiable = [t for t in (q, k, v, attn_bias) if t is not None and t.requires_grad]
@@ -167,18 +215,17 @@ def _in_row_blocks(
     bias_blocks = _split_bias_rows(attn_bias, seq_len_q, len(q_blocks))
     results = []
     for index, (q_block, bias_block) in enumerate(zip(q_blocks, bias_blocks, strict=True)):
-        first_row = index * ROWS_PER_BLOCK
-        diagonal = first_row + seq_len_k - seq_len_q if causal else None
-        num_keys = min(seq_len_k, max(0, diagonal + q_block.shape[-2])) if causal else seq_len_k
+        rows = index * ROWS_PER_BLOCK, index * ROWS_PER_BLOCK + q_block.shape[-2]
+        first, end = _keys_of_rows(*rows, seq_len_q, seq_len_k, window)
         arguments = (
             q_block,
-            k[..., :num_keys, :],
-            v[..., :num_keys, :],
-            None if mask is None else mask[:, :num_keys],
-            None if bias_block is None else bias_block[..., :num_keys],
-            diagonal,
+            k[..., first:end, :],
+            v[..., first:end, :],
+            None if mask is None else mask[:, first:end],
+            _keys_of_bias(bias_block, first, end),
+            None if ranges is None else tuple(bound[slice(*rows)] - first for bound in ranges),
         )
-        if recompute and num_keys > 0:
+        if recompute and end > first:
             results.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(attend(*arguments))
@@ -187,21 +234,43 @@ def _in_row_blocks(
     return tuple(torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
 
 
+def _keys_of_rows(
+    first_row: int, end_row: int, seq_len_q: int, seq_len_k: int, window: tuple[int, int]
+) -> tuple[int, int]:
+    """From the first key that the first of these rows can see to the end of those that the last can."""
+    left, right = window
+    diagonal = seq_len_k - seq_len_q
+    end = seq_len_k if right < 0 else min(seq_len_k, max(0, end_row + diagonal + right))
+    first = 0 if left < 0 else min(end, max(0, first_row + diagonal - left))
+    return first, end
+
+
 def _split_bias_rows(attn_bias: Tensor | None, seq_len_q: int, num_blocks: int) -> list[Tensor | None]:
     if attn_bias is None or attn_bias.shape[-2] != seq_len_q:  # the latter is broadcast over the queries
         return [attn_bias] * num_blocks
     return list(attn_bias.split(ROWS_PER_BLOCK, dim=-2))
 
 
+def _keys_of_bias(attn_bias: Tensor | None, first: int, end: int) -> Tensor | None:
+    if attn_bias is None or attn_bias.shape[-1] == 1:  # the latter is broadcast over the keys
+        return attn_bias
+    return attn_bias[..., first:end]
+
+
 def _attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, diagonal: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    ranges: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor]:
     """One block of query rows under an explicit mask; a row without a visible key yields zeros."""
     seq_len_k = k.shape[-2]
     if seq_len_k == 0:
         return (torch.zeros_like(q),)
-    visible = visible_keys(mask, diagonal, q.shape[-2], seq_len_k, q.device)
-    if attn_bias is None:  # then one of mask and diagonal is given
+    visible = visible_keys(mask, ranges, seq_len_k)
+    if attn_bias is None:  # then one of mask and ranges is given
         empty = ~visible.any(-1, keepdim=True)
         attn_mask = visible | empty
     else:
@@ -218,7 +287,12 @@ def _attend_rows(
 
 
 def _partials_of_rows(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None, diagonal: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    ranges: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of one block of query rows; SDPA does not return the sum of a row."""
     num_heads = q.shape[1]
@@ -226,7 +300,7 @@ def _partials_of_rows(
     logits = q @ k.mT  # (batch, num_heads, rows, seq_len_k)
     if attn_bias is not None:
         logits = logits + attn_bias.to(q.dtype)
-    visible = visible_keys(mask, diagonal, *logits.shape[-2:], q.device)
+    visible = visible_keys(mask, ranges, logits.shape[-1])
     if visible is not None:
         logits = logits.masked_fill(~visible, -math.inf)
     weights = logits.exp()

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from conf.earlier import ADDED
 from models.training.run_files import load_config, read_record
 
 # Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
@@ -80,14 +81,22 @@ def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]
     """What a run computes: two runs of one identity are one run, begun or continued."""
     values = flat(OmegaConf.to_container(config, resolve=True))
     kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
-    return {**dict(sorted(kept.items())), "corpus": corpus_sha256}
+    return {**_without_added(dict(sorted(kept.items()))), "corpus": corpus_sha256}
+
+
+def _without_added(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that came since and say what was done before them: runs of that time recorded none."""
+    return {key: value for key, value in identity.items() if key not in ADDED or value != ADDED[key]}
 
 
 def recorded_identity(folder: Path) -> dict[str, Any] | None:
     """The identity of a run, or None where its files do not say."""
     try:
         record = read_record(folder)
-        return record.get("identity") or identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
+        recorded = record.get("identity")
+        if recorded and isinstance(recorded, dict):
+            return _without_added(recorded)
+        return identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
     except (ValueError, OSError):
         return None
 

@@ -108,6 +108,7 @@ inline Waiting asleep;
 inline unsigned num_sleeps;  // since a thread did anything else
 inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
+inline int64_t num_loaded_bytes;  // by TMA
 inline std::function<void()> body;
 inline std::exception_ptr error;
 inline jmp_buf host;
@@ -365,6 +366,7 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 inline float rsqrtf(float x) { return __frsqrt_rn(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline void __threadfence() {}
 #define threadIdx (emulator::Index{static_cast<unsigned>(emulator::current)})
 #define blockIdx (emulator::Index{emulator::block_index})

@@ -315,6 +315,7 @@ inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_
   const auto& map = *static_cast<const emulator::TensorMap*>(tensor_map);
   emulator::Barrier& barrier = barrier_at(barrier_address);
   check_acquired();
+  emulator::num_loaded_bytes += 2 * map.box_columns * map.box_rows;
   for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char*) {
     emulator::poison(overwritten_by_tma(address), 16);
   });

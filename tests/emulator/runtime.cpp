@@ -51,6 +51,7 @@ extern "C" {
 
 // How many warps' wgmma have been issued: tests see by it that the kernels of 9.0 ran.
 __attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
+__attribute__((visibility("default"))) int64_t emulated_loaded_bytes() { return emulator::num_loaded_bytes; }
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }

@@ -56,6 +56,7 @@ class Case:
     layout: str = "heads"  # "heads": 4-D; "single_head": 3-D k, v; "merged": 3-D q, k, v
     groups: int = 1
     causal: bool = False
+    window_size: tuple[int, int] | None = None
     mask: bool = False
     bias: str | None = None  # a key of bias_shape
     scale: float = 10.0  # times groups, so a bound on the logits; of learned ones, the largest
@@ -123,6 +124,7 @@ class Case:
             "causal": self.causal,
             "l2norm_qk": self.l2norm_qk,
             "attn_bias_batch_dim": self.bias == "batch",
+            "window_size": self.window_size,
         }
         if not self.learned_scale:
             options["scale"] = self.scale / self.groups
@@ -171,6 +173,7 @@ def cases(draw):
         layout=layout,
         groups=draw(st.sampled_from([1, 1, 2, 4])),
         causal=draw(st.booleans()),
+        window_size=draw(st.sampled_from([None, None, (40, -1), (-1, 30), (17, 9), (130, 64)])),
         mask=draw(st.booleans()),
         bias=bias,
         learned_scale=draw(st.sampled_from([False, True, "scalar"])),

@@ -32,7 +32,7 @@ def attend(backend, *args, **kwargs):
 
 
 def low_precision_attention(q, k, v, mask=None, attn_bias=None, scale=8, groups=1, causal=False,
-                            l2norm_qk=True, attn_bias_batch_dim=False):  # fmt: skip
+                            l2norm_qk=True, attn_bias_batch_dim=False, window_size=None):  # fmt: skip
     """What one writes without a library, every operation rounded to the inputs' dtype: the tolerance."""
     merged = q.ndim == 3
     q, k, v = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (q, k, v))
@@ -43,8 +43,11 @@ def low_precision_attention(q, k, v, mask=None, attn_bias=None, scale=8, groups=
     if attn_bias is not None:
         dim = 1 if attn_bias_batch_dim or merged else 0
         sim = sim + (attn_bias.unsqueeze(dim) if attn_bias.ndim == 3 else attn_bias)
+    left, right = window_size or (-1, -1)
+    diagonal = sim.shape[-1] - sim.shape[-2]
     visible = torch.ones(sim.shape[-2:], dtype=torch.bool, device=q.device)
-    visible = visible.tril(sim.shape[-1] - sim.shape[-2]) if causal else visible
+    visible = visible.tril(diagonal) if causal else visible.tril(diagonal + right) if right >= 0 else visible
+    visible = visible.triu(diagonal - left) if left >= 0 else visible
     visible = visible if mask is None else visible & mask[:, None, None, :]
     weights = sim.masked_fill(~visible, torch.finfo(sim.dtype).min).softmax(-1)
     o = weights.masked_fill(~visible, 0) @ v

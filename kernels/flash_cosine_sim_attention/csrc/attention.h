@@ -43,12 +43,37 @@ struct Bias {
   int64_t stride_batch = 0, stride_head = 0, stride_query = 0, stride_key = 0;
 };
 
+// [first, end) of rows
+struct Range {
+  int first = 0, end = 0;
+};
+
+// int32 (num + 1,) on the device: where sequences begin among packed rows, and where the last one ends. Wrong ones are
+// not refused; whatever they are, nothing outside of the tensors is read.
+struct Sequences {
+  const int* queries = nullptr;
+  const int* keys = nullptr;
+  int num = 0;
+};
+
+// Which keys a mask leaves, bit by bit; each (batch, words), made by launch_visibility.
+struct MaskWords {
+  uint32_t* keys = nullptr;                      // a bit a key, keys_per_batch words
+  uint32_t *any = nullptr, *all = nullptr;       // a bit for 32 keys, blocks_per_batch words: one is left, all are
+  int keys_per_batch = 0, blocks_per_batch = 0;  // blocks of 1024 keys
+};
+
 // What forward and backward share.
 struct Attention {
   DType dtype = DType::kBFloat16;
   int batch = 0, num_heads = 0, num_kv_heads = 0, seq_len_q = 0, seq_len_k = 0, head_dim = 0;
   int groups = 1;
-  bool causal = false;  // key j is visible to query i iff j <= i + seq_len_k - seq_len_q
+  bool causal = false;  // with window_right == 0; decides in which order work is done
+  // Key j is visible to query i iff -window_right <= i + seq_len_k - seq_len_q - j <= window_left, where negative ones
+  // are unlimited.
+  int window_left = -1, window_right = -1;
+  // Packed sequences, of which each has lengths of its own in what the window says, and sees no other: batch is 1.
+  Sequences sequences;
   bool l2norm_qk = true;
   bool allow_tf32 = false;  // float32: one TF32 product instead of three
   // scale: float32 of one element (stride 0) or one per head (stride 1) on the device; nullptr: scale_value
@@ -62,7 +87,16 @@ struct Attention {
   Tensor q_hat, k_hat;
   Mask mask;
   Bias bias;
+  // Workspace, which launch_visibility fills. Of packed sequences, the keys that each query sees, (seq_len_q,), and,
+  // for the backward pass, the queries that see each key, (seq_len_k,).
+  Range *key_ranges = nullptr, *query_ranges = nullptr;
+  MaskWords mask_words;  // if the plan has any
 };
+
+// Whether something but causality and the mask hides keys.
+inline bool is_banded(const Attention& params) {
+  return params.window_left >= 0 || (params.window_right >= 0 && !params.causal) || params.sequences.queries != nullptr;
+}
 
 // Where q or k is normalised.
 enum class Norm : int {
@@ -78,6 +112,9 @@ inline constexpr int kRowSumPlaces = 4;
 // Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
   bool sm90 = false;  // sm90/forward.cuh, else one of the portable kernels
+  // sm90: its variant that skips what a window, packed sequences or a mask hide
+  bool banded = false;
+  int64_t mask_words = 0;  // elements of workspace
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
   // more; 0: sm80/forward.cuh
   int num_splits = 0;
@@ -104,6 +141,7 @@ struct ForwardParams : Attention {
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
   bool sm90 = false;   // sm90/backward.cuh, else sm80/backward.cuh
+  bool banded = false;  // sm90: as in ForwardPlan
   int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
@@ -152,6 +190,9 @@ void run_backward(const BackwardParams& params, cudaStream_t stream);
 // for the launch that follows.
 void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
+// visibility.cu: key_ranges, query_ranges and mask_words, where they have memory.
+void launch_visibility(const Attention& params, cudaStream_t stream);
+
 // postprocess.cu
 // delta; for sm90/backward.cuh also zeros in dq_accumulator.
 void launch_delta(const BackwardParams& params, cudaStream_t stream);
@@ -160,6 +201,8 @@ void launch_delta(const BackwardParams& params, cudaStream_t stream);
 void launch_dq(const BackwardParams& params, cudaStream_t stream);
 // dk and dv from dkv_partials, dk through the norm.
 void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream);
+// Zeros in dk and dv where nobody sees a key, after sm90/backward.cuh's banded variant.
+void launch_unseen(const BackwardParams& params, cudaStream_t stream);
 
 // How a kernel multiplies. The inputs' dtype decides, but for two options.
 enum class Math : int {
@@ -187,10 +230,10 @@ template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
 
 // sm90/forward.cuh, sm90/backward.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
-// bias, at least a key; backward with the norm only
-template <Math kMath, int kHeadDim>
+// bias, at least a key; backward with the norm only. Without kBanded causality alone hides keys, or, backward, a mask.
+template <Math kMath, int kHeadDim, bool kBanded>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kBanded>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 
 }  // namespace flash_cosine_sim

@@ -198,11 +198,15 @@ Bias as_bias(const TorchTensor& tensor) {
   return {tensor.data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
+// A window beyond all rows is none.
+int to_window(int64_t size) { return size < 0 || size >= kMostRows ? -1 : static_cast<int>(size); }
+
 // All of Attention but q_hat and k_hat. q, k, v and scale are replaced by copies where attention.h asks for it, and
 // must outlive the launch.
 void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, TorchTensor& v,
-          const OptionalTensor& mask, const OptionalTensor& attn_bias, OptionalTensor& scale, double scale_value,
-          int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+          const OptionalTensor& mask, const OptionalTensor& attn_bias, OptionalTensor& scale,
+          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale_value, int64_t groups,
+          bool causal, int64_t window_left, int64_t window_right, bool l2norm_qk, bool allow_tf32) {
   params.dtype = call.dtype;
   params.batch = to_int(q.size(0), "batch");
   params.num_heads = to_int(q.size(1), "num_heads");
@@ -212,6 +216,12 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
   params.head_dim = to_int(q.size(3), "head_dim");
   params.groups = static_cast<int>(groups);  // divides head_dim
   params.causal = causal;
+  params.window_left = to_window(window_left);
+  params.window_right = causal ? 0 : to_window(window_right);
+  if (cu_seqlens_q) {
+    params.sequences = {static_cast<const int*>(cu_seqlens_q->data_ptr()),
+                        static_cast<const int*>(cu_seqlens_k->data_ptr()), static_cast<int>(cu_seqlens_q->numel()) - 1};
+  }
   params.l2norm_qk = l2norm_qk;
   params.allow_tf32 = allow_tf32;
   if (scale) {
@@ -232,6 +242,12 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
+MaskWords mask_words_in(uint32_t* words, const ForwardParams& params) {
+  const int blocks = (params.seq_len_k + 1023) / 1024;
+  uint32_t* any = words + int64_t{params.batch} * blocks * 32;
+  return {words, any, any + int64_t{params.batch} * blocks, 32 * blocks, blocks};
+}
+
 // Sets the plan of a forward pass, q_hat and k_hat, and its workspace: pieces of one allocation, which is returned and
 // must outlive the launch.
 OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const TorchTensor& q, const TorchTensor& k) {
@@ -242,29 +258,40 @@ OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const
   const int64_t q_hat = needs_memory(params.plan.q_norm) ? padded(q.numel() * call.itemsize) : 0;
   const int64_t k_hat = needs_memory(params.plan.k_norm) ? padded(k.numel() * call.itemsize) : 0;
   const int64_t split_sums = padded(params.plan.split_sums * sizeof(*params.split_sums));
+  const bool is_packed = params.sequences.queries != nullptr;
+  const int64_t ranges = is_packed ? padded(params.seq_len_q * sizeof(*params.key_ranges)) : 0;
+  const int64_t mask_words = padded(params.plan.mask_words * sizeof(uint32_t));
   params.q_hat = params.q;
   params.k_hat = params.k;
-  const int64_t bytes = counters + q_hat + k_hat + split_sums;
+  const int64_t bytes = counters + q_hat + k_hat + split_sums + ranges + mask_words;
   if (bytes == 0) return std::nullopt;
   TorchTensor workspace = call.empty({bytes / call.itemsize});
   char* data = static_cast<char*>(workspace.data_ptr());
   if (counters > 0) params.counters = reinterpret_cast<uint32_t*>(data);
   if (q_hat > 0) params.q_hat = contiguous_tensor(data + counters, q);
   if (k_hat > 0) params.k_hat = contiguous_tensor(data + counters + q_hat, k);
-  if (split_sums > 0) params.split_sums = reinterpret_cast<float*>(data + counters + q_hat + k_hat);
+  data += counters + q_hat + k_hat;
+  if (split_sums > 0) params.split_sums = reinterpret_cast<float*>(data);
+  if (ranges > 0) params.key_ranges = reinterpret_cast<Range*>(data + split_sums);
+  if (mask_words > 0) {
+    params.mask_words = mask_words_in(reinterpret_cast<uint32_t*>(data + split_sums + ranges), params);
+  }
   return workspace;
 }
 
 std::tuple<TorchTensor, TorchTensor> forward(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
-                                             OptionalTensor attn_bias, OptionalTensor scale, double scale_value,
-                                             int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32,
+                                             OptionalTensor attn_bias, OptionalTensor scale,
+                                             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                             double scale_value, int64_t groups, bool causal, int64_t window_left,
+                                             int64_t window_right, bool l2norm_qk, bool allow_tf32,
                                              bool need_row_sum_log2) {
   const Call call(q);
   Output o(call, q);
   TorchTensor row_sum_log2 = need_row_sum_log2 ? call.empty_float32({q.size(0), q.size(1), q.size(2)})
                                                : call.empty_float32({0});
   ForwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
+       window_left, window_right, l2norm_qk, allow_tf32);
   params.o = as_tensor(o.rows);
   if (need_row_sum_log2) params.row_sum_log2 = static_cast<float*>(row_sum_log2.data_ptr());
   if (q.numel() > 0) {  // else the pointer to o is null, which asks for partials
@@ -276,13 +303,16 @@ std::tuple<TorchTensor, TorchTensor> forward(TorchTensor q, TorchTensor k, Torch
 }
 
 std::tuple<TorchTensor, TorchTensor> partials(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
-                                              OptionalTensor attn_bias, OptionalTensor scale, double scale_value,
-                                              int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32) {
+                                              OptionalTensor attn_bias, OptionalTensor scale,
+                                              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                              double scale_value, int64_t groups, bool causal, int64_t window_left,
+                                              int64_t window_right, bool l2norm_qk, bool allow_tf32) {
   const Call call(q);
   TorchTensor numerator = call.empty_float32({q.size(0), q.size(1), q.size(2), q.size(3)});
   TorchTensor denominator = call.empty_float32({q.size(0), q.size(1), q.size(2)});
   ForwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
+       window_left, window_right, l2norm_qk, allow_tf32);
   params.numerator = static_cast<float*>(numerator.data_ptr());
   params.denominator = static_cast<float*>(denominator.data_ptr());
   if (q.numel() > 0) {
@@ -299,8 +329,13 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const BackwardPlan& plan = params.plan;
   const int64_t delta = int64_t(params.batch) * params.num_heads * params.seq_len_q;
   const auto padded = [](int64_t size) { return round_up(size, kWorkspaceBytes / sizeof(float)); };
+  constexpr int64_t kFloatsPerRange = sizeof(Range) / sizeof(float);
+  const bool is_packed = params.sequences.queries != nullptr;
+  const int64_t key_ranges = is_packed ? kFloatsPerRange * params.seq_len_q : 0;
+  const int64_t query_ranges = is_packed ? kFloatsPerRange * params.seq_len_k : 0;
   TorchTensor workspace = call.empty_float32({padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
-                                              padded(plan.num_counters + plan.dq_order)});
+                                              padded(plan.num_counters + plan.dq_order) + padded(key_ranges) +
+                                              padded(query_ranges)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;
@@ -312,13 +347,16 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   params.dkv_partials = take(plan.dkv_partials);
   params.counters = reinterpret_cast<uint32_t*>(take(plan.num_counters + plan.dq_order));
   if (plan.dq_order > 0) params.dq_order = reinterpret_cast<int*>(params.counters + plan.num_counters);
+  params.key_ranges = reinterpret_cast<Range*>(take(key_ranges));
+  params.query_ranges = reinterpret_cast<Range*>(take(query_ranges));
   return workspace;
 }
 
 std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> backward(
     TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias,
-    OptionalTensor scale, double scale_value, TorchTensor o, TorchTensor row_sum_log2, OptionalTensor drow_sum_log2,
-    int64_t groups, bool causal, bool l2norm_qk, bool allow_tf32, bool need_dq, bool need_dk, bool need_dv,
+    OptionalTensor scale, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale_value, TorchTensor o,
+    TorchTensor row_sum_log2, OptionalTensor drow_sum_log2, int64_t groups, bool causal, int64_t window_left,
+    int64_t window_right, bool l2norm_qk, bool allow_tf32, bool need_dq, bool need_dk, bool need_dv,
     bool need_dattn_bias, bool need_dscale, bool deterministic) {
   const Call call(q);
   // In the layouts of q, k and v as they came, before fill() copies them.
@@ -328,7 +366,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
   if (need_dv) dv.emplace(call, v);
 
   BackwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, scale_value, groups, causal, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
+       window_left, window_right, l2norm_qk, allow_tf32);
   params.deterministic = deterministic;
   if (dq) params.dq = as_tensor(dq->rows);
   if (dk) params.dk = as_tensor(dk->rows);

@@ -58,10 +58,10 @@ void with_forward_math(Math math, Function function) {
 template <int kHeadDim>
 inline constexpr int kHeadDimSm90 = kHeadDim < 32 ? 32 : kHeadDim;
 
-template <int kHeadDim>
+template <int kHeadDim, bool kBanded>
 void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
-  if (params.dtype == DType::kFloat16) return launch_backward_sm90<Math::kFp16, kHeadDim>(params, stream);
-  launch_backward_sm90<Math::kBf16, kHeadDim>(params, stream);
+  if (params.dtype == DType::kFloat16) return launch_backward_sm90<Math::kFp16, kHeadDim, kBanded>(params, stream);
+  launch_backward_sm90<Math::kBf16, kHeadDim, kBanded>(params, stream);
 }
 
 // Calls function with the constant head dim of sm90/backward.cuh.
@@ -72,10 +72,10 @@ void with_backward_sm90(int head_dim, Function function) {
   });
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kBanded>
 void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
-  if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDimSm90<kHeadDim>>(params, stream);
-  launch_forward_sm90<Math::kBf16, kHeadDimSm90<kHeadDim>>(params, stream);
+  if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDim, kBanded>(params, stream);
+  launch_forward_sm90<Math::kBf16, kHeadDim, kBanded>(params, stream);
 }
 #endif
 
@@ -90,6 +90,7 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.seq_len_q == 0) return;
   const ForwardPlan& plan = params.plan;
+  launch_visibility(params, stream);
   if (plan.q_norm == Norm::kPrologue || plan.k_norm == Norm::kPrologue) {
     Attention prologue = params;
     if (plan.k_norm == Norm::kAhead) prologue.k_hat = prologue.k;  // nothing to do
@@ -99,7 +100,9 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
   }
   with_head_dim(params.head_dim, [&](auto head_dim) {
 #if FLASH_COSINE_SIM_HAS_SM90
-    if (plan.sm90) return run_forward_sm90<head_dim.value>(params, stream);
+    constexpr int kPadded = kHeadDimSm90<head_dim.value>;
+    if (plan.sm90 && plan.banded) return run_forward_sm90<kPadded, true>(params, stream);
+    if (plan.sm90) return run_forward_sm90<kPadded, false>(params, stream);
 #endif
     with_forward_math(forward_math_of(params), [&](auto math) {
       if constexpr (has_split_kernel(math.value, head_dim.value)) {
@@ -115,6 +118,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.batch == 0) return;
   const BackwardPlan& plan = params.plan;
   const int64_t num_counters = plan.num_counters + plan.dq_order;
+  launch_visibility(params, stream);
   if (params.l2norm_qk && !plan.prepares_rows) {
     launch_normalize(params, params.counters, num_counters, stream);
   } else if (num_counters > 0) {
@@ -123,7 +127,11 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
 #if FLASH_COSINE_SIM_HAS_SM90
   if (plan.sm90) {
     if (!plan.prepares_rows) launch_delta(params, stream);
-    with_backward_sm90(params.head_dim, [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
+    with_backward_sm90(params.head_dim, [&](auto head_dim) {
+      if (plan.banded) return run_backward_sm90<head_dim.value, true>(params, stream);
+      run_backward_sm90<head_dim.value, false>(params, stream);
+    });
+    if (plan.banded) launch_unseen(params, stream);
     launch_dkv_merge(params, stream);
     launch_dq(params, stream);
     return;

@@ -17,6 +17,19 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t group_of(const Attention& params) { return params.num_heads / params.num_kv_heads; }
 
+// How many keys a query sees at most, and queries a key, as far as is known here: of packed sequences' lengths no more
+// than their mean is.
+int64_t longest_row(const Attention& params, int64_t num_rows) {
+  if (params.sequences.queries != nullptr) num_rows = divide_up(num_rows, std::max(params.sequences.num, 1));
+  const bool limited = params.window_left >= 0 && params.window_right >= 0;
+  return limited ? std::min(num_rows, int64_t{params.window_left} + params.window_right + 1) : num_rows;
+}
+int64_t keys_of_query(const Attention& params) { return longest_row(params, params.seq_len_k); }
+int64_t queries_of_key(const Attention& params) { return longest_row(params, params.seq_len_q); }
+
+// Whether causality alone hides keys; then a row sees half of what it might.
+bool is_triangular(const Attention& params) { return params.causal && params.window_left < 0; }
+
 // Whether 2^S may leave float16's range. A scale on the device is not known here.
 bool exceeds_fp16(const Attention& params) {
   const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr;
@@ -60,14 +73,16 @@ bool can_normalize_q_in_sm90(const ForwardParams& params, const ForwardSm90Tile&
 
 // Its idle warps can normalise keys, but not groups of their channels, while it works with those that are done.
 bool can_normalize_k_ahead_in_sm90(const ForwardParams& params) {
-  const int64_t num_queries = group_of(params) * params.seq_len_q;
-  return params.groups == 1 && (params.causal ? num_queries / 2 : num_queries) >= kManyQueriesPerKey;
+  const int64_t num_queries = group_of(params) * queries_of_key(params);
+  return params.groups == 1 && (is_triangular(params) ? num_queries / 2 : num_queries) >= kManyQueriesPerKey;
 }
 
 ForwardPlan plan_forward_sm90(const ForwardParams& params) {
   const ForwardSm90Tile& tile = forward_sm90_tile(params.head_dim);
   ForwardPlan plan;
   plan.sm90 = true;
+  plan.banded = is_banded(params) || params.mask.data != nullptr;
+  if (params.mask.data != nullptr) plan.mask_words = params.batch * divide_up(params.seq_len_k, 1024) * (32 + 1 + 1);
   plan.q_norm = norm_of(params, can_normalize_q_in_sm90(params, tile));
   plan.k_norm = norm_of(params, false);
   plan.num_counters = ForwardSm90Counters::kNumWithoutKeys;
@@ -121,7 +136,7 @@ ForwardPlan plan_split(const ForwardParams& params, const Gpu& gpu) {
   const SplitTile& tile = split_tile(math, params.head_dim);
   const int64_t tile_rows = tile.warp_rows() * tile.warps_with_rows(num_rows);
   const int64_t tiles_per_head = divide_up(num_rows, tile_rows);
-  const int num_splits = choose_splits(num_kv_heads * tiles_per_head, divide_up(params.seq_len_k, tile.block_keys),
+  const int num_splits = choose_splits(num_kv_heads * tiles_per_head, divide_up(keys_of_query(params), tile.block_keys),
                                        int64_t(tile.min_blocks) * gpu.num_multiprocessors);
   if (num_rows > kFewRows && num_splits == 1) return {};
 
@@ -159,8 +174,8 @@ bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
 // Its idle warps can normalise rows, but not groups of their channels, and make their delta while it works with
 // those that are done.
 bool can_prepare_rows_in_sm90(const BackwardParams& params) {
-  const int64_t fewest = std::min<int64_t>(group_of(params) * params.seq_len_q, params.seq_len_k);
-  return params.groups == 1 && (params.causal ? fewest / 2 : fewest) >= kManyProductsPerRow;
+  const int64_t fewest = std::min(group_of(params) * queries_of_key(params), keys_of_query(params));
+  return params.groups == 1 && (is_triangular(params) ? fewest / 2 : fewest) >= kManyProductsPerRow;
 }
 
 // How many blocks share the walk over num_blocks_q blocks of queries, where num_tiles walks are all that there are; 0
@@ -169,6 +184,12 @@ int split_walk(const WalkSplits& limits, int64_t num_tiles, int64_t num_blocks_q
   if (kIdleMultiprocessors * num_tiles > num_multiprocessors || num_blocks_q < limits.least_blocks) return 0;
   const int64_t wanted = divide_up(limits.blocks_per_multiprocessor * num_multiprocessors, num_tiles);
   return static_cast<int>(std::min(wanted, num_blocks_q / limits.least_blocks_each));
+}
+
+// How many blocks of queries a block of keys walks over in a head, about.
+int64_t blocks_walked(const BackwardParams& params, int block_q, int block_k) {
+  const int64_t seen = queries_of_key(params);
+  return divide_up(seen < params.seq_len_q ? std::min<int64_t>(seen + block_k, params.seq_len_q) : seen, block_q);
 }
 
 // The gradients of k and v of every split.
@@ -183,6 +204,7 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
   BackwardPlan plan;
   plan.sm90 = true;
+  plan.banded = is_banded(params) || params.mask.data != nullptr;
   plan.padded_rows = static_cast<int>(num_blocks_q * tile.block_q);
   plan.padded_dim = tile.head_dim;
   plan.block_q = tile.block_q;
@@ -196,7 +218,9 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   plan.num_counters = plan.prepares_rows
                           ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
                           : BackwardSm90Counters::kNumWithoutRows;
-  plan.num_splits = split_walk(kWalkSplitsSm90, num_tiles, group_of(params) * num_blocks_q, gpu.num_multiprocessors);
+  plan.num_splits = split_walk(kWalkSplitsSm90, num_tiles,
+                               group_of(params) * blocks_walked(params, tile.block_q, tile.block_k()),
+                               gpu.num_multiprocessors);
   // The main kernel takes dk through the norm of whole rows only.
   if (params.groups > 1) plan.num_splits = std::max(plan.num_splits, 1);
   plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
@@ -211,7 +235,7 @@ int choose_splits_sm80(const BackwardParams& params, const BackwardTile& tile, c
     // A factor per head, which a split has but one of. No split may be without a share, for it has no head.
     return static_cast<int>(group > 1 || tile.slices() > 1 ? group : 0);
   }
-  const int64_t num_blocks_q = group * divide_up(params.seq_len_q, tile.block_q);
+  const int64_t num_blocks_q = group * blocks_walked(params, tile.block_q, tile.block_k());
   const int num_splits = split_walk(kWalkSplitsSm80, num_tiles, num_blocks_q, gpu.num_multiprocessors);
   // Where a row of dk is in slices, no block has a whole one to take through the norm.
   return tile.slices() > 1 ? std::max(num_splits, 1) : num_splits;

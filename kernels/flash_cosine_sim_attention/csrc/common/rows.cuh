@@ -387,12 +387,6 @@ __device__ inline T* row_of(const Tensor& tensor, const Position& position) {
          position.row * tensor.stride_row;
 }
 
-// The first block of queries in which one sees a key of the block that begins with first_key.
-__device__ __forceinline__ int first_block_of_queries(const Attention& params, int first_key, int block_q) {
-  const int first_query = first_key - (params.seq_len_k - params.seq_len_q);
-  return params.causal ? max(first_query, 0) / block_q : 0;
-}
-
 // Where sm90/backward.cuh keeps an element of dq_accumulator, counted from its head's first, for `dim` columns: 16 rows
 // after 16, 8 columns after 8, and those as a warp has them in wgmma's accumulators, four of each lane together.
 __device__ inline int64_t tiled_offset(int row, int column, int dim) {

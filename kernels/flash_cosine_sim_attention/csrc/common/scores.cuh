@@ -32,24 +32,14 @@ __device__ __forceinline__ uint64_t visible_keys(const Attention& params, int ba
   return visible;
 }
 
-// The same for blocks of any size, 32 keys a word.
+// The first block of keys from `block` on that the mask leaves one of; `end` if there is none before it. All lanes of a
+// warp call it.
 template <int kBlockK>
-struct VisibleKeys {
-  static constexpr int kWords = (kBlockK + 31) / 32;
-  uint32_t words[kWords];
-
-  __device__ __forceinline__ VisibleKeys(const Attention& params, int batch, int first) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      const int key = first + 32 * word + static_cast<int>(threadIdx.x & 31);
-      bool sees = key < params.seq_len_k;
-      if (sees && params.mask.data != nullptr) {
-        sees = params.mask.data[batch * params.mask.stride_batch + key * params.mask.stride_key];
-      }
-      words[word] = __ballot_sync(0xffffffffu, sees);
-    }
-  }
-};
+__device__ __forceinline__ int next_visible_block(const Attention& params, int batch, int block, int end) {
+  if (params.mask.data == nullptr) return min(block, end);
+  while (block < end && visible_keys<kBlockK>(params, batch, block * kBlockK) == 0) ++block;
+  return min(block, end);
+}
 
 // attn_bias of one query for keys from `first_key` on, in base 2; 0 outside of the matrix. `key` counts from first_key.
 template <typename T>

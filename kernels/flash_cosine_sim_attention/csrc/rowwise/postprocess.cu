@@ -1,8 +1,9 @@
 // What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
 // the partial dk and dv.
 #include "attention.h"
-#include "cuda_check.h"
+#include "common/band.cuh"
 #include "common/rows.cuh"
+#include "cuda_check.h"
 
 namespace flash_cosine_sim {
 namespace {
@@ -213,14 +214,21 @@ void sum_shares(const BackwardParams& params, cudaStream_t stream) {
   }
 }
 
+// Whether a query sees a key.
+__device__ bool is_seen(const BackwardParams& params, const rows::Position& position) {
+  const Mask& mask = params.mask;
+  const int key = static_cast<int>(position.row);
+  if (mask.data != nullptr && !mask.data[position.batch * mask.stride_batch + key * mask.stride_key]) return false;
+  const Range queries = queries_of(params, key);
+  return queries.first < queries.end;
+}
+
 // How many splits have a share of the walk over queries that see a key. sm80/backward.cuh's write zeros without one.
 __device__ int splits_of_key(const BackwardParams& params, int key) {
   const auto& plan = params.plan;
   if (!plan.sm90) return plan.num_splits;
-  const int first_key = key / plan.block_k * plan.block_k;
-  const int first_block_q = rows::first_block_of_queries(params, first_key, plan.block_q);
-  const int num_blocks = plan.padded_rows / plan.block_q - first_block_q;
-  return min(plan.num_splits, params.num_heads / params.num_kv_heads * num_blocks);
+  const Range blocks = walk_of(params, key / plan.block_k, plan.block_q, plan.block_k);
+  return min(plan.num_splits, params.num_heads / params.num_kv_heads * (blocks.end - blocks.first));
 }
 
 // The first key_blocks blocks have rows of dk, the others of dv.
@@ -235,14 +243,16 @@ __global__ void __launch_bounds__(kThreads)
   const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
 
   const float* partial = params.dkv_partials + ((is_key ? 0 : num_rows) + flat_row) * params.head_dim;
+  // Of a key that nobody sees there is no gradient, and there may be no walk.
+  const bool seen = active && is_seen(params, position);
+  const int num_splits = seen ? splits_of_key(params, static_cast<int>(position.row)) : 0;
   typename rows::RowLanes<T>::Slice gradient;
-  lanes.load(gradient, partial, active);
-  const int num_splits = splits_of_key(params, static_cast<int>(position.row));
+  lanes.load(gradient, partial, num_splits > 0);
 #pragma unroll 2
   for (int split = 1; split < params.plan.num_splits; ++split) {
     partial += 2 * num_rows * params.head_dim;
     typename rows::RowLanes<T>::Slice next;
-    lanes.load(next, partial, active && split < num_splits);
+    lanes.load(next, partial, split < num_splits);
 #pragma unroll
     for (int i = 0; i < lanes.kSlice; ++i) {
       gradient[i] += next[i];
@@ -254,6 +264,19 @@ __global__ void __launch_bounds__(kThreads)
     project<kGrouped>(lanes, k, gradient, params.groups);
   }
   lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), gradient, active);
+}
+
+// Zeros for keys that nobody sees: sm90/backward.cuh leaves out tiles of nothing else.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    unseen_kernel(const __grid_constant__ BackwardParams params, unsigned key_blocks) {
+  const rows::RowLanes<T> lanes(params.head_dim);
+  const bool is_key = blockIdx.x < key_blocks;
+  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x - (is_key ? 0 : key_blocks));
+  if (flat_row >= int64_t{params.batch} * params.num_kv_heads * params.seq_len_k) return;
+  const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
+  const typename rows::RowLanes<T>::Slice zeros = {};
+  lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), zeros, !is_seen(params, position));
 }
 
 template <typename T>
@@ -295,6 +318,19 @@ void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
   CUDA_CHECK(cudaGetLastError());
 }
 
+template <typename T>
+void launch_unseen_as(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
+  const unsigned blocks_per_tensor = blocks_for<T>(num_rows, params.head_dim);
+  const unsigned key_blocks = params.dk.data ? blocks_per_tensor : 0;
+  const unsigned blocks = key_blocks + (params.dv.data ? blocks_per_tensor : 0);
+  if (blocks == 0) {
+    return;
+  }
+  unseen_kernel<T><<<blocks, kThreads, 0, stream>>>(params, key_blocks);
+  CUDA_CHECK(cudaGetLastError());
+}
+
 }  // namespace
 
 void launch_delta(const BackwardParams& params, cudaStream_t stream) {
@@ -306,6 +342,16 @@ void launch_dq(const BackwardParams& params, cudaStream_t stream) {
     return;
   }
   rows::with_dtype(params.dtype, [&]<typename T>() { launch_dq_as<T>(params, stream); });
+}
+
+void launch_unseen(const BackwardParams& params, cudaStream_t stream) {
+  // Without a mask the query at distance 0 sees a key, if there is one.
+  const bool all_seen = params.mask.data == nullptr && params.sequences.queries == nullptr &&
+                        params.seq_len_q >= params.seq_len_k;
+  if (all_seen || params.plan.num_splits > 0) {
+    return;  // launch_dkv_merge writes all rows
+  }
+  rows::with_dtype(params.dtype, [&]<typename T>() { launch_unseen_as<T>(params, stream); });
 }
 
 void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream) {

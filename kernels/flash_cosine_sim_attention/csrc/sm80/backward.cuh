@@ -12,6 +12,7 @@
 #pragma once
 
 #include "launch.h"
+#include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm80/tiles/backward.h"
@@ -54,10 +55,9 @@ struct Backward {
     index /= num_blocks_k;
     work.kv_head = static_cast<int>(index % params.num_kv_heads);
     work.batch = static_cast<int>(index / params.num_kv_heads);
-    const int total = (params.seq_len_q + kBlockQ - 1) / kBlockQ;
-    const int first_query = work.block_k * kBlockK - (params.seq_len_k - params.seq_len_q);  // that sees a key
-    work.first_block_q = params.causal ? min(max(first_query, 0) / kBlockQ, total) : 0;
-    work.num_blocks_q = total - work.first_block_q;
+    const Range blocks = walk_of(params, work.block_k, kBlockQ, kBlockK);
+    work.first_block_q = blocks.first;
+    work.num_blocks_q = blocks.end - blocks.first;
     const int items = params.num_heads / params.num_kv_heads * work.num_blocks_q;
     const int share = items / num_splits, remainder = items % num_splits;
     work.begin = work.split * share + min(work.split, remainder);
@@ -127,9 +127,9 @@ struct Backward {
 
   // Scale, bias and masks of S^T. `row` is the warp's first key, `visible` a bit for each of its keys.
   static __device__ void finish_scores(const BackwardParams& params, int batch, int head, Scores& scores, int row,
-                                       int first_query, unsigned visible, bool causal) {
+                                       int first_query, unsigned visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
-    const int lane = opaque(static_cast<int>(threadIdx.x & 31)), diagonal = params.seq_len_k - params.seq_len_q;
+    const int lane = opaque(static_cast<int>(threadIdx.x & 31));
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
 #pragma unroll
     for (int n = 0; n < kChunkQ / 8; ++n) {
@@ -137,6 +137,7 @@ struct Backward {
       for (int i = 0; i < 2; ++i) {
         const int query = first_query + 8 * n + 2 * (lane & 3) + i;
         const BiasRow<T> bias(params, batch, head, query, row + (lane >> 2));
+        const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -145,7 +146,7 @@ struct Backward {
             float& score = scores[m][n][2 * half + i];
             score *= score_scale;
             if (params.bias.data != nullptr) score += bias[16 * m + 8 * half];
-            if (!((visible >> offset) & 1) || (causal && key > query + diagonal)) score = -infinity();
+            if (!((visible >> offset) & 1) || key < keys.first || key >= keys.end) score = -infinity();
           }
         }
       }
@@ -191,7 +192,7 @@ struct Backward {
     const int64_t first_row = (int64_t(work.batch) * params.num_heads + item.head) * params.seq_len_q;
     int* order = dq_order(params, work, item);
     if (order != nullptr) {
-      if (threadIdx.x == 0) {
+      if (threadIdx.x == 0 && !has_first_turn(params, work.block_k, item.block_q, kBlockQ, kBlockK)) {
         while (load_acquire(order) != work.block_k) __nanosleep(32);
       }
       __syncthreads();
@@ -330,7 +331,6 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       B::load_queries(params, stages + (stage ^ 1) * 2 * Traits::kTileBytesQ, work.batch, next);
       next_statistic = B::load_row_statistic(params, work.batch, next);
     }
-    const int diagonal = params.seq_len_k - params.seq_len_q;
     // Not unrolled: the accumulators of one chunk leave no register for the addresses of another.
 #pragma unroll 1
     for (int chunk = 0; chunk < B::kBlockQ; chunk += B::kChunkQ) {
@@ -338,9 +338,10 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       typename B::Scores scores = {}, dp = {};
       B::multiply_scores(scores, tile_k, tile_q, row, chunk);
       B::multiply_scores(dp, tile_v, tile_do, row, chunk);
-      const bool on_diagonal = params.causal && first_key + row + 16 * B::kRowTiles - 1 > first_query + diagonal;
-      if (!params.l2norm_qk || params.bias.data != nullptr || on_diagonal || visible != all_keys) {
-        B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, visible, on_diagonal);
+      const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == all_keys;
+      const int end_query = min(first_query + B::kChunkQ, params.seq_len_q);
+      if (!plain || !queries_of_rows(params, first_key + row, 16 * B::kRowTiles).sees_all(first_query, end_query)) {
+        B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, visible);
       }
       B::softmax_gradient(scores, dp, row_statistics + chunk);
 #pragma unroll
@@ -362,7 +363,9 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   // dK^ = scale dS^T q^. With the norm q_hat = scale log2(e) q^, else it is q^ itself; splits of a group of heads
   // with a scale each then have one head each (plan_backward).
   float factor = kLn2;
-  if (!params.l2norm_qk) factor *= scale_log2(params, B::find_item(params, work, work.begin).head);
+  if (!params.l2norm_qk && work.num_blocks_q > 0) {
+    factor *= scale_log2(params, B::find_item(params, work, work.begin).head);
+  }
   if (params.plan.num_splits > 0) {
     B::write_partial(params, work, 0, dk, factor, row);
     B::write_partial(params, work, 1, dv, 1.f, row);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "launch.h"
+#include "common/band.cuh"
 #include "common/scores.cuh"
 #include "sm80/tiles/bias_gradient.h"
 
@@ -21,11 +22,11 @@ struct BiasGradient {
   using Scores = float[1][kBlockK / 8][4];  // one tile of 16 rows a warp
 
   // The half-open range of one of four loops: all of a broadcast dimension, else the block's own index.
-  struct Range {
+  struct Loop {
     int begin, end;
   };
 
-  static __device__ Range take_range(int64_t& index, int64_t stride, int size) {
+  static __device__ Loop take_loop(int64_t& index, int64_t stride, int size) {
     if (stride == 0) return {0, size};
     const int own = static_cast<int>(index % size);
     index /= size;
@@ -50,11 +51,16 @@ struct BiasGradient {
         [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_b, 8 * n, step); });
   }
 
+  // The first `count` of 64 bits; none of fewer than one.
+  static __device__ uint64_t bits_before(int count) {
+    return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
+  }
+
   // Adds dS of the warp's rows, queries [query, ...), and keys [first_key, ...) of a head to `sum`.
   static __device__ void add_gradient(const BackwardParams& params, int batch, int head, Scores& sum,
                                       const Scores& scores, const Scores& dp, int query, int first_key) {
-    const int lane = threadIdx.x & 31, diagonal = params.seq_len_k - params.seq_len_q;
-    const uint64_t visible = visible_keys<kBlockK>(params, batch, first_key);
+    const int lane = threadIdx.x & 31;
+    const uint64_t not_masked = visible_keys<kBlockK>(params, batch, first_key);
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
     const int64_t first_row = (int64_t(batch) * params.num_heads + head) * params.seq_len_q;
 #pragma unroll
@@ -63,13 +69,15 @@ struct BiasGradient {
       const float row_sum_log2 = row < params.seq_len_q ? params.row_sum_log2[first_row + row] : -infinity();
       if (row_sum_log2 == -infinity()) continue;  // no such row, or an empty one
       const float delta = params.delta[first_row + row];
+      const Range keys = keys_of(params, row);
+      const uint64_t visible = not_masked & bits_before(keys.end - first_key) & ~bits_before(keys.first - first_key);
       const BiasRow<T> bias(params, batch, head, row, first_key + 2 * (lane & 3));
 #pragma unroll
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int offset = 8 * n + 2 * (lane & 3) + i, key = first_key + offset;
-          if (!((visible >> offset) & 1) || (params.causal && key > row + diagonal)) continue;
+          const int offset = 8 * n + 2 * (lane & 3) + i;
+          if (!((visible >> offset) & 1)) continue;
           const float score = scores[0][n][2 * half + i] * score_scale + bias[8 * n + i];
           sum[0][n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[0][n][2 * half + i] - delta);
         }
@@ -147,13 +155,13 @@ __global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads,
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_q = shared_address(shared), tile_do = tile_q + kBlockQ * G::kRowBytes;
   const uint32_t tile_k = tile_do + kBlockQ * G::kRowBytes, tile_v = tile_k + kBlockK * G::kRowBytes;
-  const int row = static_cast<int>(threadIdx.x / 32) * 16, diagonal = params.seq_len_k - params.seq_len_q;
+  const int row = static_cast<int>(threadIdx.x / 32) * 16;
   const Bias& dbias = params.dbias;
   int64_t index = blockIdx.x;
-  const auto keys = G::take_range(index, dbias.stride_key, (params.seq_len_k + kBlockK - 1) / kBlockK);
-  const auto queries = G::take_range(index, dbias.stride_query, (params.seq_len_q + kBlockQ - 1) / kBlockQ);
-  const auto heads = G::take_range(index, dbias.stride_head, params.num_heads);
-  const auto batches = G::take_range(index, dbias.stride_batch, params.batch);
+  const auto keys = G::take_loop(index, dbias.stride_key, (params.seq_len_k + kBlockK - 1) / kBlockK);
+  const auto queries = G::take_loop(index, dbias.stride_query, (params.seq_len_q + kBlockQ - 1) / kBlockQ);
+  const auto heads = G::take_loop(index, dbias.stride_head, params.num_heads);
+  const auto batches = G::take_loop(index, dbias.stride_batch, params.batch);
 
   typename G::Scores sum = {};
   for (int batch = batches.begin; batch < batches.end; ++batch) {
@@ -162,7 +170,7 @@ __global__ void __launch_bounds__(BiasGradientTraits<kMath, kHeadDim>::kThreads,
       for (int block_q = queries.begin; block_q < queries.end; ++block_q) {
         for (int block_k = keys.begin; block_k < keys.end; ++block_k) {
           const int first_query = block_q * kBlockQ, first_key = block_k * kBlockK;
-          if (params.causal && first_key > first_query + kBlockQ - 1 + diagonal) continue;
+          if (!keys_of_rows(params, first_query, kBlockQ).sees_any(first_key, first_key + kBlockK)) continue;
           G::template load_rows<kBlockQ>(params, tile_q, params.q_hat, batch, head, first_query, params.seq_len_q);
           G::template load_rows<kBlockQ>(params, tile_do, params.dout, batch, head, first_query, params.seq_len_q);
           G::template load_rows<kBlockK>(params, tile_k, params.k_hat, batch, kv_head, first_key, params.seq_len_k);

@@ -33,37 +33,36 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   const int row = warp / F::Traits::kWarpsDim * 16 * F::kRowTiles;  // the warp's first
   const int column = warp % F::Traits::kWarpsDim * F::kOutDim;      // and of its columns of O
   const int first_query = work.first_query + row;
-  const int diagonal = params.seq_len_k - params.seq_len_q;  // the last key that query 0 sees, if causal
-  int num_keys = params.seq_len_k;
-  if (params.causal) num_keys = min(num_keys, work.first_query + F::kBlockQ + diagonal);
-  const int num_blocks_k = (max(num_keys, 0) + kBlockK - 1) / kBlockK;
+  const Range blocks = blocks_of(keys_of_rows(params, work.first_query, F::kBlockQ).any, kBlockK);
+  const int first_block = next_visible_block<kBlockK>(params, work.batch, blocks.first, blocks.end);
 
   load_tile<F::kBlockQ, kRowBytes, F::Traits::kThreads>(
       tile_q, F::rows_of(params.q_hat, work.batch, work.head, work.first_query),
       params.q_hat.stride_row * sizeof(typename F::T), params.seq_len_q - work.first_query,
       params.head_dim * static_cast<int>(sizeof(typename F::T)));
-  if (num_blocks_k > 0) F::load_keys(params, work, stages, 0);
+  if (first_block < blocks.end) F::load_keys(params, work, stages, first_block * kBlockK);
 
   typename F::Output o = {};
   typename F::RowSums sums;
   typename F::QFragments q;
 
-  for (int block = 0; block < num_blocks_k; ++block) {
-    const uint32_t tile_k = stages + (block & 1) * kStageBytes;
+  int stage = 0;
+  for (int block = first_block, next; block < blocks.end; block = next) {
+    const uint32_t tile_k = stages + stage * kStageBytes;
     const int first_key = block * kBlockK;
+    next = next_visible_block<kBlockK>(params, work.batch, block + 1, blocks.end);
+    stage ^= 1;
     // This block has arrived for all threads, and all are through with the one before, whose memory is next.
     cp_async_wait_all();
     __syncthreads();
-    if (block + 1 < num_blocks_k) {
-      F::load_keys(params, work, stages + ((block + 1) & 1) * kStageBytes, first_key + kBlockK);
-    }
+    if (next < blocks.end) F::load_keys(params, work, stages + stage * kStageBytes, next * kBlockK);
     if (sizeof(typename F::T) == 2 && params.plan.k_norm == Norm::kKernel) {
-      if (block == 0) F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
+      if (block == first_block) F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
       F::template normalize_tile<kBlockK>(shared + (tile_k - tile_q), params.head_dim, 1.f);
       __syncthreads();
     }
     if constexpr (F::Traits::kQInRegisters) {
-      if (block == 0) {
+      if (block == first_block) {
 #pragma unroll
         for (int m = 0; m < F::kRowTiles; ++m) {
 #pragma unroll
@@ -71,18 +70,15 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
         }
       }
     }
-    // The warp's last query sees no key of this block.
-    if (params.causal && first_key > first_query + 16 * F::kRowTiles - 1 + diagonal) continue;
-    const bool on_diagonal = params.causal && first_key + kBlockK - 1 > first_query + diagonal;
+    const Band band = keys_of_rows(params, first_query, 16 * F::kRowTiles);
+    if (!band.sees_any(first_key, first_key + kBlockK)) continue;
     uint64_t visible = kAllKeys<kBlockK>;
-    if (params.mask.data != nullptr || first_key + kBlockK > params.seq_len_k) {
-      visible = visible_keys<kBlockK>(params, work.batch, first_key);
-      if (visible == 0) continue;
-    }
+    if (params.mask.data != nullptr) visible = visible_keys<kBlockK>(params, work.batch, first_key);
     typename F::Scores scores = {};
     F::multiply_qk(scores, q, tile_q, tile_k, row);
-    if (!params.l2norm_qk || params.bias.data != nullptr || on_diagonal || visible != kAllKeys<kBlockK>) {
-      F::finish_scores(params, work, scores, first_query, first_key, visible, on_diagonal);
+    const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == kAllKeys<kBlockK>;
+    if (!plain || !band.sees_all(first_key, first_key + kBlockK)) {
+      F::finish_scores(params, work, scores, first_query, first_key, visible);
     }
     // Whole 128 bytes of columns, which do not take part in the swizzle.
     static_assert(F::Traits::kWarpsDim == 1 || F::kOutDim * sizeof(typename F::T) % 128 == 0);
@@ -98,7 +94,7 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   if (params.o.data == nullptr) {
     F::write_partials(params, work, o, sums, row, column);
   } else {
-    if (num_blocks_k == 0) __syncthreads();  // other threads' copies of q
+    if (first_block == blocks.end) __syncthreads();  // other threads' copies of q
     F::write_output(params, work, o, sums, tile_q, shared, row, column);
   }
 }

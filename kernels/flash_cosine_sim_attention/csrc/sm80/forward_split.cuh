@@ -9,8 +9,6 @@
 // theirs in a workspace for merge.cu. Both in a fixed order.
 #pragma once
 
-#include <climits>
-
 #include "launch.h"
 #include "sm80/forward_warp.cuh"
 #include "sm80/split_sums.cuh"
@@ -56,15 +54,10 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
     return {work.batch, work.kv_head * group + work.first_row + row - query * group, query};
   }
 
-  // The last keys that a warp's first and last rows see, as far as the causal mask knows.
-  struct LastKeys {
-    int of_first_row, of_last_row;
-  };
-
-  static __device__ LastKeys find_last_keys(const ForwardParams& params, const Work& work, int row) {
-    if (!params.causal) return {INT_MAX, INT_MAX};
-    const int group = group_of(params), diagonal = params.seq_len_k - params.seq_len_q;
-    return {(work.first_row + row) / group + diagonal, (work.first_row + row + kWarpRows - 1) / group + diagonal};
+  // What num_rows rows of the block, from `row` on, see.
+  static __device__ Band keys_of_work(const ForwardParams& params, const Work& work, int row, int num_rows) {
+    const int group = group_of(params), first = (work.first_row + row) / group;
+    return keys_of_rows(params, first, (work.first_row + row + num_rows - 1) / group + 1 - first);
   }
 
   static __device__ void load_keys(const ForwardParams& params, const Work& work, uint32_t stage, int first_key) {
@@ -112,7 +105,7 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
   }
 
   static __device__ void finish_scores(const ForwardParams& params, const Work& work, Scores& scores, int row,
-                                       int first_key, uint64_t visible, bool diagonal) {
+                                       int first_key, uint64_t visible) {
     // Opaque: nothing of it is worth a register in the loop around this call.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
 #pragma unroll
@@ -122,8 +115,7 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
         const rows::Position position = position_of(params, work, row + 16 * m + 8 * half + (lane >> 2));
         const int head = static_cast<int>(position.head), query = static_cast<int>(position.row);
         const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
-        Base::finish_row(params, work.batch, head, query, score_scale, scores[m], half, lane, first_key, visible,
-                         diagonal);
+        Base::finish_row(params, work.batch, head, query, score_scale, scores[m], half, lane, first_key, visible);
       }
     }
   }
@@ -204,18 +196,18 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
   // A warp's rows [row, row + kWarpRows) and kBlockK keys from first_key on, which are at tile_k and tile_v.
   static __device__ void attend(const ForwardParams& params, const Work& work, Output& o, RowSums& sums,
                                 const QFragments& q, uint32_t tile_q, uint32_t tile_k, uint32_t tile_v, int row,
-                                const LastKeys& last_keys, int first_key) {
-    if (first_key > last_keys.of_last_row) return;
-    const bool on_diagonal = first_key + kBlockK - 1 > last_keys.of_first_row;
+                                const Band& band, int first_key) {
+    if (!band.sees_any(first_key, first_key + kBlockK)) return;
     uint64_t visible = kAllKeys<kBlockK>;
-    if (params.mask.data != nullptr || first_key + kBlockK > params.seq_len_k) {
+    if (params.mask.data != nullptr) {
       visible = visible_keys<kBlockK>(params, work.batch, first_key);
       if (visible == 0) return;
     }
     Scores scores = {};
     multiply_qk(params, scores, q, tile_q, tile_k, row);
-    if (!params.l2norm_qk || params.bias.data != nullptr || on_diagonal || visible != kAllKeys<kBlockK>) {
-      finish_scores(params, work, scores, row, first_key, visible, on_diagonal);
+    const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == kAllKeys<kBlockK>;
+    if (!plain || !band.sees_all(first_key, first_key + kBlockK)) {
+      finish_scores(params, work, scores, row, first_key, visible);
     }
     Base::multiply_pv(o, sums, scores, tile_v);
   }
@@ -274,14 +266,10 @@ __global__ void __launch_bounds__(SplitTraits<kMath, kHeadDim>::kThreads, SplitT
   const int row = (warp & (warps_q - 1)) * F::kWarpRows;  // the warp's first, as is this key of each block
   const int warp_key = (warp >> log2_warps_q) * kBlockK;
 
-  int num_keys = params.seq_len_k;
-  if (params.causal) {
-    const int last_query = (work.first_row + work.num_rows - 1) / F::group_of(params);
-    num_keys = max(0, min(num_keys, last_query + 1 + params.seq_len_k - params.seq_len_q));
-  }
-  const int64_t num_blocks = (num_keys + kBlockKeys - 1) / kBlockKeys;
-  const int first_block = static_cast<int>(num_blocks * work.split / params.plan.num_splits);
-  const int end_block = static_cast<int>(num_blocks * (work.split + 1) / params.plan.num_splits);
+  const Range blocks = blocks_of(F::keys_of_work(params, work, 0, work.num_rows).any, kBlockKeys);
+  const int64_t num_blocks = blocks.end - blocks.first;
+  const int first_block = blocks.first + static_cast<int>(num_blocks * work.split / params.plan.num_splits);
+  const int end_block = blocks.first + static_cast<int>(num_blocks * (work.split + 1) / params.plan.num_splits);
 
   const auto stage_of = [&](int block) { return stages + ((block - first_block) & 1) * Traits::kStageBytes; };
   if (first_block < end_block) F::load_keys(params, work, stage_of(first_block), first_block * kBlockKeys);
@@ -295,7 +283,7 @@ __global__ void __launch_bounds__(SplitTraits<kMath, kHeadDim>::kThreads, SplitT
     }
   }
 
-  const auto last_keys = F::find_last_keys(params, work, row);
+  const Band band = F::keys_of_work(params, work, row, F::kWarpRows);
   typename F::Output o = {};
   typename F::RowSums sums;
   for (int block = first_block; block < end_block; ++block) {
@@ -311,7 +299,7 @@ __global__ void __launch_bounds__(SplitTraits<kMath, kHeadDim>::kThreads, SplitT
     if (row < work.num_rows) {
 #pragma unroll 1
       for (int key = warp_key; key < kBlockKeys; key += kBlockKeys >> log2_warps_q) {
-        F::attend(params, work, o, sums, q, tile_q, tile_k + key * kRowBytes, tile_v + key * kRowBytes, row, last_keys,
+        F::attend(params, work, o, sums, q, tile_q, tile_k + key * kRowBytes, tile_v + key * kRowBytes, row, band,
                   block * kBlockKeys + key);
       }
     }

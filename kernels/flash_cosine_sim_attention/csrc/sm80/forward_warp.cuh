@@ -2,6 +2,7 @@
 // sm80/forward_split.cuh.
 #pragma once
 
+#include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 
@@ -115,7 +116,7 @@ struct Forward {
   // Multiplies by c if q_hat does not contain it, adds the bias, hides what may not be seen. `row` is the query of
   // the warp's first row.
   static __device__ void finish_scores(const ForwardParams& params, const Work& work, Scores& scores, int row,
-                                       int first_key, uint64_t visible, bool diagonal) {
+                                       int first_key, uint64_t visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
     const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
@@ -124,8 +125,7 @@ struct Forward {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = row + 16 * m + 8 * half + (lane >> 2);
-        finish_row(params, work.batch, work.head, query, score_scale, scores[m], half, lane, first_key, visible,
-                   diagonal);
+        finish_row(params, work.batch, work.head, query, score_scale, scores[m], half, lane, first_key, visible);
       }
     }
   }
@@ -133,8 +133,8 @@ struct Forward {
   // The same for one row of a lane: half 0 or 1 of 16.
   static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query, float score_scale,
                                     float (&scores)[kBlockK / 8][4], int half, int lane, int first_key,
-                                    uint64_t visible, bool diagonal) {
-    const int last_key = query + params.seq_len_k - params.seq_len_q;  // that the query sees, if causal
+                                    uint64_t visible) {
+    const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
     const BiasRow<T> bias(params, batch, head, query, first_key + 2 * (lane & 3));
 #pragma unroll
     for (int n = 0; n < kBlockK / 8; ++n) {
@@ -144,8 +144,8 @@ struct Forward {
         float& score = scores[n][2 * half + i];
         score *= score_scale;
         if (params.bias.data != nullptr) score += bias[8 * n + i];
-        const bool hidden = diagonal && first_key + offset > last_key;
-        if (hidden || !((visible >> offset) & 1)) score = -infinity();
+        const bool seen = keys.first <= first_key + offset && first_key + offset < keys.end;
+        if (!seen || !((visible >> offset) & 1)) score = -infinity();
       }
     }
   }

@@ -28,6 +28,7 @@
 #include "launch.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/statistics.cuh"
+#include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm90/tensor_map.h"
@@ -40,7 +41,7 @@ struct BackwardTensorMaps {
   CUtensorMap q, dout, k, v, dk, dv;
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic>
+template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
 struct BackwardSm90 {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
@@ -75,8 +76,17 @@ struct BackwardSm90 {
     int count;                       // of the pairs that are left
 
     __device__ __forceinline__ Walk(const BackwardParams& params, const BackwardSchedule& schedule, const Work& work) {
-      end_block_q = (params.seq_len_q + kBlockQ - 1) / kBlockQ;
-      first_block_q = rows::first_block_of_queries(params, work.block_k * kBlockK, kBlockQ);
+      if constexpr (kBanded) {
+        const Range blocks = walk_of(params, work.block_k, kBlockQ, kBlockK);
+        first_block_q = blocks.first;
+        end_block_q = blocks.end;
+        count = 0;
+        if (first_block_q == end_block_q) return;
+      } else {
+        const int first_query = work.block_k * kBlockK - (params.seq_len_k - params.seq_len_q);  // that sees a key
+        end_block_q = (params.seq_len_q + kBlockQ - 1) / kBlockQ;
+        first_block_q = params.causal ? max(first_query, 0) / kBlockQ : 0;
+      }
       const int num_blocks_q = end_block_q - first_block_q, group = params.num_heads / params.num_kv_heads;
       const int share = group * num_blocks_q / schedule.num_splits;
       const int remainder = group * num_blocks_q % schedule.num_splits;
@@ -84,6 +94,12 @@ struct BackwardSm90 {
       count = share + (work.split < remainder);
       head = work.kv_head * group + begin / num_blocks_q;
       block_q = first_block_q + begin % num_blocks_q;
+    }
+
+    // The block of queries, counted through all heads.
+    __device__ __forceinline__ int number(const BackwardParams& params, const Work& work) const {
+      const int num_blocks_q = kBanded ? params.plan.padded_rows / kBlockQ : end_block_q;
+      return (work.batch * params.num_heads + head) * num_blocks_q + block_q;
     }
 
     __device__ __forceinline__ void advance() {
@@ -272,13 +288,27 @@ struct BackwardSm90 {
       return is_leader() ? atomic_increment(params.counters + BackwardSm90Counters::kTilesTaken) : 0;
     }
 
+    // Whether a mask leaves no key of the tile.
+    __device__ __forceinline__ bool is_hidden(const Work& work) const {
+      if (params.mask.data == nullptr) return false;
+      bool sees = false;
+      for (int row = lane(); row < kBlockK; row += 32) {
+        const int key = work.block_k * kBlockK + row;
+        sees |= key < params.seq_len_k &&
+                params.mask.data[work.batch * params.mask.stride_batch + key * params.mask.stride_key];
+      }
+      return __any_sync(0xffffffffu, sees) == 0;
+    }
+
     // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is
     // left to do, but no sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
       Walk walk(params, schedule, work);
       unsigned answer = 0;
+      if (kBanded && !kDeterministic && is_hidden(work)) walk.count = 0;
       if (walk.count <= 1) answer = ask_for_tile();
-      // A causal mask leaves to the last keys so few queries that some splits have none: dkv_merge_kernel knows.
+      // A causal mask leaves to the last keys so few queries that some splits have none; banded, nobody may see a tile's
+      // keys. launch_dkv_merge and launch_unseen know.
       if (walk.count == 0) return answer;
       load_q(work, walk);
       if (is_leader()) {
@@ -429,6 +459,42 @@ struct BackwardSm90 {
                                 shared.statistics(stage.index) / 16 | 128 / 16 << 16);
     }
 
+    // Hides keys from the queries that do not see them: one end after the other, each a register.
+    __device__ __forceinline__ void mask_band(const Work& work, const Walk& walk) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int is_end = 0; is_end < 2; ++is_end) {
+          const int edge = edge_of(work, walk, half, is_end);
+#pragma unroll
+          for (int n = 0; n < kBlockQ / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int column = 8 * n + i;
+              if (is_end ? column >= edge : column < edge) scores[n][2 * half + i] = -infinity();
+            }
+          }
+        }
+      }
+    }
+
+    // The first column of the lane whose query sees the lane's key of a half, or the first behind those.
+    __device__ __forceinline__ int edge_of(const Work& work, const Walk& walk, int half, bool is_end) const {
+      const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+      const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
+      const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
+      return opaque((is_end ? queries.end : queries.first) - walk.block_q * kBlockQ - 2 * (lane & 3));
+    }
+
+    // Whether a key of the warpgroup is hidden from a query of the pair.
+    __device__ __forceinline__ bool is_on_edge(const Work& work, const Walk& walk) const {
+      const int first_query = walk.block_q * kBlockQ;
+      // Opaque: it is the same for the whole walk, but not worth registers through it.
+      const int first_key = opaque(work.block_k * kBlockK + 64 * warpgroup);
+      return !queries_of_rows(params, first_key, 64)
+                  .sees_all(first_query, min(first_query + kBlockQ, params.seq_len_q));
+    }
+
     // Hides from queries the keys behind them.
     __device__ __forceinline__ void mask_diagonal(const Work& work, const Walk& walk) {
       // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
@@ -542,6 +608,10 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void wait_for_turn(const Work& work, int block) {
       turn = block * (4 * Traits::kConsumers) + warp;
+      if constexpr (kBanded) {
+        const int block_q = block % (params.plan.padded_rows / kBlockQ);
+        if (has_first_turn(params, work.block_k, block_q, kBlockQ, kBlockK)) return;
+      }
       if ((threadIdx.x & 31) == 0) {
         while (load_acquire(params.dq_order + turn) != work.block_k) __nanosleep(32);
       }
@@ -579,7 +649,11 @@ struct BackwardSm90 {
         wgmma_wait<1>();
         pin(scores);
       }
-      if (is_on_diagonal(work, walk)) mask_diagonal(work, walk);
+      if constexpr (kBanded) {
+        if (is_on_edge(work, walk)) mask_band(work, walk);
+      } else {
+        if (is_on_diagonal(work, walk)) mask_diagonal(work, walk);
+      }
       exponentiate();
       // dO came long ago; what counts is the branch in this wait. Without one, ptxas puts the 2^x, which are to run
       // beside the product, behind it.
@@ -607,7 +681,7 @@ struct BackwardSm90 {
       wgmma_wait<1>();
       pin(dq);
       if (kLast && !is_ahead()) release(shared.k_empty());
-      const int block = (work.batch * params.num_heads + walk.head) * walk.end_block_q + walk.block_q;
+      const int block = walk.number(params, work);
       add_dq(work, is_ahead() ? last_block : block, dq);
       last_block = block;
     }
@@ -772,11 +846,11 @@ struct BackwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic>
+template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
 __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     backward_sm90_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardTensorMaps maps,
                          const __grid_constant__ BackwardSchedule schedule) {
-  using B = BackwardSm90<kMath, kHeadDim, kDeterministic>;
+  using B = BackwardSm90<kMath, kHeadDim, kDeterministic, kBanded>;
   extern __shared__ __align__(1024) char memory[];
   const typename B::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -805,7 +879,7 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
   }
 }
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kBanded>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of Q, dO and dq_accumulator
@@ -836,7 +910,7 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int tiles_per_head = schedule.num_blocks_k * schedule.num_splits;
   schedule.num_static_tiles = params.dq_order == nullptr ? num_blocks : 0;
-  if (params.causal) {
+  if (params.causal && params.window_left < 0) {
     schedule.kv_heads = HeadSections::make(num_kv_heads, static_cast<int>(kSectionBytes / bytes_per_head) + 1,
                                            heads_to_balance(tiles_per_head, num_multiprocessors));
     schedule.prepared_kv_heads = schedule.kv_heads;
@@ -850,7 +924,7 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
                                          (params.plan.padded_rows / Traits::kChunkRows);
   schedule.num_chunks = static_cast<int>(num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
-    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic>;
+    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic, kBanded>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();
     kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());

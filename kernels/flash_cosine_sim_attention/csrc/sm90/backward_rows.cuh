@@ -74,7 +74,9 @@ struct RowPreparer {
     const unsigned per_head = keys + group * queries;
     const auto [first_head, kv_head, place] = schedule.prepared_kv_heads.find(index, per_head);
 
-    const unsigned alternating = params.causal ? min(keys, queries) : 0;
+    // Nor does a window need all keys at once; rows of packed sequences lie side by side.
+    const bool is_near = params.causal || params.plan.banded;
+    const unsigned alternating = is_near ? min(keys, queries) : 0;
     Chunk chunk;
     unsigned number;
     if (place < 2 * alternating) {

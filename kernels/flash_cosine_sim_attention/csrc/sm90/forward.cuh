@@ -13,14 +13,19 @@
 // A step of a warpgroup. Tensor cores work in the order of issue; | marks where it waits for them.
 //   kSliced   16 keys: P = 2^S, start O += P V; the next 16; ...; start the next S = q k^T | its K, this V are free
 //   else      start the next S = q k^T and O += P V | S is there: P' = 2^S, in place | P is free: P = P' rounded
+//
+// Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
+// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Without, nothing of it is there.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "device.h"
 #include "launch.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/queue.cuh"
+#include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "sm90/sections.h"
@@ -48,7 +53,7 @@ struct ForwardSchedule {
 
 // kExactSum: the backward pass will need the sum of P itself. It costs an addition a score, measured as 3.6 % of the
 // time at head dim 64.
-template <Math kMath, int kHeadDim, bool kExactSum>
+template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
 struct ForwardSm90 {
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
@@ -68,7 +73,7 @@ struct ForwardSm90 {
     const HeadSections::Place place = schedule.heads.find(tile, num_blocks_q);
     const int head = place.head % params.num_heads;
     return {static_cast<int>(place.head / params.num_heads), head, head / (params.num_heads / params.num_kv_heads),
-            static_cast<int>(params.causal ? num_blocks_q - 1 - place.item : place.item) * kBlockQ};
+            static_cast<int>(kBanded || params.causal ? num_blocks_q - 1 - place.item : place.item) * kBlockQ};
   }
 
   // Which counter counts the chunks of a block of k_hat that are there, with Norm::kAhead.
@@ -90,11 +95,65 @@ struct ForwardSm90 {
 
   // How many of them, from the first key on, need nothing between the products but 2^S.
   static __device__ __forceinline__ int count_plain_blocks(const ForwardParams& params, int first_query) {
-    if (params.mask.data != nullptr || !params.l2norm_qk) return 0;
+    if (!params.l2norm_qk) return 0;
     int num_keys = params.seq_len_k;
     if (params.causal) num_keys = min(num_keys, max(0, first_query + 1 + params.seq_len_k - params.seq_len_q));
     return num_keys / kBlockK;
   }
+
+  // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
+  // nothing of. The producer and all consumers go the same way.
+  struct Walk {
+    static constexpr int kWordsPerBlock = kBlockK / 32;  // of bits of keys
+    static_assert(kBlockK % 32 == 0);
+    const ForwardParams& params;
+    int batch, first;
+    int block;  // the next one
+
+    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work)
+        : params(params), batch(work.batch) {
+      const Range blocks = blocks_of(keys_of_rows(params, work.first_query, kBlockQ).any, kBlockK);
+      first = blocks.first;
+      block = blocks.end - 1;
+      leave_out_hidden();
+    }
+
+    __device__ __forceinline__ bool is_over() const { return block < first; }
+
+    __device__ __forceinline__ void advance() {
+      --block;
+      leave_out_hidden();
+    }
+
+    __device__ __forceinline__ void leave_out_hidden() {
+      const MaskWords& words = params.mask_words;
+      if (words.any == nullptr) return;
+      int last = block * kWordsPerBlock + kWordsPerBlock - 1;  // word of keys, which has a bit in `any`
+      while (last >= first * kWordsPerBlock) {
+        const uint32_t bits = words.any[batch * words.blocks_per_batch + last / 32] << (31 - last % 32);
+        if (bits != 0) {
+          last -= __clz(static_cast<int>(bits));
+          break;
+        }
+        last = last / 32 * 32 - 1;
+      }
+      block = last < first * kWordsPerBlock ? first - 1 : last / kWordsPerBlock;
+    }
+
+    // Whether the mask leaves all of a block.
+    __device__ __forceinline__ bool is_whole(int number) const {
+      const MaskWords& words = params.mask_words;
+      if (words.all == nullptr) return true;
+      const uint32_t* all = words.all + batch * words.blocks_per_batch;
+      bool whole = true;
+#pragma unroll
+      for (int i = 0; i < kWordsPerBlock; ++i) {
+        const int word = number * kWordsPerBlock + i;
+        whole = whole && ((all[word / 32] >> (word % 32)) & 1);
+      }
+      return whole;
+    }
+  };
 
   // Addresses in shared memory. Every tile has a barrier for its arrival and one for the end of its use.
   struct Shared {
@@ -210,6 +269,9 @@ struct ForwardSm90 {
       load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
       q_parity ^= 1;
       look_for_k_hat();
+      if constexpr (kBanded) {
+        return load_band(work);
+      }
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
       const bool has_keys = block >= 0;
       if (has_keys) load_k(work, block);
@@ -220,6 +282,26 @@ struct ForwardSm90 {
       }
       const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
       if (has_keys) load_v(work, 0);
+      return next;
+    }
+
+    __device__ __forceinline__ unsigned load_band(const Work& work) {
+      Walk walk(params, work);
+      const bool has_keys = !walk.is_over();
+      int block = walk.block;
+      if (has_keys) {
+        load_k(work, block);
+        walk.advance();
+      }
+#pragma unroll 1
+      while (!walk.is_over()) {
+        load_k(work, walk.block);
+        load_v(work, block);
+        block = walk.block;
+        walk.advance();
+      }
+      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      if (has_keys) load_v(work, block);
       return next;
     }
 
@@ -304,20 +386,55 @@ struct ForwardSm90 {
 
   // What hides scores of a block, or multiplies them. Made while no product is under way, for it branches.
   struct Finish {
-    VisibleKeys<kBlockK> visible;
     int last_column[2];  // that the lane's rows see, counted from the lane's own first column
     float score_scale;
 
-    __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block)
-        : visible(params, work.batch, block * kBlockK) {
-      const int lane = threadIdx.x & 31;
+    __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block) {
+      const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
       const int diagonal = params.seq_len_k - params.seq_len_q;  // the last key that query 0 sees, if causal
 #pragma unroll
-      for (uint32_t& word : visible.words) word >>= 2 * (lane & 3);
+      for (int half = 0; half < 2; ++half) {
+        const int query = work.first_query + first_row + 8 * half + (lane >> 2), last_key = params.seq_len_k - 1;
+        last_column[half] = (params.causal ? min(query + diagonal, last_key) : last_key) - first_column;
+      }
+      score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
+    }
+
+    __device__ __forceinline__ void operator()(float (&scores)[kBlockK / 8][4]) const {
+#pragma unroll
+      for (int n = 0; n < kBlockK / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = 8 * n + i % 2 <= last_column[i / 2];
+          scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
+        }
+      }
+    }
+  };
+
+  // kBanded: the same, of what hides keys there.
+  struct FinishBand {
+    uint32_t words[kBlockK / 32];
+    Range columns[2];  // that the lane's rows see, counted from the lane's own first column
+    float score_scale;
+
+    __device__ __forceinline__ FinishBand(const ForwardParams& params, const Work& work, int first_row, int block) {
+      const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
+      const MaskWords& mask = params.mask_words;
+#pragma unroll
+      for (int i = 0; i < kBlockK / 32; ++i) {
+        words[i] = ~0u;
+        if (mask.keys != nullptr) {
+          words[i] = mask.keys[int64_t{work.batch} * mask.keys_per_batch + block * (kBlockK / 32) + i];
+        }
+        words[i] >>= 2 * (lane & 3);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = work.first_query + first_row + 8 * half + (lane >> 2);
-        last_column[half] = params.causal ? query + diagonal - block * kBlockK - 2 * (lane & 3) : kBlockK;
+        columns[half] = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
+        columns[half].first -= first_column;
+        columns[half].end -= first_column;
       }
       score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
     }
@@ -328,8 +445,8 @@ struct ForwardSm90 {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = 8 * n + i % 2;
-          const bool exists = (visible.words[column / 32] >> (column % 32)) & 1;
-          const bool seen = exists && column <= last_column[i / 2];
+          const bool left = (words[column / 32] >> (column % 32)) & 1;
+          const bool seen = left && columns[i / 2].first <= column && column < columns[i / 2].end;
           scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
         }
       }
@@ -343,6 +460,8 @@ struct ForwardSm90 {
     const int first_row;  // of the warp in the tile
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
+
+    using FinishScores = std::conditional_t<kBanded, FinishBand, Finish>;
 
     uint32_t q[Traits::kQInRegisters ? kHeadDim / 16 : 1][4];
     float scores[kBlockK / 8][4];
@@ -506,7 +625,7 @@ struct ForwardSm90 {
     // S of `block` is there. Ends with S of the block before it there and no product under way.
     template <bool kPlain>
     __device__ __forceinline__ void step_sliced(const Work& work, int block) {
-      if constexpr (!kPlain) Finish(params, work, first_row, block)(scores);
+      if constexpr (!kPlain) FinishScores(params, work, first_row, block)(scores);
       start_pv_as_p_is_made();
       start_qk();
       wgmma_wait<1>();
@@ -522,7 +641,7 @@ struct ForwardSm90 {
         start_whole_pv();
         finish_qk<1>();
       } else {
-        const Finish finish(params, work, first_row, block);
+        const FinishScores finish(params, work, first_row, block);
         start_qk();
         start_whole_pv();
         finish_qk<1>();
@@ -545,7 +664,62 @@ struct ForwardSm90 {
     }
 
     // O and the row sums of a tile.
+    __device__ __forceinline__ void attend_band(const Work& work) {
+      Walk walk(params, work);
+      const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
+      const auto is_plain = [&](int block) {
+        if constexpr (kHeadDim > 128) {  // no registers are left for `band`
+          const Band again = keys_of_rows(params, opaque(work.first_query + first_row / 64 * 64), 64);
+          return params.l2norm_qk && again.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
+        }
+        return params.l2norm_qk && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
+      };
+      const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks, if there are any
+      // Blocks that only warpgroups with later queries see.
+      for (; !walk.is_over() && walk.block >= own.end; walk.advance()) skip_block();
+      if (own.first < own.end && walk.block >= own.first) {
+        int block = walk.block;
+        walk.advance();
+        start_qk();
+        finish_qk<0>();
+        if constexpr (Traits::kSliced) {
+#pragma unroll 1
+          for (; walk.block >= own.first; walk.advance()) {
+            if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
+            step_sliced<true>(work, block);
+            block = walk.block;
+          }
+          if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
+          start_pv_as_p_is_made();
+        } else {
+          if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
+#pragma unroll
+          for (int slice = 0; slice < kSlices; ++slice) {
+            exponentiate(slice);
+            round(slice);
+          }
+#pragma unroll 1
+          for (; walk.block >= own.first; walk.advance()) {
+            if (is_plain(walk.block)) {
+              step_whole<true>(work, walk.block);
+            } else {
+              step_whole<false>(work, walk.block);
+            }
+          }
+          start_whole_pv();
+#pragma unroll
+          for (int slice = 0; slice < kSlices; ++slice) add_rounded(slice);
+        }
+        wgmma_wait<0>();
+        pin(o);
+        finish_pv();
+      }
+      // And those that only warpgroups with earlier ones see.
+      for (; !walk.is_over(); walk.advance()) skip_block();
+    }
+
     __device__ __forceinline__ void attend(const Work& work) {
+      if constexpr (kBanded) return attend_band(work);
       const int first_query = work.first_query + first_row / 64 * 64;
       const int num_blocks = count_blocks(params, first_query, 64);
       const int num_plain = min(count_plain_blocks(params, first_query), num_blocks);
@@ -667,11 +841,11 @@ struct ForwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kExactSum>
+template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
 __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                         const __grid_constant__ ForwardSchedule schedule) {
-  using F = ForwardSm90<kMath, kHeadDim, kExactSum>;
+  using F = ForwardSm90<kMath, kHeadDim, kExactSum, kBanded>;
   extern __shared__ __align__(1024) char memory[];
   const typename F::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -705,7 +879,7 @@ __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 
   }
 }
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kBanded>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of keys and values: measured, 7 to 13 % faster than all heads at once
@@ -728,7 +902,7 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   const int num_multiprocessors = current_device().num_multiprocessors;
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int group = params.num_heads / params.num_kv_heads, num_kv_heads = params.batch * params.num_kv_heads;
-  if (params.causal) {
+  if (params.causal && params.window_left < 0) {
     const int per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
     const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors);
     schedule.heads = HeadSections::make(params.batch * params.num_heads, per_section, in_last);
@@ -743,7 +917,7 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   schedule.chunks_per_kv_head = (params.seq_len_k + Traits::kChunkRows - 1) / Traits::kChunkRows;
   schedule.num_chunks = num_kv_heads * schedule.chunks_per_kv_head;
   const auto launch = [&]<bool kExactSum>() {
-    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum>;
+    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum, kBanded>;
     allow_shared_memory<kKernel, Traits::kSharedBytes>();
     kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());

@@ -1,0 +1,104 @@
+// What the attention kernels look up of packed sequences and of masks: for each query the keys that it sees, for each
+// key the queries that see it, and for each key a bit.
+#include <algorithm>
+
+#include "attention.h"
+#include "common/band.cuh"
+#include "cuda_check.h"
+
+namespace flash_cosine_sim {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Where the sequences of a side begin, made such that, whatever the numbers are, they lie within the side's rows and do
+// not fall: the largest so far.
+struct Starts {
+  int own, next, other, other_next;  // of a row's sequence and the one behind it, on the row's side and on the other
+};
+
+// The sequence of a row is how many sequences end at it or before it.
+__device__ Starts find_sequence(const int* own, const int* other, int num, int row, int own_rows, int other_rows) {
+  int sequence = 0;
+  for (int i = 1; i <= num; ++i) sequence += own[i] <= row;
+  Starts starts{};
+  for (int i = 0; i <= min(sequence, num); ++i) {
+    starts.own = max(starts.own, min(own[i], own_rows));
+    starts.other = max(starts.other, min(other[i], other_rows));
+  }
+  if (sequence >= num) return {starts.own, starts.own, starts.other, starts.other};  // behind the last: sees nothing
+  starts.next = max(starts.own, min(own[sequence + 1], own_rows));
+  starts.other_next = max(starts.other, min(other[sequence + 1], other_rows));
+  return starts;
+}
+
+// The rows of the other side within `before` and `behind` of the row's own place there; negative: unlimited.
+__device__ Range range_of(const Starts& starts, int row, int before, int behind) {
+  const int num_own = starts.next - starts.own, num_other = starts.other_next - starts.other;
+  const int place = row - starts.own + num_other - num_own;
+  return {starts.other + (before < 0 ? 0 : limit(place - before, 0, num_other)),
+          starts.other + (behind < 0 ? num_other : limit(place + behind + 1, 0, num_other))};
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ranges_kernel(const __grid_constant__ Attention params, Range* key_ranges, Range* query_ranges) {
+  const int num_queries = params.seq_len_q, num_keys = params.seq_len_k;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const Sequences& sequences = params.sequences;
+  if (index < num_queries) {
+    const int query = static_cast<int>(index);
+    const Starts starts =
+        find_sequence(sequences.queries, sequences.keys, sequences.num, query, num_queries, num_keys);
+    key_ranges[query] = range_of(starts, query, params.window_left, params.window_right);
+  } else if (query_ranges != nullptr && index - num_queries < num_keys) {
+    const int key = static_cast<int>(index - num_queries);
+    const Starts starts = find_sequence(sequences.keys, sequences.queries, sequences.num, key, num_keys, num_queries);
+    query_ranges[key] = range_of(starts, key, params.window_right, params.window_left);
+  }
+}
+
+// A warp makes the 32 words of 1024 keys.
+__global__ void __launch_bounds__(kThreads)
+    mask_words_kernel(const __grid_constant__ Attention params, uint32_t* keys, uint32_t* any, uint32_t* all) {
+  const MaskWords& words = params.mask_words;
+  const int index = static_cast<int>(blockIdx.x * (kThreads / 32) + threadIdx.x / 32), lane = threadIdx.x & 31;
+  if (index >= params.batch * words.blocks_per_batch) return;
+  const int batch = index / words.blocks_per_batch, block = index % words.blocks_per_batch;
+  uint32_t own = 0;
+#pragma unroll 4
+  for (int word = 0; word < 32; ++word) {
+    const int64_t key = int64_t{block} * 1024 + 32 * word + lane;
+    const bool sees = key < params.seq_len_k &&
+                      params.mask.data[batch * params.mask.stride_batch + key * params.mask.stride_key];
+    const uint32_t bits = __ballot_sync(0xffffffffu, sees);
+    if (lane == word) own = bits;
+  }
+  keys[int64_t{batch} * words.keys_per_batch + 32 * block + lane] = own;
+  const uint32_t any_bits = __ballot_sync(0xffffffffu, own != 0);
+  const uint32_t all_bits = __ballot_sync(0xffffffffu, own == 0xffffffffu);
+  if (lane == 0) {
+    any[index] = any_bits;
+    all[index] = all_bits;
+  }
+}
+
+}  // namespace
+
+void launch_visibility(const Attention& params, cudaStream_t stream) {
+  if (params.key_ranges != nullptr) {
+    const int64_t num_rows =
+        int64_t{params.seq_len_q} + (params.query_ranges == nullptr ? 0 : int64_t{params.seq_len_k});
+    const auto blocks = static_cast<unsigned>((num_rows + kThreads - 1) / kThreads);
+    ranges_kernel<<<blocks, kThreads, 0, stream>>>(params, params.key_ranges, params.query_ranges);
+    CUDA_CHECK(cudaGetLastError());
+  }
+  if (params.mask_words.keys != nullptr) {
+    const int64_t num_warps = int64_t{params.batch} * params.mask_words.blocks_per_batch;
+    const auto blocks = static_cast<unsigned>((num_warps + kThreads / 32 - 1) / (kThreads / 32));
+    mask_words_kernel<<<blocks, kThreads, 0, stream>>>(params, params.mask_words.keys, params.mask_words.any,
+                                                       params.mask_words.all);
+    CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace flash_cosine_sim

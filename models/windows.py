@@ -1,0 +1,132 @@
+"""Sliding windows: which layers have one, how many keys it leaves, and regular attention within one.
+
+A window of w keys: query i sees the keys i - w + 1 to i. It counts the query's own key, as the sliding_window of
+Mistral, Gemma and Hugging Face does; FlashAttention's and the library's window_size, which do not, say (w - 1, 0).
+"""
+
+import functools
+import logging
+import math
+import re
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+
+# flex_attention's own tile of its mask; its kernels want multiples of their tiles, which are up to 128.
+BLOCK = 128
+SMALLEST_FLEX_HEAD_DIM = 16  # of its kernels' products
+
+log = logging.getLogger(__name__)
+
+
+def window_of_layer(window: int | None, pattern: str | None, *, layer: int, num_layers: int) -> int | None:
+    """The most keys that a query of this layer sees, or None for all before it and itself.
+
+    Args:
+        window: the configured number of keys, itself among them; None: no layer has a window.
+        pattern: S (with the window) and L (without) for the layers in turn, from the first; None: S for all.
+        layer: from 0. The last layer sees everything, whatever the pattern says: what it cannot see no later layer
+            could bring to the output.
+        num_layers: of the model.
+
+    Raises:
+        ValueError: window is below 1, pattern has other letters or none, or there is a pattern without a window.
+    """
+    if pattern is not None and not re.fullmatch("[SL]+", pattern):
+        raise ValueError(f"attention.window_pattern must be null or letters S and L, e.g. SSSL, got {pattern!r}")
+    if window is None:
+        if pattern is not None:
+            raise ValueError(
+                f"attention.window_pattern needs attention.window, which must be at least 1, got {pattern!r} with "
+                "attention.window=null"
+            )
+        return None
+    if window < 1:
+        raise ValueError(f"attention.window must be null or at least 1, got {window}")
+    if layer == num_layers - 1 or (pattern is not None and pattern[layer % len(pattern)] == "L"):
+        return None
+    return window
+
+
+def mean_visible_keys(seq_len: int, window: int | None) -> float:
+    """Visible keys a query, the mean over seq_len queries: seq_len / 2 without a window, w - w^2 / (2 seq_len) with w.
+
+    That is the area below the diagonal, half a key a query below the number of pairs at most.
+    """
+    visible = seq_len if window is None else min(window, seq_len)
+    return visible * (1 - visible / (2 * seq_len))
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v of every position at once, causal, each query seeing `window` keys at most.
+
+    In a model compiled for a GPU by flex_attention, which leaves out the blocks that nobody sees. Anywhere else by
+    PyTorch's scaled_dot_product_attention under an explicit mask, in blocks of rows without the keys beside their
+    windows: the library's own "sdpa" back end, which serves attention=cosine there, too. flex_attention that is not
+    compiled would store every score.
+
+    Args:
+        q: (batch, num_heads, seq_len, head_dim).
+        k, v: (batch, num_kv_heads, seq_len, head_dim).
+        window: at least 1, the query's own key among them.
+    """
+    if torch.compiler.is_compiling() and q.is_cuda and _flex_serves(q):
+        return by_flex(q, k, v, window)
+    if not torch.compiler.is_compiling() and q.is_cuda and q.requires_grad:
+        _say_that_it_is_not_compiled()
+    scale = 1 / math.sqrt(q.shape[-1])
+    # Without its l2norm this is attention with any queries and keys; SDPA, not exp alone, holds the logits in range.
+    return flash_cosine_sim_attention(
+        q, k, v, scale=scale, causal=True, l2norm_qk=False, window_size=(window - 1, 0), backend="sdpa"
+    )
+
+
+def _flex_serves(q: Tensor) -> bool:
+    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] >= SMALLEST_FLEX_HEAD_DIM
+
+
+@functools.cache
+def _say_that_it_is_not_compiled() -> None:
+    log.warning(
+        "attention=regular with attention.window is not compiled here: it trains by an explicit mask, slower than the "
+        "flex_attention of compile=true"
+    )
+
+
+def by_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same by flex_attention, to be compiled."""
+    blocks = block_mask(q.shape[-2], window, q.device)
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """Which BLOCK x BLOCK pairs flex_attention skips, masks, or takes whole.
+
+    From the distances of the blocks, where create_block_mask tries every pair. Compiled, the layers' equal masks are
+    made once a step, in operations on (seq_len / BLOCK)^2 numbers.
+    """
+
+    def visible(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < window)
+
+    index = torch.arange(-(-seq_len // BLOCK), device=device)
+    apart = index[:, None] - index  # (blocks of queries, blocks of keys)
+    # A query and a key of two blocks are (apart - 1) * BLOCK + 1 to (apart + 1) * BLOCK - 1 positions from each other.
+    seen = (apart == 0) | ((apart > 0) & ((apart - 1) * BLOCK + 1 < window))
+    whole = (apart > 0) & ((apart + 1) * BLOCK <= window) & ((index[:, None] + 1) * BLOCK <= seq_len)
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(seq_len, seq_len),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool (rows, columns): how many are True in each row, (1, 1, rows), and these columns first, as int32."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]

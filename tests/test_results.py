@@ -1,0 +1,100 @@
+"""The tables of windows, packed sequences and padding say what made-up reports say."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from scripts import results
+from scripts.contenders import Case
+
+NO_NORM, NORM = "FlashAttention-4, no norm", "compiled l2norm + FlashAttention-4"
+
+
+def row(name, forward, both, backward=None, **changes):
+    problem = Case(**{**dict(batch=2, heads=16, kv_heads=16, seq_len=1000, head_dim=128, dtype="bfloat16", causal=True,
+                             mask_prob=0.0, bias=False), **changes})  # fmt: skip
+    times = {"forward_ms": forward, "both_ms": both, **({} if backward is None else {"backward_ms": backward})}
+    return {**asdict(problem), "contender": name, **times}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """files(name=rows, ...) are reports of these rows."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+    def write(**reports):
+        for name, rows in reports.items():
+            (tmp_path / name).write_text(json.dumps({"rows": rows}))
+
+    return write
+
+
+def test_windows(files):
+    window = {"window": (99, 0)}
+    files(
+        one=[row("ours (auto)", 0.2, 0.8, **window), row(NO_NORM, 0.3, 0.72, **window), row(NORM, 0.4, 1.0, **window)],
+        two=[row("ours (auto)", 0.25, 1.0, **window), row("flex_attention, no norm", 0.5, 1.5, **window)],
+        full=[row("ours (auto)", 0.5, 2.0, seq_len=2048, batch=8)],
+    )
+    pairs = 1000 * 100 - 99 * 100 // 2  # query 0 sees 1 key, query 99 and those behind it 100
+    flops = 4 * 2 * 16 * 128 * pairs
+    forward, both = (f"({share * flops / seconds / 1e12:.0f})" for share, seconds in ((1, 0.2e-3), (3.5, 0.8e-3)))
+    lines = results.windows("one", "two", "full").splitlines()
+    assert lines[0] == (
+        "| head dim | seq_len | window | forward | FlashAttention-4 | compiled l2norm + FlashAttention-4 | "
+        "flex_attention | forward + backward | FlashAttention-4 | compiled l2norm + FlashAttention-4 | flex_attention |"
+    )
+    assert lines[2] == (
+        f"| 128 | 2 x 1000 | (99, 0) | **0.200** {forward} | 1.50x | 2.00x | 2.00x | "
+        f"**0.800** {both} | 0.90x | 1.25x | 1.50x |"
+    )
+    assert lines[3].startswith("| 128 | 8 x 2048 | causal | **0.500** (") and lines[3].endswith(") | - | - | - |")
+    assert len(lines) == 4
+
+
+def test_packed(files):
+    lists = [(600, 400), (10, 990), (1000,)]
+    several = [
+        row(name, forward, both, batch=1, lengths=lengths)
+        for lengths, ours, other in zip(lists, (1.0, 2.0, 4.0), (1.1, 1.8, 4.8), strict=True)
+        for name, forward, both in (("ours (auto)", ours, 3 * ours), (NO_NORM, other, 6 * other))
+    ]
+    equal = [
+        row(name, forward, 2.0, batch=1, lengths=(500, 500), causal=False)
+        for name, forward in (("ours (auto)", 1.0), ("ours (auto), as a batch", 0.97), ("varlen_attn, no norm", 1.5))
+    ]
+    files(
+        several=several, equal=equal, unequal=[several[0], row("ours (auto)", 1, 1, batch=1, lengths=(9,), seq_len=9)]
+    )
+    lines = results.packed("equal", "several").splitlines()
+    names = "as a batch | FlashAttention-4 | varlen_attn"
+    assert lines[0] == f"| head dim | lengths |  | forward, ms | {names} | forward + backward, ms | {names} |"
+    assert lines[2:] == [
+        "| 128 | 2 x 500 | dense | 1.000 | 0.97x | - | 1.50x | 2.000 | 1.00x | - | 1.00x |",
+        "| 128 | 3 lists, each of 1,000 tokens | causal | 2.000 | - | 1.10x (0.90x) | - | 6.000 | - | 2.20x (1.80x) | "
+        "- |",
+    ]
+    assert "| 2 lists, of 9 to 1,000 tokens |" in results.packed("unequal")
+
+
+def test_padding(files):
+    masked = {"padding": ("last", 0.25)}
+    files(
+        dense=[row("ours (auto)", 0.8, 2.0, 1.5, causal=False, **masked),
+               row("ours (auto), unmasked", 1.0, 2.5, 1.8, causal=False)],
+        causal=[row("ours (auto)", 0.5, 2.0, **masked), row("ours (auto), unmasked", 0.45, 1.9)],
+    )  # fmt: skip
+    lines = results.padding("dense", "causal").splitlines()
+    assert lines[0] == (
+        "| head dim | seq_len |  | hidden keys | visible pairs | forward, ms | without mask | backward, ms | "
+        "without mask | forward + backward, ms | without mask |"
+    )
+    assert lines[2:] == [
+        "| 128 | 2 x 1000 | dense | last 25% | 75% | 0.800 | 1.25x | 1.500 | 1.20x | 2.000 | 1.25x |",
+        "| 128 | 2 x 1000 | causal | last 25% | 94% | 0.500 | 0.90x | - | - | 2.000 | 0.95x |",
+    ]
+
+
+def test_documents_can_have_these_tables():
+    assert {"windows", "packed", "padding"} <= results.TABLES.keys()
