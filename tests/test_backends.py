@@ -228,6 +228,7 @@ def test_compile_fullgraph(backend, case):
         assert rms(ours[name] - expected) <= torch.finfo(case.dtype).eps * rms(expected), name
 
 
+@pytest.mark.slow
 def test_compile_with_changing_sizes_and_scales():
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -238,6 +239,7 @@ def test_compile_with_changing_sizes_and_scales():
         torch.testing.assert_close(o, flash_cosine_sim_attention(q, k, v, scale=scale, causal=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "operators"])
 def test_compile_a_window_with_changing_sizes(backend):
     """One graph for all lengths that the window is shorter than, after that of the first."""

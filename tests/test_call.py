@@ -255,6 +255,7 @@ assert counter.get_total_flops() == 7 * 2 * 2 * 3 * 28 * 8
 """
 
 
+@pytest.mark.slow
 def test_one_more_argument_is_six_edits(tmp_path):
     """A slope works with gradients, fake tensors, autocast and FLOP counts; csrc/ and the overloads are not needed."""
     package = tmp_path / PACKAGE.name

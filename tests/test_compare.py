@@ -18,6 +18,8 @@ from models.training.report import Results, read_results
 from scripts import arms, compare, compare_page, compare_plots
 from scripts.comparisons import Difference, at_best_rates, baseline_of, best_of, comparisons_of, difference
 
+pytestmark = pytest.mark.slow  # each quick, together half a minute
+
 PER_STEP, STEPS = 1000, 6
 COSINE = {"kind": "cosine", "scale": 12.0}
 

@@ -322,6 +322,7 @@ def test_train_answers_before_the_imports_that_take_seconds(tmp_path):
         assert answer.returncode == code and said in answer.stdout + answer.stderr, answer.stderr
 
 
+@pytest.mark.slow
 def test_a_back_end_that_cannot_serve_is_refused_before_a_folder_exists(tmp_path):
     line = ["model=tiny", "data=pystdlib", "logger=csv", f"run_root={tmp_path / 'runs'}", "trainer.accelerator=cpu"]
     answer = run_train(*line, "attention.backend=cuda")

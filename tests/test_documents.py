@@ -29,6 +29,7 @@ PYTHON = [
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
 
+@pytest.mark.slow
 def test_every_table_is_what_the_raw_files_say(capsys):
     assert results.main([]) == 0, capsys.readouterr().err
     tables = [match["call"] for path in DOCUMENTS for match in results.BLOCK.finditer(path.read_text())]

@@ -16,6 +16,8 @@ from conf.registry import BUILDERS, FORMER_TARGETS
 from conf.stored import read_stored
 from scripts import compare, evaluate, generate
 
+pytestmark = pytest.mark.slow  # a second each: a process of its own
+
 KINDS = ", ".join(BUILDERS["attention"])
 TEXT = bytes(range(97, 107)) * 40
 

@@ -55,6 +55,7 @@ def test_every_flag_becomes_a_configuration_that_builds():
     build_module(config)
 
 
+@pytest.mark.slow
 def test_hydras_own_flags_and_unknown_ones_are_left_alone():
     own = "-m --multirun --help -h --hydra-help --version --cfg job -c all --resolve --package x -p x --run -r --info"
     others = "-cn config --config-name=config -cd conf --config-dir conf -sc install=bash --experimental-rerun x --lr 1"
