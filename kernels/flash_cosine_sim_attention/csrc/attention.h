@@ -140,9 +140,9 @@ struct ForwardParams : Attention {
 
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
-  bool sm90 = false;   // sm90/backward.cuh, else sm80/backward.cuh
+  bool sm90 = false;    // sm90/backward.cuh, else sm80/backward.cuh
   bool banded = false;  // sm90: as in ForwardPlan
-  int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
+  int num_splits = 0;   // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
   int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has

@@ -333,9 +333,9 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const bool is_packed = params.sequences.queries != nullptr;
   const int64_t key_ranges = is_packed ? kFloatsPerRange * params.seq_len_q : 0;
   const int64_t query_ranges = is_packed ? kFloatsPerRange * params.seq_len_k : 0;
-  TorchTensor workspace = call.empty_float32({padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
-                                              padded(plan.num_counters + plan.dq_order) + padded(key_ranges) +
-                                              padded(query_ranges)});
+  TorchTensor workspace =
+      call.empty_float32({padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
+                          padded(plan.num_counters + plan.dq_order) + padded(key_ranges) + padded(query_ranges)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;

@@ -1,6 +1,6 @@
-// Which keys a query sees, as far as causality, windows and packed sequences go: a range of keys. Neither end of it falls
-// from one query to the next, so that those of a tile of queries see a range of keys together, too; and a key is seen by a
-// range of queries, of which the same is true. A key mask comes on top: scores.cuh.
+// Which keys a query sees, as far as causality, windows and packed sequences go: a range of keys. Neither end of it
+// falls from one query to the next, so that those of a tile of queries see a range of keys together, too; and a key is
+// seen by a range of queries, of which the same is true. A key mask comes on top: scores.cuh.
 //
 //             keys                    first, end
 //          +-------------------+      of all queries of a tile together: first of its first query, end of its last
@@ -42,19 +42,22 @@ struct Band {
   __device__ __forceinline__ bool sees_all(int first, int end) const { return all.first <= first && end <= all.end; }
 };
 
+// Of rows from one to another.
+__device__ __forceinline__ Band band_between(const Range& of_first, const Range& of_last) {
+  const Range any{of_first.first, of_last.end}, all{of_last.first, of_first.end};
+  return {any, all};
+}
+
 // Of num_rows queries from `first` on, as far as they exist.
 __device__ __forceinline__ Band keys_of_rows(const Attention& params, int first, int num_rows) {
-  if (first >= params.seq_len_q) return {{0, 0}, {0, 0}};
-  const Range of_first = keys_of(params, first), of_last = keys_of(params, min(first + num_rows, params.seq_len_q) - 1);
-  return {{of_first.first, of_last.end}, {of_last.first, of_first.end}};
+  if (first >= params.seq_len_q) return {};
+  return band_between(keys_of(params, first), keys_of(params, min(first + num_rows, params.seq_len_q) - 1));
 }
 
 // Of num_rows keys.
 __device__ __forceinline__ Band queries_of_rows(const Attention& params, int first, int num_rows) {
-  if (first >= params.seq_len_k) return {{0, 0}, {0, 0}};
-  const Range of_first = queries_of(params, first);
-  const Range of_last = queries_of(params, min(first + num_rows, params.seq_len_k) - 1);
-  return {{of_first.first, of_last.end}, {of_last.first, of_first.end}};
+  if (first >= params.seq_len_k) return {};
+  return band_between(queries_of(params, first), queries_of(params, min(first + num_rows, params.seq_len_k) - 1));
 }
 
 // The blocks of `size` rows that a range reaches into.

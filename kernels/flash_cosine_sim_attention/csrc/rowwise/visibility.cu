@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   const Sequences& sequences = params.sequences;
   if (index < num_queries) {
     const int query = static_cast<int>(index);
-    const Starts starts =
-        find_sequence(sequences.queries, sequences.keys, sequences.num, query, num_queries, num_keys);
+    const Starts starts = find_sequence(sequences.queries, sequences.keys, sequences.num, query, num_queries, num_keys);
     key_ranges[query] = range_of(starts, query, params.window_left, params.window_right);
   } else if (query_ranges != nullptr && index - num_queries < num_keys) {
     const int key = static_cast<int>(index - num_queries);
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void launch_visibility(const Attention& params, cudaStream_t stream) {
   if (params.key_ranges != nullptr) {
-    const int64_t num_rows =
-        int64_t{params.seq_len_q} + (params.query_ranges == nullptr ? 0 : int64_t{params.seq_len_k});
+    const int64_t num_rows = int64_t{params.seq_len_q} +
+                             (params.query_ranges == nullptr ? 0 : int64_t{params.seq_len_k});
     const auto blocks = static_cast<unsigned>((num_rows + kThreads - 1) / kThreads);
     ranges_kernel<<<blocks, kThreads, 0, stream>>>(params, params.key_ranges, params.query_ranges);
     CUDA_CHECK(cudaGetLastError());

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
     __syncthreads();
     if (next < blocks.end) F::load_keys(params, work, stages + stage * kStageBytes, next * kBlockK);
     if (sizeof(typename F::T) == 2 && params.plan.k_norm == Norm::kKernel) {
-      if (block == first_block) F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
+      if (block == first_block)
+        F::template normalize_tile<F::kBlockQ>(shared, params.head_dim, scale_log2(params, work.head));
       F::template normalize_tile<kBlockK>(shared + (tile_k - tile_q), params.head_dim, 1.f);
       __syncthreads();
     }

@@ -307,8 +307,8 @@ struct BackwardSm90 {
       unsigned answer = 0;
       if (kBanded && !kDeterministic && is_hidden(work)) walk.count = 0;
       if (walk.count <= 1) answer = ask_for_tile();
-      // A causal mask leaves to the last keys so few queries that some splits have none; banded, nobody may see a tile's
-      // keys. launch_dkv_merge and launch_unseen know.
+      // A causal mask leaves to the last keys so few queries that some splits have none; banded, nobody may see a
+      // tile's keys. launch_dkv_merge and launch_unseen know.
       if (walk.count == 0) return answer;
       load_q(work, walk);
       if (is_leader()) {

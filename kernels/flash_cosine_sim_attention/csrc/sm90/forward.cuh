@@ -15,7 +15,8 @@
 //   else      start the next S = q k^T and O += P V | S is there: P' = 2^S, in place | P is free: P = P' rounded
 //
 // Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
-// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Without, nothing of it is there.
+// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Without, nothing of it is
+// there.
 #pragma once
 
 #include <algorithm>
@@ -110,8 +111,7 @@ struct ForwardSm90 {
     int batch, first;
     int block;  // the next one
 
-    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work)
-        : params(params), batch(work.batch) {
+    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work) : params(params), batch(work.batch) {
       const Range blocks = blocks_of(keys_of_rows(params, work.first_query, kBlockQ).any, kBlockK);
       first = blocks.first;
       block = blocks.end - 1;
