@@ -13,12 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
+from flash_cosine_sim_attention.interface import MAX_LOGIT
 from models.rotary import Rotary
 from models.windows import window_of_layer, windowed_attention
 
-# Without a shift the largest exponential is exp(scale * groups); 40 is the library's documented range, in which
-# bf16 and fp32 probabilities neither overflow nor lose the row sum to flushed subnormals.
-MAX_LOGIT = 40.0
 MAX_HEAD_DIM = 256
 PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
 
@@ -58,7 +56,7 @@ class CosineAttention(nn.Module):
         layer: counted from 0.
         num_layers: of the model.
         scale: the fixed temperature, or the initial one of every head if ``learned_scale``.
-        learned_scale: one temperature per head, learned as its logarithm and held below 40 / groups.
+        learned_scale: one temperature per head, learned as its logarithm and held at 60 / groups at most.
         groups: l2-normalise the head dimension in this many equal parts; logits then reach scale * groups.
         backend: "auto", "cuda", "sdpa" or "reference", as in ``flash_cosine_sim_attention``.
         window: the most keys that a query sees, itself among them, or None; not in the last layer.

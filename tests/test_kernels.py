@@ -362,6 +362,15 @@ HARD = [
     {"scale": 60, "causal": True},
     {"scale": 60, "groups": 4, "mask": True},
     {"scale": 60, "l2norm_qk": False},
+    *[
+        {"scale": 60, "seq_len_q": 600, "seq_len_k": 700, "head_dim": head_dim, "learned_scale": learned, **options}
+        for head_dim in (64, 128, 256)
+        for learned, options in (
+            (True, {"causal": True, "num_kv_heads": 2}),
+            (False, {"mask": True}),
+            (True, {"groups": 8}),
+        )
+    ],
     {"scale": 1e-6},
     {"scale": 1e-6, "learned_scale": True, "causal": True},
     {"scale": 1e-6, "learned_scale": "scalar"},
@@ -461,7 +470,7 @@ def random_case(seed, index):
         causal=choose.random() < 0.5,
         mask=seq_len_k > 1 and choose.random() < 0.4,
         bias=bias,
-        scale=choose.choice([1.0, 8.0, 10.0, 10.0, 10.0, 16.0, 30.0]),
+        scale=choose.choice([1.0, 8.0, 10.0, 10.0, 16.0, 40.0, 60.0]),
         learned_scale=choose.choice([False, False, True, "scalar"]),
         l2norm_qk=choose.random() < 0.75,
         strided=choose.random() < 0.3,

@@ -589,6 +589,17 @@ def test_shorthands(backend):
     torch.testing.assert_close(merged.unflatten(0, (2, 4)), expected)
 
 
+@pytest.mark.parametrize("groups", [11, 29])
+def test_a_bound_divided_by_groups_is_within_the_bound(groups):
+    """60 / 11 is rounded up in float32, and 60 / 29 in float64."""
+    q, k, v = torch.randn(3, 1, 1, 5, 8 * groups).unbind(0)
+    assert torch.tensor(60 / groups).item() * groups > 60 or 60 / groups * groups > 60
+    for scale in (60 / groups, torch.tensor(60 / groups), torch.tensor([60 / groups])):
+        assert plain_cosine_sim_attention(q, k, v, scale=scale, groups=groups).isfinite().all()
+    with pytest.raises(ValueError, match="must be at most 60"):
+        plain_cosine_sim_attention(q, k, v, scale=60.001 / groups, groups=groups)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA has no batching rule
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_scale_under_torch_func(backend):

@@ -19,6 +19,7 @@ ANY_DTYPES = (*DTYPES, torch.float64)  # float64 not in the kernels
 MAX_HEAD_DIM = 256
 # exp(60) = 2^86.6: row sums over 2^20 keys and |v| up to 2^15 still fit into float32 without any shift.
 MAX_LOGIT = 60
+ROUNDING = 2.0**-23  # 60 / groups may be rounded up, in float32 by as much as this
 
 Result = Tensor | tuple[Tensor, Tensor]  # the output, or numerator and denominator
 
@@ -75,8 +76,8 @@ def flash_cosine_sim_attention(
             Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
             differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
-            above 60 are a ValueError, and the documented range is scale * groups + max |attn_bias| <= 40 (a bias may be
-            as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
+            above 60 are a ValueError, and with a bias scale * groups + max attn_bias must stay at 60 or below (a bias
+            may be as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
             logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
             that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
@@ -455,9 +456,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     return attn_bias.to(q.dtype)
 
 
-def _as_vector_or_number(
-    scale: float | Tensor, groups: int, q: Tensor, merged: bool
-) -> tuple[Tensor | None, float]:
+def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> tuple[Tensor | None, float]:
     """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and 1; a number as None and it.
 
     A number stays one: no tensor is made for it, and no gradient.
@@ -541,7 +540,7 @@ def _check_cu_seqlens_tensor(name: str, cu_seqlens: Tensor, device: torch.device
 
 
 def _check_range(scale: float, groups: int) -> None:
-    if 0 < scale * groups <= MAX_LOGIT:
+    if 0 < scale * groups <= MAX_LOGIT * (1 + ROUNDING):
         return
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}: 0 would forget the keys, less seek the least similar")

@@ -105,7 +105,7 @@ METRICS = {
     "scale/mean": Metric("learned scale, the mean over all heads"),
     "scale/min": Metric("the smallest of them"),
     "scale/max": Metric("the largest of them"),
-    "scale/clamped": Metric("share of heads whose scale is held at its bound, 40 / `attention.groups`"),
+    "scale/clamped": Metric("share of heads whose scale is held at its bound, 60 / `attention.groups`"),
     "scale/layerN/mean": Metric("learned scale, the mean over the heads of one layer"),
     "scale/layerN/min": Metric("the smallest of them"),
     "scale/layerN/max": Metric("the largest of them"),
