@@ -106,6 +106,12 @@ inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
   });
 }
 
+inline int load_shared_s32(uint32_t address) {
+  int value;
+  std::memcpy(&value, shared_memory_at(address, 4), 4);
+  return value;
+}
+
 inline float load_shared_f32(uint32_t address) {
   float value;
   std::memcpy(&value, shared_memory_at(address, 4), 4);
@@ -118,6 +124,10 @@ void store_shared(uint32_t address, const Value& value) {
   mark_written(address, sizeof(value), emulator::current);
 }
 
+inline void load_shared_v2_s32(int (&values)[2], uint32_t address) {
+  std::memcpy(values, shared_memory_at(address, 8), 8);
+}
+
 inline void load_shared_v4_s32(int (&values)[4], uint32_t address) {
   std::memcpy(values, shared_memory_at(address, 16), 16);
 }
@@ -127,6 +137,7 @@ inline void load_shared_v4_u32(uint32_t (&values)[4], uint32_t address) {
 }
 
 inline void store_shared_b32(uint32_t address, uint32_t value) { store_shared(address, value); }
+inline void store_shared_v2_s32(uint32_t address, const int (&values)[2]) { store_shared(address, values); }
 inline void store_shared_v4_s32(uint32_t address, const int (&values)[4]) { store_shared(address, values); }
 inline void store_shared_v2_f32(uint32_t address, float x, float y) { store_shared(address, float2{x, y}); }
 

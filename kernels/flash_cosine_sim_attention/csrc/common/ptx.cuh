@@ -72,6 +72,20 @@ __device__ __forceinline__ void store_shared_b32(uint32_t address, uint32_t valu
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ int load_shared_s32(uint32_t address) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void load_shared_v2_s32(int (&values)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(values[0]), "=r"(values[1]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_v2_s32(uint32_t address, const int (&values)[2]) {
+  asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address), "r"(values[0]), "r"(values[1]) : "memory");
+}
+
 __device__ __forceinline__ void load_shared_v4_s32(int (&values)[4], uint32_t address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])

@@ -11,24 +11,22 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Where the sequences of a side begin, made such that, whatever the numbers are, they lie within the side's rows and do
-// not fall: the largest so far.
+// Where a row's sequence and the one behind it begin, on the row's own side and on the other.
 struct Starts {
-  int own, next, other, other_next;  // of a row's sequence and the one behind it, on the row's side and on the other
+  int own, next, other, other_next;
 };
 
-// The sequence of a row is how many sequences end at it or before it.
+// cu_seqlens, whatever its numbers are, are read as starts that neither fall nor leave the side's rows: the largest so
+// far. So every row is in one sequence, or before the first or behind the last, where it sees nothing.
 __device__ Starts find_sequence(const int* own, const int* other, int num, int row, int own_rows, int other_rows) {
-  int sequence = 0;
-  for (int i = 1; i <= num; ++i) sequence += own[i] <= row;
   Starts starts{};
-  for (int i = 0; i <= min(sequence, num); ++i) {
-    starts.own = max(starts.own, min(own[i], own_rows));
-    starts.other = max(starts.other, min(other[i], other_rows));
+  for (int i = 0; i <= num; ++i) {
+    starts.next = max(starts.own, min(own[i], own_rows));
+    starts.other_next = max(starts.other, min(other[i], other_rows));
+    if (starts.next > row) return i == 0 ? Starts{} : starts;
+    starts.own = starts.next;
+    starts.other = starts.other_next;
   }
-  if (sequence >= num) return {starts.own, starts.own, starts.other, starts.other};  // behind the last: sees nothing
-  starts.next = max(starts.own, min(own[sequence + 1], own_rows));
-  starts.other_next = max(starts.other, min(other[sequence + 1], other_rows));
   return starts;
 }
 

@@ -135,6 +135,7 @@ struct BackwardSm90 {
     }
     __device__ __forceinline__ uint32_t factors() const { return base + Traits::kOffsetFactors; }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
+    __device__ __forceinline__ uint32_t queries_of_row(int row) const { return base + Traits::kOffsetRanges + 8 * row; }
     __device__ __forceinline__ uint32_t rows(int warp) const {
       return base + Traits::kOffsetRows + warp * (Traits::kRowBuffers * Traits::kRowBufferBytes);
     }
@@ -402,9 +403,14 @@ struct BackwardSm90 {
       Statistics::factors(words, visible);
       // Half of the threads write the columns that are all zeros.
       const bool zeros = thread >= 64;
+      // kBanded: the queries that see each key, for all of the tile, as a table may be in global memory. Keys behind
+      // the last are like it.
+      Range queries{};
+      if constexpr (kBanded) queries = queries_of(params, min(key, params.seq_len_k - 1));
       const uint32_t address = shared.factors() + row / 8 * (8 * kRowStatisticsBytes) + row % 8 * 16;
       wait_for_warpgroup();  // of the tile before nobody is multiplying any more
       store_shared_v4_s32(address + (zeros ? 128 : 0), {zeros ? 0 : words[0], zeros ? 0 : words[1], 0, 0});
+      if (kBanded && !zeros) store_shared_v2_s32(shared.queries_of_row(row), {queries.first, queries.end});
       fence_proxy_async();
       wait_for_warpgroup();
     }
@@ -459,13 +465,27 @@ struct BackwardSm90 {
                                 shared.statistics(stage.index) / 16 | 128 / 16 << 16);
     }
 
+    // Which ends of the ranges of the warpgroup's keys cut the queries of the pair.
+    struct Edges {
+      bool first, end;
+    };
+
+    __device__ __forceinline__ Edges edges_of(const Walk& walk) const {
+      const int first_query = walk.block_q * kBlockQ, row = 64 * warpgroup;
+      int of_first[2], of_last[2];
+      load_shared_v2_s32(of_first, shared.queries_of_row(row));
+      load_shared_v2_s32(of_last, shared.queries_of_row(row + 63));
+      return {of_last[0] > first_query, of_first[1] < min(first_query + kBlockQ, params.seq_len_q)};
+    }
+
     // Hides keys from the queries that do not see them: one end after the other, each a register.
-    __device__ __forceinline__ void mask_band(const Work& work, const Walk& walk) {
+    __device__ __forceinline__ void mask_band(const Walk& walk, const Edges& edges) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int is_end = 0; is_end < 2; ++is_end) {
+        if (!(is_end ? edges.end : edges.first)) continue;
 #pragma unroll
-        for (int is_end = 0; is_end < 2; ++is_end) {
-          const int edge = edge_of(work, walk, half, is_end);
+        for (int half = 0; half < 2; ++half) {
+          const int edge = edge_of(walk, half, is_end);
 #pragma unroll
           for (int n = 0; n < kBlockQ / 8; ++n) {
 #pragma unroll
@@ -479,20 +499,10 @@ struct BackwardSm90 {
     }
 
     // The first column of the lane whose query sees the lane's key of a half, or the first behind those.
-    __device__ __forceinline__ int edge_of(const Work& work, const Walk& walk, int half, bool is_end) const {
+    __device__ __forceinline__ int edge_of(const Walk& walk, int half, bool is_end) const {
       const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-      const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
-      const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
-      return opaque((is_end ? queries.end : queries.first) - walk.block_q * kBlockQ - 2 * (lane & 3));
-    }
-
-    // Whether a key of the warpgroup is hidden from a query of the pair.
-    __device__ __forceinline__ bool is_on_edge(const Work& work, const Walk& walk) const {
-      const int first_query = walk.block_q * kBlockQ;
-      // Opaque: it is the same for the whole walk, but not worth registers through it.
-      const int first_key = opaque(work.block_k * kBlockK + 64 * warpgroup);
-      return !queries_of_rows(params, first_key, 64)
-                  .sees_all(first_query, min(first_query + kBlockQ, params.seq_len_q));
+      const int edge = load_shared_s32(shared.queries_of_row(16 * warp + 8 * half + (lane >> 2)) + (is_end ? 4 : 0));
+      return opaque(edge - walk.block_q * kBlockQ - 2 * (lane & 3));
     }
 
     // Hides from queries the keys behind them.
@@ -650,7 +660,8 @@ struct BackwardSm90 {
         pin(scores);
       }
       if constexpr (kBanded) {
-        if (is_on_edge(work, walk)) mask_band(work, walk);
+        const Edges edges = edges_of(walk);
+        if (edges.first || edges.end) mask_band(walk, edges);
       } else {
         if (is_on_diagonal(work, walk)) mask_diagonal(work, walk);
       }

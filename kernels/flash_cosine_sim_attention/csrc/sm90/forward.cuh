@@ -15,8 +15,9 @@
 //   else      start the next S = q k^T and O += P V | S is there: P' = 2^S, in place | P is free: P = P' rounded
 //
 // Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
-// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Without, nothing of it is
-// there.
+// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Only the producer looks at the
+// mask, which is in global memory, and ahead of the products: it hands the walk on, step by step. Without, nothing of
+// it is there.
 #pragma once
 
 #include <algorithm>
@@ -102,8 +103,20 @@ struct ForwardSm90 {
     return num_keys / kBlockK;
   }
 
+  // kBanded: a step of the walk of a tile, for the consumers: which block, and whether the mask leaves all of it.
+  struct Step {
+    int code;
+
+    static __device__ __forceinline__ Step make(int block, bool is_whole) { return {2 * block + (is_whole ? 1 : 0)}; }
+    static __device__ __forceinline__ Step none() { return {-1}; }
+
+    __device__ __forceinline__ bool exists() const { return code >= 0; }
+    __device__ __forceinline__ int block() const { return code >> 1; }  // -1: none
+    __device__ __forceinline__ bool is_whole() const { return (code & 1) != 0; }
+  };
+
   // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
-  // nothing of. The producer and all consumers go the same way.
+  // nothing of.
   struct Walk {
     static constexpr int kWordsPerBlock = kBlockK / 32;  // of bits of keys
     static_assert(kBlockK % 32 == 0);
@@ -118,11 +131,14 @@ struct ForwardSm90 {
       leave_out_hidden();
     }
 
-    __device__ __forceinline__ bool is_over() const { return block < first; }
+    __device__ __forceinline__ Step step() const {
+      return block < first ? Step::none() : Step::make(block, is_whole());
+    }
 
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ Step next() {
       --block;
       leave_out_hidden();
+      return step();
     }
 
     __device__ __forceinline__ void leave_out_hidden() {
@@ -140,15 +156,15 @@ struct ForwardSm90 {
       block = last < first * kWordsPerBlock ? first - 1 : last / kWordsPerBlock;
     }
 
-    // Whether the mask leaves all of a block.
-    __device__ __forceinline__ bool is_whole(int number) const {
+    // Whether the mask leaves all of the block.
+    __device__ __forceinline__ bool is_whole() const {
       const MaskWords& words = params.mask_words;
       if (words.all == nullptr) return true;
       const uint32_t* all = words.all + batch * words.blocks_per_batch;
       bool whole = true;
 #pragma unroll
       for (int i = 0; i < kWordsPerBlock; ++i) {
-        const int word = number * kWordsPerBlock + i;
+        const int word = block * kWordsPerBlock + i;
         whole = whole && ((all[word / 32] >> (word % 32)) & 1);
       }
       return whole;
@@ -171,6 +187,17 @@ struct ForwardSm90 {
       return base + Traits::kOffsetOnes + stage * Traits::kTileBytesV;  // stage 0's only, if they are shared
     }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
+    // kBanded: the code of the tile's first step; for a block of keys the code of the step behind it and the words of
+    // its mask; the keys that a query sees. A block's stage is free again before its scores are finished: two turns of
+    // the ring have steps of their own.
+    __device__ __forceinline__ uint32_t first_step() const { return base + Traits::kOffsetFirstStep; }
+    __device__ __forceinline__ uint32_t next_step(const RingStage<kStages>& stage) const {
+      return base + Traits::kOffsetSteps + (stage.index + stage.parity * kStages) * Traits::kStepBytes + 16;
+    }
+    __device__ __forceinline__ uint32_t mask_words(const RingStage<kStages>& stage) const {
+      return next_step(stage) - 16;
+    }
+    __device__ __forceinline__ uint32_t keys_of_row(int row) const { return base + Traits::kOffsetRanges + 8 * row; }
     __device__ __forceinline__ uint32_t barrier(int index) const { return base + Traits::kOffsetBarriers + 8 * index; }
     __device__ __forceinline__ uint32_t q_full() const { return barrier(0); }
     __device__ __forceinline__ uint32_t q_empty() const { return barrier(1); }
@@ -241,9 +268,22 @@ struct ForwardSm90 {
       fence_proxy_async_global();
     }
 
-    __device__ __forceinline__ void load_k(const Work& work, int block) {
+    __device__ __forceinline__ void load_mask_words(int (&words)[4], const Work& work, int block) {
+      if (params.mask_words.keys == nullptr) return;
+      const uint32_t* keys = params.mask_words.keys + int64_t{work.batch} * params.mask_words.keys_per_batch;
+#pragma unroll
+      for (int i = 0; i < kBlockK / 32; ++i) words[i] = static_cast<int>(keys[block * (kBlockK / 32) + i]);
+    }
+
+    __device__ __forceinline__ void load_k(const Work& work, int block, Step next = {}) {
+      int words[4]{-1, -1, -1, -1};
+      if constexpr (kBanded) load_mask_words(words, work, block);
       await_k_hat(work, block);
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
+      if constexpr (kBanded) {
+        store_shared_v4_s32(shared.mask_words(k_stage), words);
+        store_shared_b32(shared.next_step(k_stage), next.code);
+      }
       load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), block * kBlockK, work.kv_head,
                     work.batch);
       k_stage.advance();
@@ -265,13 +305,9 @@ struct ForwardSm90 {
     // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no
     // sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
+      if constexpr (kBanded) return load_band(work);
       announce(work);
-      load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
-      q_parity ^= 1;
-      look_for_k_hat();
-      if constexpr (kBanded) {
-        return load_band(work);
-      }
+      load_q(work);
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
       const bool has_keys = block >= 0;
       if (has_keys) load_k(work, block);
@@ -285,23 +321,33 @@ struct ForwardSm90 {
       return next;
     }
 
+    __device__ __forceinline__ void load_q(const Work& work) {
+      load<kBlockQ>(maps.q, shared.q(), shared.q_full(), work.first_query, work.head, work.batch);
+      q_parity ^= 1;
+      look_for_k_hat();
+    }
+
     __device__ __forceinline__ unsigned load_band(const Work& work) {
       Walk walk(params, work);
-      const bool has_keys = !walk.is_over();
-      int block = walk.block;
-      if (has_keys) {
-        load_k(work, block);
-        walk.advance();
-      }
+      const Step first = walk.step();
+      announce(work);
+      store_shared_b32(shared.first_step(), first.code);
+      load_q(work);
+      int block = first.block();
+      if (first.exists()) {
+        Step step = walk.next();
+        load_k(work, block, step);
 #pragma unroll 1
-      while (!walk.is_over()) {
-        load_k(work, walk.block);
-        load_v(work, block);
-        block = walk.block;
-        walk.advance();
+        while (step.exists()) {
+          const Step behind = walk.next();
+          load_k(work, step.block(), behind);
+          load_v(work, block);
+          block = step.block();
+          step = behind;
+        }
       }
       const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
-      if (has_keys) load_v(work, block);
+      if (first.exists()) load_v(work, block);
       return next;
     }
 
@@ -412,46 +458,47 @@ struct ForwardSm90 {
     }
   };
 
-  // kBanded: the same, of what hides keys there.
-  struct FinishBand {
-    uint32_t words[kBlockK / 32];
-    Range columns[2];  // that the lane's rows see, counted from the lane's own first column
-    float score_scale;
-
-    __device__ __forceinline__ FinishBand(const ForwardParams& params, const Work& work, int first_row, int block) {
-      const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
-      const MaskWords& mask = params.mask_words;
+  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch.
+  static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
+                                                     const Shared& shared, const Work& work, int first_row, int block,
+                                                     const RingStage<kStages>& stage) {
+    const int lane = threadIdx.x & 31;
+    int keys[2][2];
 #pragma unroll
-      for (int i = 0; i < kBlockK / 32; ++i) {
-        words[i] = ~0u;
-        if (mask.keys != nullptr) {
-          words[i] = mask.keys[int64_t{work.batch} * mask.keys_per_batch + block * (kBlockK / 32) + i];
-        }
-        words[i] >>= 2 * (lane & 3);
-      }
+    for (int half = 0; half < 2; ++half) {
+      load_shared_v2_s32(keys[half], shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
+    }
+#pragma unroll
+    for (int i = 0; i < kBlockK / 32; ++i) {
+      const int first_key = block * kBlockK + 32 * i;
+      int word = 0;
+      if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
+      word = __shfl_sync(0xffffffffu, word, 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = work.first_query + first_row + 8 * half + (lane >> 2);
-        columns[half] = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
-        columns[half].first -= first_column;
-        columns[half].end -= first_column;
-      }
-      score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
-    }
-
-    __device__ __forceinline__ void operator()(float (&scores)[kBlockK / 8][4]) const {
+        const uint32_t in_range = first_bits(keys[half][1] - first_key) & ~first_bits(keys[half][0] - first_key);
+        const uint32_t seen = (in_range & static_cast<uint32_t>(word)) >> (2 * (lane & 3));
 #pragma unroll
-      for (int n = 0; n < kBlockK / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + i % 2;
-          const bool left = (words[column / 32] >> (column % 32)) & 1;
-          const bool seen = left && columns[i / 2].first <= column && column < columns[i / 2].end;
-          scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
+        for (int column = 0; column < 32; column += column % 8 == 0 ? 1 : 7) {
+          float& score = scores[4 * i + column / 8][2 * half + column % 8];
+          if ((seen >> column & 1) == 0) score = -infinity();
         }
       }
     }
-  };
+    if (!params.l2norm_qk) {
+      const float score_scale = scale_log2(params, work.head);
+#pragma unroll
+      for (auto& columns : scores) {
+#pragma unroll
+        for (float& x : columns) x *= score_scale;
+      }
+    }
+  }
+
+  // As many of the lowest bits; less than 0 and more than 32 are none and all.
+  static __device__ __forceinline__ uint32_t first_bits(int number) {
+    return number >= 32 ? ~0u : (1u << max(number, 0)) - 1;
+  }
 
   // A warpgroup; what it holds is a warp's share, 16 rows.
   struct Consumer {
@@ -460,8 +507,7 @@ struct ForwardSm90 {
     const int first_row;  // of the warp in the tile
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
-
-    using FinishScores = std::conditional_t<kBanded, FinishBand, Finish>;
+    Step next;  // kBanded: the step behind that of the block of keys that came last; a tile begins with its first
 
     uint32_t q[Traits::kQInRegisters ? kHeadDim / 16 : 1][4];
     float scores[kBlockK / 8][4];
@@ -475,7 +521,16 @@ struct ForwardSm90 {
       q_parity ^= 1;
       int work[4];
       read_work(work, shared.work());
+      if constexpr (kBanded) next = read_step(shared.first_step());
       return {work[0], work[1], work[2], work[3]};
+    }
+
+    // See read_work.
+    __device__ __forceinline__ Step read_step(uint32_t address) const {
+      Step step{};
+      if ((threadIdx.x & 31) == 0) step.code = load_shared_s32(address);
+      step.code = __shfl_sync(0xffffffffu, step.code, 0);
+      return step;
     }
 
     // q becomes q_hat, as launch_normalize makes it but for float32's last bits. Four neighbouring lanes hold a row.
@@ -500,6 +555,7 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void begin_tile(const Work& work) {
+      if constexpr (kBanded) note_ranges(work);
 #pragma unroll
       for (auto& columns : o) {
 #pragma unroll
@@ -519,6 +575,33 @@ struct ForwardSm90 {
         release(shared.q_empty());
         if (params.plan.q_norm == Norm::kKernel) normalize_q(work);
       }
+    }
+
+    // The keys that each of the warp's queries sees, for all of the tile: a table may be in global memory. Rows behind
+    // the last query are like it.
+    __device__ __forceinline__ void note_ranges(const Work& work) {
+      const int row = first_row + (threadIdx.x & 15);
+      const Range keys = keys_of(params, min(work.first_query + row, params.seq_len_q - 1));
+      if constexpr (kReadsBand) {
+        named_barrier_sync<128>(1 + first_row / 64);  // all have read those of the tile before
+      } else {
+        __syncwarp();
+      }
+      if ((threadIdx.x & 31) < 16) store_shared_v2_s32(shared.keys_of_row(row), {keys.first, keys.end});
+      if constexpr (kReadsBand) {
+        named_barrier_sync<128>(1 + first_row / 64);
+      } else {
+        __syncwarp();
+      }
+    }
+
+    // The keys that the warpgroup's queries see, as noted.
+    static constexpr bool kReadsBand = kHeadDim >= 128;  // no registers are left to keep it in
+    __device__ __forceinline__ Band read_band() const {
+      int of_first[2], of_last[2];
+      load_shared_v2_s32(of_first, shared.keys_of_row(first_row / 64 * 64));
+      load_shared_v2_s32(of_last, shared.keys_of_row(first_row / 64 * 64 + 63));
+      return band_between({of_first[0], of_first[1]}, {of_last[0], of_last[1]});
     }
 
     // Starts S = q k^T for the block that arrives next.
@@ -550,6 +633,7 @@ struct ForwardSm90 {
         }
       }
       wgmma_commit();
+      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
     }
 
     // Waits for S; kPending groups of products started later may go on.
@@ -622,10 +706,15 @@ struct ForwardSm90 {
       wgmma_commit();
     }
 
+    // `stage` is where the keys of the block are or were.
+    __device__ __forceinline__ void finish_band_scores(const Work& work, int block, const Stage& stage) {
+      finish_band(scores, params, shared, work, first_row, block, stage);
+    }
+
     // S of `block` is there. Ends with S of the block before it there and no product under way.
     template <bool kPlain>
     __device__ __forceinline__ void step_sliced(const Work& work, int block) {
-      if constexpr (!kPlain) FinishScores(params, work, first_row, block)(scores);
+      if constexpr (!kPlain) Finish(params, work, first_row, block)(scores);
       start_pv_as_p_is_made();
       start_qk();
       wgmma_wait<1>();
@@ -635,13 +724,16 @@ struct ForwardSm90 {
 
     // P of `block` + 1 is there. Ends with that of `block` there and no product under way.
     template <bool kPlain>
-    __device__ __forceinline__ void step_whole(const Work& work, int block) {
-      if constexpr (kPlain) {
+    __device__ __forceinline__ void step_whole(const Work& work, int block, bool is_plain = false) {
+      if constexpr (kPlain || kBanded) {
         start_qk();
         start_whole_pv();
         finish_qk<1>();
+        if constexpr (!kPlain) {
+          if (!is_plain) finish_band_scores(work, block, k_stage.previous());
+        }
       } else {
-        const FinishScores finish(params, work, first_row, block);
+        const Finish finish(params, work, first_row, block);
         start_qk();
         start_whole_pv();
         finish_qk<1>();
@@ -665,46 +757,42 @@ struct ForwardSm90 {
 
     // O and the row sums of a tile.
     __device__ __forceinline__ void attend_band(const Work& work) {
-      Walk walk(params, work);
       const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
-      const auto is_plain = [&](int block) {
-        if constexpr (kHeadDim > 128) {  // no registers are left for `band`
-          const Band again = keys_of_rows(params, opaque(work.first_query + first_row / 64 * 64), 64);
-          return params.l2norm_qk && again.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
-        }
-        return params.l2norm_qk && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
-      };
       const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks, if there are any
+      const auto is_plain = [&](Step step) {
+        const Range all = kReadsBand ? read_band().all : band.all;
+        const int first_key = step.block() * kBlockK;
+        return params.l2norm_qk && step.is_whole() && all.first <= first_key && first_key + kBlockK <= all.end;
+      };
+      const auto finish = [&](Step step) {
+        if (!is_plain(step)) finish_band_scores(work, step.block(), k_stage.previous());
+      };
       // Blocks that only warpgroups with later queries see.
-      for (; !walk.is_over() && walk.block >= own.end; walk.advance()) skip_block();
-      if (own.first < own.end && walk.block >= own.first) {
-        int block = walk.block;
-        walk.advance();
+      while (next.exists() && next.block() >= own.end) skip_block();
+      if (own.first < own.end && next.block() >= own.first) {
+        Step step = next;
         start_qk();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
-          for (; walk.block >= own.first; walk.advance()) {
-            if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
-            step_sliced<true>(work, block);
-            block = walk.block;
+          while (next.block() >= own.first) {
+            finish(step);
+            step = next;
+            step_sliced<true>(work, step.block());
           }
-          if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
+          finish(step);
           start_pv_as_p_is_made();
         } else {
-          if (!is_plain(block)) FinishScores(params, work, first_row, block)(scores);
+          finish(step);
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) {
             exponentiate(slice);
             round(slice);
           }
 #pragma unroll 1
-          for (; walk.block >= own.first; walk.advance()) {
-            if (is_plain(walk.block)) {
-              step_whole<true>(work, walk.block);
-            } else {
-              step_whole<false>(work, walk.block);
-            }
+          while (next.block() >= own.first) {
+            step = next;
+            step_whole<false>(work, step.block(), is_plain(step));
           }
           start_whole_pv();
 #pragma unroll
@@ -715,7 +803,7 @@ struct ForwardSm90 {
         finish_pv();
       }
       // And those that only warpgroups with earlier ones see.
-      for (; !walk.is_over(); walk.advance()) skip_block();
+      while (next.exists()) skip_block();
     }
 
     __device__ __forceinline__ void attend(const Work& work) {
@@ -754,6 +842,7 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void skip_block() {
       mbarrier_wait(shared.k_full(k_stage.index), k_stage.parity);
+      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
       __syncwarp();  // lane 0 must not let the next phase begin while another lane waits for this one
       release(shared.k_empty(k_stage.index));
       k_stage.advance();

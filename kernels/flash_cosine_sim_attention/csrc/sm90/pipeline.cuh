@@ -20,8 +20,8 @@ struct RingStage {
   }
 
   __device__ __forceinline__ RingStage previous() const {
-    static_assert(kStages == 2);
-    return {index ^ 1, index == 0 ? parity ^ 1 : parity};
+    const int before = kStages == 2 ? index ^ 1 : index == 0 ? kStages - 1 : index - 1;
+    return {before, index == 0 ? parity ^ 1 : parity};
   }
 };
 

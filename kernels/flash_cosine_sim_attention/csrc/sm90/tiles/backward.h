@@ -100,7 +100,9 @@ struct BackwardSm90Traits {
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
   static constexpr int kNumBarriers = 4 + 6 * kStages;
   static constexpr int kOffsetRows = (kOffsetBarriers + 8 * kNumBarriers + 127) / 128 * 128;
-  static constexpr int kSharedBytes = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
+  // Of the banded kernel: the range of queries that sees each key.
+  static constexpr int kOffsetRanges = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
+  static constexpr int kSharedBytes = kOffsetRanges + kBlockK * 8;
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
   static_assert(kTileBytesK % 1024 == 0 && kTileBytesQ % 1024 == 0, "a swizzle's pattern begins at a multiple of it");
 };

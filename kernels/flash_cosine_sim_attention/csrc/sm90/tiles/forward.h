@@ -99,7 +99,13 @@ struct ForwardSm90Traits {
   static constexpr int kOffsetOnes = kOffsetV + (kSharedOnes ? kStages : 1) * kTileBytesK;
   static constexpr int kOffsetWork = kOffsetV + kStages * kTileBytesV + (kSharedOnes ? kBytesOnes : 0);
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
-  static constexpr int kSharedBytes = kOffsetBarriers + 2 * (1 + 2 * kStages) * 8;
+  // Of the banded kernel: what a step of a tile's walk is, for twice as many blocks of keys as there is room for, the
+  // tile's first step, and the range of keys that each query sees.
+  static constexpr int kStepBytes = 32;
+  static constexpr int kOffsetSteps = (kOffsetBarriers + 2 * (1 + 2 * kStages) * 8 + 15) / 16 * 16;
+  static constexpr int kOffsetFirstStep = kOffsetSteps + 2 * kStages * kStepBytes;
+  static constexpr int kOffsetRanges = kOffsetFirstStep + 16;
+  static constexpr int kSharedBytes = kOffsetRanges + kBlockQ * 8;
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
   static_assert(kOffsetK % 1024 == 0 && kTileBytesK % 1024 == 0 && kTileBytesV % 1024 == 0,
                 "a swizzle's pattern begins at a multiple of it");
