@@ -215,7 +215,9 @@ def run(launch: Launch, device: str, tool: str | None) -> list[str]:
         else:
             outputs = list(operators.forward(*tensors, *options, any(needs)))
             if any(needs):
-                o = outputs[0] if "o" not in unseen or launch.lies() else on_device(expected["o"], where)
+                o = outputs[0]
+                if "o" in unseen:
+                    o = on_device(torch.zeros_like(do) if launch.lies() else expected["o"], where)
                 rows = [o, outputs[1]]
                 gradients = (on_device(do, where, layout), *tensors, *rows, on_device(drow_sum_log2, where))
                 outputs += operators.backward(*gradients, *options, *needs, launch.deterministic)

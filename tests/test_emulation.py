@@ -349,8 +349,9 @@ BACKWARD_TILES = {64: (128, 128), 128: (64, 128)}
 
 
 def check_loads_sm90(case):
-    """What TMA brings: q of every tile of queries, K and V of every block of keys that one of the tile's queries sees;
-    in the backward pass K and V of every tile of keys that a query sees, q and dO of every block of queries in reach.
+    """What TMA brings: q of every tile of queries, K and V of every block of keys that one of the tile's queries sees,
+    blocks being counted from the tile's own first key; in the backward pass K and V of every tile of keys that a query
+    sees, q and dO of every block of queries in reach.
     """
     tensors, options = case.tensors(case.dtype), case.options()
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
@@ -373,8 +374,12 @@ def check_loads_sm90(case):
         return result
 
     block_q, block_k = FORWARD_TILES[case.head_dim]
-    blocks = blocks_with_any(in_reach & not_masked, block_q, block_k)
-    rows = case.num_heads * (blocks[..., 0].numel() * block_q + 2 * blocks.sum().item() * block_k)
+    rows = 0
+    for reach, seen in zip(in_reach, in_reach & not_masked, strict=True):
+        for of_tile, seen_of_tile in zip(reach.split(block_q), seen.split(block_q), strict=True):
+            first = of_tile.any(0).int().argmax() // 32 * 32  # blocks begin at the word of the first key in reach
+            blocks = seen_of_tile.any(0)[first:].split(block_k)
+            rows += case.num_heads * (block_q + 2 * block_k * sum(block.any().item() for block in blocks))
     o = assert_loaded(lambda: attend("operators", **tensors, **options), rows)
     block_q, block_k = BACKWARD_TILES[case.head_dim]
     blocks = blocks_with_any(in_reach, block_q, block_k)

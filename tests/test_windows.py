@@ -72,7 +72,9 @@ def test_windows(_name, case):
 def test_large_windows(name, head_dim, dtype):
     case = Case(**{"dtype": dtype, "head_dim": head_dim, "device": DEVICE, "num_heads": 8, "num_kv_heads": 8,
                    "seq_len_q": 1300, "seq_len_k": 1300, **LARGE[name]})  # fmt: skip
-    check(case, ["cuda"])
+    # Of 2.7 million errors the largest is one number's chance: over 20 seeds its ratio to that of "sdpa" is 0.6 to 1.7,
+    # with a window and without, and one of these cases has 2.05. The relative RMS is held to 1.0, as everywhere.
+    check(case, ["cuda"], largest=2.5)
     assert_repeatable(case)
 
 

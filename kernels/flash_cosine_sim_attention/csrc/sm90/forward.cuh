@@ -103,69 +103,81 @@ struct ForwardSm90 {
     return num_keys / kBlockK;
   }
 
-  // kBanded: a step of the walk of a tile, for the consumers: which block, and whether the mask leaves all of it.
+  // kBanded: a step of the walk of a tile, for the consumers: which keys, and whether the mask leaves all of them.
   struct Step {
     int code;
 
-    static __device__ __forceinline__ Step make(int block, bool is_whole) { return {2 * block + (is_whole ? 1 : 0)}; }
-    static __device__ __forceinline__ Step none() { return {-1}; }
+    static __device__ __forceinline__ Step make(int word, bool is_whole) { return {32 * word + (is_whole ? 1 : 0)}; }
+    static __device__ __forceinline__ Step none() { return {-(1 << 30)}; }
 
     __device__ __forceinline__ bool exists() const { return code >= 0; }
-    __device__ __forceinline__ int block() const { return code >> 1; }  // -1: none
+    __device__ __forceinline__ int first_key() const { return code & ~31; }  // far below 0: there is none
     __device__ __forceinline__ bool is_whole() const { return (code & 1) != 0; }
   };
 
   // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
-  // nothing of.
+  // nothing of. They begin with the first key that the tile sees, rounded down to a word of the mask: where a window or
+  // a sequence begins, little of a block is wasted. What the mask says of 1024 keys is kept, for they are ten blocks,
+  // and memory is far away.
   struct Walk {
-    static constexpr int kWordsPerBlock = kBlockK / 32;  // of bits of keys
+    static constexpr int kWordsPerBlock = kBlockK / 32;  // of bits of keys; each has a bit in `any` and in `all`
     static_assert(kBlockK % 32 == 0);
     const ForwardParams& params;
-    int batch, first;
-    int block;  // the next one
+    int batch, first, end;  // words
+    int word;               // the first of the next block
+    int kept = -1;          // which 1024 keys `any` and `all` are of
+    uint32_t any = ~0u, all = ~0u;
 
     __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work) : params(params), batch(work.batch) {
-      const Range blocks = blocks_of(keys_of_rows(params, work.first_query, kBlockQ).any, kBlockK);
-      first = blocks.first;
-      block = blocks.end - 1;
+      const Range keys = keys_of_rows(params, work.first_query, kBlockQ).any;
+      first = keys.first / 32;
+      end = keys.first < keys.end ? (keys.end + 31) / 32 : first;
+      word = first + (end - first + kWordsPerBlock - 1) / kWordsPerBlock * kWordsPerBlock - kWordsPerBlock;
       leave_out_hidden();
     }
 
-    __device__ __forceinline__ Step step() const {
-      return block < first ? Step::none() : Step::make(block, is_whole());
-    }
+    __device__ __forceinline__ Step step() { return word < first ? Step::none() : Step::make(word, is_whole()); }
 
     __device__ __forceinline__ Step next() {
-      --block;
+      word -= kWordsPerBlock;
       leave_out_hidden();
       return step();
     }
 
-    __device__ __forceinline__ void leave_out_hidden() {
+    // Has `any` and `all` be those of a word.
+    __device__ __forceinline__ void look_up(int number) {
       const MaskWords& words = params.mask_words;
-      if (words.any == nullptr) return;
-      int last = block * kWordsPerBlock + kWordsPerBlock - 1;  // word of keys, which has a bit in `any`
-      while (last >= first * kWordsPerBlock) {
-        const uint32_t bits = words.any[batch * words.blocks_per_batch + last / 32] << (31 - last % 32);
+      if (number / 32 == kept) return;
+      kept = number / 32;
+      const int index = batch * words.blocks_per_batch + kept;
+      any = words.any[index];
+      all = words.all[index];
+    }
+
+    __device__ __forceinline__ void leave_out_hidden() {
+      if (params.mask_words.any == nullptr) return;
+      int last = min(word + kWordsPerBlock, end) - 1;
+      while (last >= first) {
+        look_up(last);
+        const uint32_t bits = any << (31 - last % 32);
         if (bits != 0) {
           last -= __clz(static_cast<int>(bits));
           break;
         }
         last = last / 32 * 32 - 1;
       }
-      block = last < first * kWordsPerBlock ? first - 1 : last / kWordsPerBlock;
+      word = last < first ? first - kWordsPerBlock : first + (last - first) / kWordsPerBlock * kWordsPerBlock;
     }
 
-    // Whether the mask leaves all of the block.
-    __device__ __forceinline__ bool is_whole() const {
-      const MaskWords& words = params.mask_words;
-      if (words.all == nullptr) return true;
-      const uint32_t* all = words.all + batch * words.blocks_per_batch;
+    // Whether the mask leaves all of the block, as far as the tile sees keys.
+    __device__ __forceinline__ bool is_whole() {
+      if (params.mask_words.all == nullptr) return true;
       bool whole = true;
 #pragma unroll
-      for (int i = 0; i < kWordsPerBlock; ++i) {
-        const int word = block * kWordsPerBlock + i;
-        whole = whole && ((all[word / 32] >> (word % 32)) & 1);
+      for (int i = kWordsPerBlock - 1; i >= 0; --i) {
+        if (word + i >= end) continue;
+        look_up(word + i);
+        whole = whole && ((all >> ((word + i) % 32)) & 1);
       }
       return whole;
     }
@@ -268,32 +280,45 @@ struct ForwardSm90 {
       fence_proxy_async_global();
     }
 
-    __device__ __forceinline__ void load_mask_words(int (&words)[4], const Work& work, int block) {
-      if (params.mask_words.keys == nullptr) return;
-      const uint32_t* keys = params.mask_words.keys + int64_t{work.batch} * params.mask_words.keys_per_batch;
-#pragma unroll
-      for (int i = 0; i < kBlockK / 32; ++i) words[i] = static_cast<int>(keys[block * (kBlockK / 32) + i]);
+    __device__ __forceinline__ void load_k(const Work& work, int block) {
+      await_k_hat(work, block);
+      load_keys(work, block * kBlockK);
     }
 
-    __device__ __forceinline__ void load_k(const Work& work, int block, Step next = {}) {
-      int words[4]{-1, -1, -1, -1};
-      if constexpr (kBanded) load_mask_words(words, work, block);
-      await_k_hat(work, block);
+    __device__ __forceinline__ void load_keys(const Work& work, int first_key) {
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
-      if constexpr (kBanded) {
-        store_shared_v4_s32(shared.mask_words(k_stage), words);
-        store_shared_b32(shared.next_step(k_stage), next.code);
-      }
-      load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), block * kBlockK, work.kv_head,
-                    work.batch);
+      load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), first_key, work.kv_head, work.batch);
       k_stage.advance();
     }
 
-    __device__ __forceinline__ void load_v(const Work& work, int block) {
+    __device__ __forceinline__ void load_values(const Work& work, int first_key) {
       mbarrier_wait(shared.v_empty(v_stage.index), v_stage.parity ^ 1);
-      load<kBlockK>(maps.v, shared.v(v_stage.index), shared.v_full(v_stage.index), block * kBlockK, work.kv_head,
-                    work.batch);
+      load<kBlockK>(maps.v, shared.v(v_stage.index), shared.v_full(v_stage.index), first_key, work.kv_head, work.batch);
       v_stage.advance();
+    }
+
+    // The keys of a step, the words of their mask, and the step behind it.
+    __device__ __forceinline__ void load_step(const Work& work, Step step, Step next) {
+      int words[4]{-1, -1, -1, -1};
+      if (!step.is_whole()) {
+        const MaskWords& mask = params.mask_words;
+        const int first_word = step.first_key() / 32;
+#pragma unroll
+        for (int i = 0; i < kBlockK / 32; ++i) {
+          if (first_word + i >= mask.keys_per_batch) continue;
+          words[i] = static_cast<int>(mask.keys[int64_t{work.batch} * mask.keys_per_batch + first_word + i]);
+        }
+      }
+      // Its keys are in one or two of the blocks that are counted.
+      const int first_block = step.first_key() / kBlockK;
+      await_k_hat(work, first_block);
+      if (step.first_key() % kBlockK != 0 && (first_block + 1) * kBlockK < params.seq_len_k) {
+        await_k_hat(work, first_block + 1);
+      }
+      mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
+      store_shared_v4_s32(shared.mask_words(k_stage), words);
+      store_shared_b32(shared.next_step(k_stage), next.code);
+      load_keys(work, step.first_key());
     }
 
     // What a tile is shares the barriers of its q: it is there when q is, and no longer read when q is not.
@@ -314,10 +339,10 @@ struct ForwardSm90 {
 #pragma unroll 1
       for (; block > 0; --block) {
         load_k(work, block - 1);
-        load_v(work, block);
+        load_values(work, block * kBlockK);
       }
       const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
-      if (has_keys) load_v(work, 0);
+      if (has_keys) load_values(work, 0);
       return next;
     }
 
@@ -333,21 +358,21 @@ struct ForwardSm90 {
       announce(work);
       store_shared_b32(shared.first_step(), first.code);
       load_q(work);
-      int block = first.block();
+      Step step = first;
       if (first.exists()) {
-        Step step = walk.next();
-        load_k(work, block, step);
+        Step behind = walk.next();
+        load_step(work, step, behind);
 #pragma unroll 1
-        while (step.exists()) {
-          const Step behind = walk.next();
-          load_k(work, step.block(), behind);
-          load_v(work, block);
-          block = step.block();
+        while (behind.exists()) {
+          const Step last = step;
           step = behind;
+          behind = walk.next();
+          load_step(work, step, behind);
+          load_values(work, last.first_key());
         }
       }
       const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
-      if (first.exists()) load_v(work, block);
+      if (first.exists()) load_values(work, step.first_key());
       return next;
     }
 
@@ -460,8 +485,8 @@ struct ForwardSm90 {
 
   // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch.
   static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
-                                                     const Shared& shared, const Work& work, int first_row, int block,
-                                                     const RingStage<kStages>& stage) {
+                                                     const Shared& shared, const Work& work, int first_row,
+                                                     int first_key, const RingStage<kStages>& stage) {
     const int lane = threadIdx.x & 31;
     int keys[2][2];
 #pragma unroll
@@ -470,13 +495,13 @@ struct ForwardSm90 {
     }
 #pragma unroll
     for (int i = 0; i < kBlockK / 32; ++i) {
-      const int first_key = block * kBlockK + 32 * i;
+      const int first = first_key + 32 * i;  // of the word
       int word = 0;
       if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
       word = __shfl_sync(0xffffffffu, word, 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t in_range = first_bits(keys[half][1] - first_key) & ~first_bits(keys[half][0] - first_key);
+        const uint32_t in_range = first_bits(keys[half][1] - first) & ~first_bits(keys[half][0] - first);
         const uint32_t seen = (in_range & static_cast<uint32_t>(word)) >> (2 * (lane & 3));
 #pragma unroll
         for (int column = 0; column < 32; column += column % 8 == 0 ? 1 : 7) {
@@ -706,9 +731,9 @@ struct ForwardSm90 {
       wgmma_commit();
     }
 
-    // `stage` is where the keys of the block are or were.
-    __device__ __forceinline__ void finish_band_scores(const Work& work, int block, const Stage& stage) {
-      finish_band(scores, params, shared, work, first_row, block, stage);
+    // `stage` is where the keys of the step are or were.
+    __device__ __forceinline__ void finish_band_scores(const Work& work, Step step, const Stage& stage) {
+      finish_band(scores, params, shared, work, first_row, step.first_key(), stage);
     }
 
     // S of `block` is there. Ends with S of the block before it there and no product under way.
@@ -724,14 +749,11 @@ struct ForwardSm90 {
 
     // P of `block` + 1 is there. Ends with that of `block` there and no product under way.
     template <bool kPlain>
-    __device__ __forceinline__ void step_whole(const Work& work, int block, bool is_plain = false) {
-      if constexpr (kPlain || kBanded) {
+    __device__ __forceinline__ void step_whole(const Work& work, int block) {
+      if constexpr (kPlain) {
         start_qk();
         start_whole_pv();
         finish_qk<1>();
-        if constexpr (!kPlain) {
-          if (!is_plain) finish_band_scores(work, block, k_stage.previous());
-        }
       } else {
         const Finish finish(params, work, first_row, block);
         start_qk();
@@ -739,6 +761,20 @@ struct ForwardSm90 {
         finish_qk<1>();
         finish(scores);
       }
+      make_p();
+    }
+
+    // kBanded: the same.
+    __device__ __forceinline__ void step_whole(const Work& work, Step step, bool is_plain) {
+      start_qk();
+      start_whole_pv();
+      finish_qk<1>();
+      if (!is_plain) finish_band_scores(work, step, k_stage.previous());
+      make_p();
+    }
+
+    // P of the scores that are there, beside the product of the block before with V.
+    __device__ __forceinline__ void make_p() {
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         exponentiate(slice);
@@ -758,27 +794,28 @@ struct ForwardSm90 {
     // O and the row sums of a tile.
     __device__ __forceinline__ void attend_band(const Work& work) {
       const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
-      const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks, if there are any
+      const Range own = band.any;
+      const auto reaches = [&](Step step) { return step.first_key() + kBlockK > own.first; };
       const auto is_plain = [&](Step step) {
         const Range all = kReadsBand ? read_band().all : band.all;
-        const int first_key = step.block() * kBlockK;
+        const int first_key = step.first_key();
         return params.l2norm_qk && step.is_whole() && all.first <= first_key && first_key + kBlockK <= all.end;
       };
       const auto finish = [&](Step step) {
-        if (!is_plain(step)) finish_band_scores(work, step.block(), k_stage.previous());
+        if (!is_plain(step)) finish_band_scores(work, step, k_stage.previous());
       };
       // Blocks that only warpgroups with later queries see.
-      while (next.exists() && next.block() >= own.end) skip_block();
-      if (own.first < own.end && next.block() >= own.first) {
+      while (next.exists() && next.first_key() >= own.end) skip_block();
+      if (own.first < own.end && reaches(next)) {
         Step step = next;
         start_qk();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
-          while (next.block() >= own.first) {
+          while (reaches(next)) {
             finish(step);
             step = next;
-            step_sliced<true>(work, step.block());
+            step_sliced<true>(work, 0);
           }
           finish(step);
           start_pv_as_p_is_made();
@@ -790,9 +827,9 @@ struct ForwardSm90 {
             round(slice);
           }
 #pragma unroll 1
-          while (next.block() >= own.first) {
+          while (reaches(next)) {
             step = next;
-            step_whole<false>(work, step.block(), is_plain(step));
+            step_whole(work, step, is_plain(step));
           }
           start_whole_pv();
 #pragma unroll
