@@ -5,6 +5,7 @@ their sources had it in 2026-08; the shapes are those that they train with on on
 heads, head_dim), packed ones (total, heads, head_dim).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func, fla
 from scripts import packing
 
 ROTARY_BASE = 10_000.0
+FEWER = 8  # times fewer packed sequences in a smaller problem: were all kept, they would be of a few tokens each
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,18 @@ class Model:
         return cosine_scale(self.head_dim, self.softmax_scale, self.gain_q, self.gain_k)
 
     def smaller(self, tokens: int) -> "Model":
-        """At most so many tokens, of which a sequence has at most half; windows and lengths shrink in proportion."""
-        if self.lengths is not None:
-            lengths = packing.scaled(self.lengths, min(1.0, tokens / self.seq_len))
-            smaller = replace(self, seq_len=sum(lengths), lengths=lengths)
-        else:
+        """About so many tokens at most: short sequences, of packed ones the first; windows shrink in proportion."""
+        if self.lengths is None:
             seq_len = max(2, min(self.seq_len, tokens // 2))
+            share = seq_len / self.seq_len
             smaller = replace(self, seq_len=seq_len, batch=min(self.batch, max(1, tokens // seq_len)))
-        window = None if self.window is None else packing.scaled_one(self.window, smaller.seq_len / self.seq_len)
-        return replace(smaller, window=window)
+        else:
+            share = min(1.0, FEWER * tokens / self.seq_len)
+            lengths = packing.scaled(self.lengths, share)
+            ends = itertools.accumulate(lengths)
+            lengths = lengths[: max(1, sum(end <= tokens for end in ends))]
+            smaller = replace(self, seq_len=sum(lengths), lengths=lengths)
+        return replace(smaller, window=None if self.window is None else packing.scaled_one(self.window, share))
 
 
 NANOCHAT = {"batch": 16, "seq_len": 2048, "head_dim": 128, "norm_first": False, "gain_q": 1.2, "gain_k": 1.2}
