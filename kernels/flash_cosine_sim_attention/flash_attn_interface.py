@@ -101,10 +101,12 @@ def flash_attn_func(
             and at most 60, or a shape, a device or the back end is not as above.
         TypeError, ImportError, NotImplementedError, RuntimeError: as in flash_cosine_sim_attention.
     """
-    _refuse(
-        dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, attention_chunk=attention_chunk, qv=qv,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-    )  # fmt: skip
+    off = alibi_slopes is qv is q_descale is k_descale is v_descale is None
+    if not off or dropout_p or softcap or attention_chunk:
+        _refuse(
+            dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, attention_chunk=attention_chunk, qv=qv,
+            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        )  # fmt: skip
     _check_results(deterministic, return_attn_probs)
     _check_layout(q, k, v, ("batch", "seq_len", "heads", "head_dim"))
     o = flash_cosine_sim_attention(
@@ -228,4 +230,6 @@ def _window(window_size: Sequence[int | None] | None) -> Sequence[int] | None:
     """With -1 for None, as FlashAttention 4 has it; the rest is checked where it is used."""
     if not isinstance(window_size, (tuple, list)):
         return window_size  # type: ignore[return-value]  # which raises for anything but None
+    if window_size == (-1, -1):  # the default: spares checking it
+        return None
     return tuple(-1 if side is None else side for side in window_size)

@@ -42,8 +42,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (batch, num_heads, seq_len_q, seq_len_k). bool, True = attend: one by key alone,
             (batch or 1, 1, 1, seq_len_k) or (1, seq_len_k), goes to the kernels as a key mask; any other becomes a bias
             of its size, 0 and -inf. Of a floating dtype: a bias, added to the logits, with a gradient, and rounded to
-            query's dtype. Keep the cosine's scale plus the largest of it at 40 or below. Where all that a query sees
-            has a bias below -87, the CUDA kernels take it for one that sees nothing.
+            query's dtype. flash_cosine_sim_attention says how large it may be beside the scale, and that the CUDA
+            kernels take a query whose logits all are below -87 for one that sees no key.
         dropout_p: not there; above 0 raises.
         is_causal: aligned top-left, as torch's: query i sees key j iff j <= i. Not together with attn_mask.
         scale: what the model passes to torch's function, after its norms; None is 1 / sqrt(head_dim). A number, or a

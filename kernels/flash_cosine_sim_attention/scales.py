@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .interface import MAX_LOGIT
+from .interface import MAX_LOGIT, _check_range
 from .reference import has_readable_values
 
 
@@ -48,12 +48,15 @@ def cosine_scale(
     """
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
-    factors = {"softmax_scale": softmax_scale, "gain_q": gain_q, "gain_k": gain_k}
-    factors = {name: _checked(name, factor) for name, factor in factors.items()}
-    if isinstance(factors["gain_k"], Tensor) and num_heads is not None:
-        factors["gain_k"] = _for_each_head(factors["gain_k"], num_heads)
-    scale = factors["softmax_scale"] * (head_dim if l2norm_qk else 1) * factors["gain_q"] * factors["gain_k"]
-    _check_range(scale, head_dim if l2norm_qk else None, factors)
+    if not type(softmax_scale) is type(gain_q) is type(gain_k) is float:  # what follows takes longer
+        softmax_scale = _checked("softmax_scale", softmax_scale)
+        gain_q, gain_k = _checked("gain_q", gain_q), _checked("gain_k", gain_k)
+        if isinstance(gain_k, Tensor) and num_heads is not None:
+            gain_k = _for_each_head(gain_k, num_heads)
+    scale = softmax_scale * (head_dim if l2norm_qk else 1) * gain_q * gain_k
+    if type(scale) is not float or not 0 < scale <= MAX_LOGIT:
+        factors = {"softmax_scale": softmax_scale, "gain_q": gain_q, "gain_k": gain_k}
+        _check_product(scale, head_dim if l2norm_qk else None, factors)
     return scale
 
 
@@ -79,21 +82,21 @@ def _for_each_head(gain_k: Tensor, num_heads: int) -> Tensor:
     return gain_k.repeat_interleave(num_heads // count)
 
 
-def _check_range(scale: float | Tensor, head_dim: int | None, factors: dict[str, float | Tensor]) -> None:
-    if isinstance(scale, Tensor):
-        if torch.compiler.is_compiling() or not has_readable_values(scale):
-            return
-        values = scale.reshape(-1).tolist()
-    else:
+def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[str, float | Tensor]) -> None:
+    """Raises ValueError as the call would, and names what the scale was made of."""
+    if not isinstance(scale, Tensor):
         values = [scale]
-    wrong = [value for value in values if not 0 < value <= MAX_LOGIT]
-    if wrong:
-        names = ["softmax_scale", *([] if head_dim is None else [f"head_dim ({head_dim})"]), "gain_q", "gain_k"]
-        given = ", ".join(f"{name} {_shown(factor)}" for name, factor in factors.items())
-        raise ValueError(
-            f"{' * '.join(names)} is the scale of the cosine and must be above 0 and at most {MAX_LOGIT}, got "
-            f"{wrong[0]:g} ({given}): softmax is all but argmax above"
-        )
+    elif torch.compiler.is_compiling() or not has_readable_values(scale):
+        return
+    else:
+        values = scale.reshape(-1).tolist()
+    for value in values:
+        try:
+            _check_range(value, groups=1)
+        except ValueError as error:
+            names = ["softmax_scale", *([] if head_dim is None else [f"head_dim ({head_dim})"]), "gain_q", "gain_k"]
+            given = ", ".join(f"{name} {_shown(factor)}" for name, factor in factors.items())
+            raise ValueError(f"{' * '.join(names)} is the scale, got {given}: {error}") from None
 
 
 def _shown(factor: float | Tensor) -> str:
