@@ -38,9 +38,8 @@ def public_functions() -> list[Callable[..., Any]]:
 
 def heading(function: Callable[..., Any]) -> str:
     """The function's name, with the module that it is imported from where that is not the package."""
-    if all(function is not getattr(module, function.__name__, None) for module in MODULES):
-        return function.__name__
-    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    modules = [module.__name__.rpartition(".")[2] for module in MODULES if function.__name__ in module.__all__]
+    return ".".join([*modules, function.__name__])
 
 
 def signature(function: Callable[..., Any]) -> str:

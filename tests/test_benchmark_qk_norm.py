@@ -27,11 +27,14 @@ def brief(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_compares_every_model_and_writes_it_down(tmp_path, capsys):
+def test_a_run_compares_every_model_and_writes_it_down(tmp_path, monkeypatch, capsys):
+    """Of the models four: tracing each region takes a second."""
+    names = ("nanochat d12", "parameter-golf 1024", "modded-nanogpt, key offset", "modded-nanogpt, paired heads")
+    monkeypatch.setattr(benchmark_qk_norm, "MODELS", [model for model in MODELS if model.name in names])
     path = tmp_path / "new" / "b.json"
     assert main([*SMALL, "--json", str(path)]) == 0, capsys.readouterr().err
     found = json.loads(path.read_text())
-    assert [entry["name"] for entry in found["models"]] == [model.name for model in MODELS]
+    assert {entry["name"] for entry in found["models"]} == set(names)
     for entry in found["models"]:
         opponent = "norms + SDPA flash" if entry["window"] is None else "norms + SDPA, masked"
         assert [row["contender"] for row in entry["rows"]] == ["ours (auto)", opponent], entry["refused"]
@@ -64,7 +67,7 @@ def test_what_is_wrong_or_cannot_serve_is_not_timed(capsys):
     errors, refused = check([right, fused, wrong, Contender("raises", lambda *_: 1 / 0)], model, CPU, "bfloat16")
     assert refused.keys() == {"wrong", "raises"} and errors.keys() == {right.name, fused.name, "wrong"}
     assert "relative RMS error" in refused["wrong"] and refused["raises"] == "division by zero"
-    assert main([*SMALL, "--models", "d12", "--backend", "cuda"]) == 2
+    assert main([*SMALL, "--models", "d12", "--backend", "cuda", "--only-eager"]) == 2
     printed = capsys.readouterr()
     assert "not timed: ours (cuda), nanochat d12: backend='cuda'" in printed.out
     assert "nothing was compared" in printed.err
