@@ -1,7 +1,7 @@
 """docs/api.md, made from the signatures and docstrings of the library's public functions.
 
-    python -m scripts.api            # checks that the page is what they say
-    python -m scripts.api --write    # writes it anew
+python -m scripts.api            # checks that the page is what they say
+python -m scripts.api --write    # writes it anew
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flash_cosine_sim_attention as library
+from flash_cosine_sim_attention import flash_attn_interface, functional
 from scripts import Parser, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,15 +21,25 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = """# The functions
 
 All of `flash_cosine_sim_attention`, from its docstrings (by `python -m scripts.api --write`; what is said here is to be
-changed there). [library.md](library.md) shows the calls by example.
+changed there). [library.md](library.md) shows the calls by example, [doors.md](doors.md) those of the two modules at
+the end, which are shaped like other libraries' functions.
 """
+# Whose __all__ is public, behind that of the package.
+MODULES = (flash_attn_interface, functional)
 # Of a docstring, and what the page calls them.
 SECTIONS = {"Args": "Arguments", "Returns": "Returns", "Raises": "Errors"}
 
 
 def public_functions() -> list[Callable[..., Any]]:
-    """The functions of the library's __all__, in alphabetical order."""
-    return [value for name in sorted(library.__all__) if inspect.isfunction(value := getattr(library, name))]
+    """The functions of the library's __all__, in alphabetical order, then those of its public modules."""
+    named = [(module, name) for module in (library, *MODULES) for name in sorted(module.__all__)]
+    return [value for module, name in named if inspect.isfunction(value := getattr(module, name))]
+
+
+def heading(function: Callable[..., Any]) -> str:
+    """The function's name, with the module that it is imported from where that is not the package."""
+    modules = [module.__name__.rpartition(".")[2] for module in MODULES if function.__name__ in module.__all__]
+    return ".".join([*modules, function.__name__])
 
 
 def signature(function: Callable[..., Any]) -> str:
@@ -85,7 +96,7 @@ def check_arguments(function: Callable[..., Any], functions: Sequence[Callable[.
 def described_function(function: Callable[..., Any]) -> str:
     """The function's part of the page."""
     found = sections(function)
-    lines = [f"## {function.__name__}", "", "```py", signature(function), "```", "", found.pop("")]
+    lines = [f"## {heading(function)}", "", "```py", signature(function), "```", "", found.pop("")]
     for head, body in found.items():
         pairs = entries(body) if head != "Returns" else []
         # An item is one line: broken ones could begin with the * of a product, which Markdown takes for another item.

@@ -46,6 +46,9 @@ def write_package(folder: Path) -> Path:
     names = ("flash_cosine_sim_attention", "flash_cosine_sim_attention_varlen", "plain_cosine_sim_attention")
     (package / "interface.py").write_text(f"{' = '.join(names)} = None\n")
     (package / "reference.py").write_text("l2norm_tensors = None\n")
+    (package / "scales.py").write_text("cosine_scale = None\n")
+    for name in ("flash_attn_interface.py", "functional.py"):
+        (package / name).touch()
     return folder
 
 

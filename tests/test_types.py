@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
-CHECKED = [PACKAGE / name for name in ("__init__.py", "interface.py", "call.py")]
+NAMES = ("__init__.py", "interface.py", "call.py", "scales.py", "flash_attn_interface.py", "functional.py")
+CHECKED = [PACKAGE / name for name in NAMES]
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors, plain_cosine_sim_attention
 from flash_cosine_sim_attention import flash_cosine_sim_attention_varlen
+from flash_cosine_sim_attention import cosine_scale, flash_attn_interface
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
 
 x = torch.ones(1, 1, 3, 8)
 one: Tensor = flash_cosine_sim_attention(x, x, x)
@@ -37,6 +40,11 @@ near: Tensor = flash_cosine_sim_attention(x, x, x, causal=True, window_size=(128
 also_near: Tensor = plain_cosine_sim_attention(x, x, x, window_size=[1, 1])
 bounds = torch.tensor([0, 1, 3], dtype=torch.int32)
 packed: Tensor = flash_cosine_sim_attention_varlen(x[0], x[0], x[0], bounds, bounds, 2, 2, window_size=(128, 0))
+scale: float | Tensor = cosine_scale(64, 0.1, gain_q=torch.ones(4), num_heads=4)
+shaped: Tensor = flash_attn_interface.flash_attn_func(x, x, x, causal=True, window_size=(128, None), gain_q=1.2)
+ends = (bounds, bounds, 2, 2)
+also_packed: Tensor = flash_attn_interface.flash_attn_varlen_func(x[0], x[0], x[0], *ends, softmax_scale=0.1)
+like_torch: Tensor = scaled_dot_product_attention(x, x, x, is_causal=True, scale=torch.ones(()), enable_gqa=True)
 many: tuple[Tensor, ...] = l2norm_tensors(x, x, groups=2)
 """
 WRONG = {
@@ -46,6 +54,8 @@ WRONG = {
     "flash_cosine_sim_attention(x, x, x, window_size=128)": "call-overload",
     "flash_cosine_sim_attention_varlen(x, x, x, bounds, bounds, 2, 2, mask=x > 0)": "call-arg",
     "l2norm_tensors(x, groups='2')": "arg-type",
+    "flash_attn_interface.flash_attn_func(x, x, x, dropout=0.1)": "call-arg",
+    "scaled_dot_product_attention(x, x, x, scale='1')": "arg-type",
     "one.no_such_method()": "attr-defined",
 }
 

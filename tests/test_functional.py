@@ -1,0 +1,162 @@
+"""The function shaped like SDPA: torch's names, defaults and alignment, with the norms inside."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flash_cosine_sim_attention import functional
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def inputs(seq_len_q=7, seq_len_k=7, heads=4, kv_heads=4, head_dim=16):
+    q = torch.randn(2, heads, seq_len_q, head_dim, dtype=torch.float64)
+    return q, *torch.randn(2, 2, kv_heads, seq_len_k, head_dim, dtype=torch.float64).unbind(0)
+
+
+def normed(q, k):
+    return (F.rms_norm(x, x.shape[-1:], eps=0.0) for x in (q, k))
+
+
+def check(q, k, v, **options):
+    """The same call of torch's function behind RMS norms: output and gradients."""
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    found = scaled_dot_product_attention(q, k, v, **options)
+    expected = F.scaled_dot_product_attention(*normed(q, k), v, **options)
+    do = torch.randn_like(found)
+    for one, other in zip(
+        (found, *torch.autograd.grad(found, leaves, do)),
+        (expected, *torch.autograd.grad(expected, leaves, do)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_names_order_and_defaults_are_torchs():
+    theirs = torch.ops.aten.scaled_dot_product_attention.default._schema.arguments
+    ours = list(inspect.signature(scaled_dot_product_attention).parameters.values())[: len(theirs)]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.name == other.name
+        assert (one.kind is one.KEYWORD_ONLY) == other.kwarg_only
+        if other.has_default_value():
+            assert one.default == other.default_value
+        else:
+            assert one.default is one.empty
+
+
+@pytest.mark.parametrize("sizes", [(7, 7), (4, 9), (9, 4), (1, 5), (5, 1)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_alignment_is_torchs(sizes, is_causal):
+    """Top-left, whichever is longer."""
+    check(*inputs(*sizes), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("scale", [None, 0.1, 2.0])
+def test_the_scale_is_what_the_model_passes(scale):
+    check(*inputs(), scale=scale)
+
+
+def test_grouped_queries():
+    check(*inputs(kv_heads=2), enable_gqa=True, is_causal=True)
+    with pytest.raises(ValueError, match="key must have query's 4 heads unless enable_gqa=True, got 2"):
+        scaled_dot_product_attention(*inputs(kv_heads=2))
+
+
+KEYS = torch.tensor([[True, False, True, True, False, True, True], [True] * 6 + [False]])
+BAND = torch.ones(7, 7, dtype=torch.bool).tril(2).triu(-1)
+
+
+@pytest.mark.parametrize(
+    "attn_mask",
+    [
+        KEYS[:, None, None],
+        KEYS[:1, None, None],
+        KEYS[:1],
+        torch.ones(2, 1, 1, 1, dtype=torch.bool),
+        BAND,
+        BAND[None],
+        BAND & KEYS[:, None, None],
+        torch.stack([BAND, ~BAND, BAND.T, KEYS[:1].expand(7, 7)]),
+    ],
+    ids=lambda mask: "x".join(map(str, mask.shape)),
+)
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks(attn_mask, additive):
+    if additive:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf)
+    check(*inputs(), attn_mask=attn_mask)
+
+
+def test_a_mask_by_key_becomes_no_bias(monkeypatch):
+    seen = []
+    monkeypatch.setattr(functional, "flash_cosine_sim_attention", lambda *tensors, **_: seen.append(tensors))
+    scaled_dot_product_attention(*inputs(), KEYS[:, None, None])
+    assert seen[0][4] is None and torch.equal(seen[0][3], KEYS)
+    scaled_dot_product_attention(*inputs(), BAND)
+    assert seen[1][3] is None and seen[1][4].shape == (1, 1, 7, 7)
+
+
+def test_a_bias_has_its_gradient():
+    q, k, v = inputs()
+    bias = torch.randn(4, 7, 7, dtype=torch.float64, requires_grad=True)
+    do = torch.randn_like(q)
+    found = scaled_dot_product_attention(q, k, v, bias)
+    expected = F.scaled_dot_product_attention(*normed(q, k), v, bias)
+    for one, other in zip(*(torch.autograd.grad(o, bias, do) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_query_that_sees_no_key_yields_zeros():
+    q, k, v = inputs()
+    hidden = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    hidden[1] = False
+    o = scaled_dot_product_attention(q, k, v, hidden)
+    assert o[0].abs().min() > 0 and not o[1].any()
+
+
+def test_gains_are_as_in_flash_attn_func():
+    q, k, v = inputs(kv_heads=2)
+    gain_q, gain_k = 1 + torch.rand(4, dtype=torch.float64), 1 + torch.rand(2, dtype=torch.float64)
+    found = scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.2, gain_q=gain_q, gain_k=gain_k)
+    a, b = normed(q, k)
+    a, b = a * gain_q.view(-1, 1, 1), b * gain_k.view(-1, 1, 1)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(a, b, v, scale=0.2, enable_gqa=True))
+    found = scaled_dot_product_attention(a, b, v, enable_gqa=True, scale=0.2, l2norm_qk=False)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(a, b, v, scale=0.2, enable_gqa=True))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0, got 0.1"),
+        ({"attn_mask": BAND, "is_causal": True}, ValueError, "attn_mask must be None where is_causal=True"),
+        (
+            {"attn_mask": BAND.int()},
+            TypeError,
+            "attn_mask must be a tensor, bool or of a floating dtype, got torch.int32",
+        ),
+        ({"attn_mask": [True]}, TypeError, "attn_mask must be a tensor, .* got list"),
+        ({"attn_mask": BAND[:5]}, ValueError, r"attn_mask must be broadcastable to .* = \(2, 4, 7, 7\), got \(5, 7\)"),
+        ({"attn_mask": BAND[None, None, None]}, ValueError, "attn_mask must be broadcastable"),
+        ({"scale": 5.0}, ValueError, "softmax_scale 5, .* must be at most 60, got 80"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_what_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        scaled_dot_product_attention(*inputs(), **options)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_another_layout_is_refused(name):
+    tensors = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    with pytest.raises(ValueError, match=rf"{name} must be \(batch, heads, seq_len, head_dim\), got \(4, 7, 16\)"):
+        scaled_dot_product_attention(**tensors | {name: tensors[name][0]})
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+        scaled_dot_product_attention(**tensors | {name: None})
