@@ -266,17 +266,25 @@ __global__ void __launch_bounds__(kThreads)
   lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), gradient, active);
 }
 
-// Zeros for keys that nobody sees: sm90/backward.cuh leaves out tiles of nothing else.
+// Zeros for keys that nobody sees: sm90/backward.cuh leaves out tiles of nothing else. Most often there are none: a
+// lane looks at a key, and the warp writes the rows that it finds.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    unseen_kernel(const __grid_constant__ BackwardParams params, unsigned key_blocks) {
-  const rows::RowLanes<T> lanes(params.head_dim);
-  const bool is_key = blockIdx.x < key_blocks;
-  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x - (is_key ? 0 : key_blocks));
-  if (flat_row >= int64_t{params.batch} * params.num_kv_heads * params.seq_len_k) return;
-  const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
-  const typename rows::RowLanes<T>::Slice zeros = {};
-  lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), zeros, !is_seen(params, position));
+__global__ void __launch_bounds__(kThreads) unseen_kernel(const __grid_constant__ BackwardParams params) {
+  const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
+  const int64_t first_row = int64_t{blockIdx.x} * kThreads + threadIdx.x / 32 * 32;
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const auto position_of = [&](int64_t row) { return rows::position_of(row, params.num_kv_heads, params.seq_len_k); };
+  const bool unseen = first_row + lane < num_rows && !is_seen(params, position_of(first_row + lane));
+  for (unsigned left = __ballot_sync(0xffffffffu, unseen); left != 0;) {
+    const int last = 31 - __clz(static_cast<int>(left));
+    left ^= 1u << last;
+    const rows::Position position = position_of(first_row + last);
+    if (8 * lane >= params.head_dim) continue;
+    for (const Tensor* gradient : {&params.dk, &params.dv}) {
+      if (gradient->data == nullptr) continue;
+      reinterpret_cast<uint4*>(rows::row_of<T>(*gradient, position))[lane] = uint4{};
+    }
+  }
 }
 
 template <typename T>
@@ -320,14 +328,10 @@ void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch_unseen_as(const BackwardParams& params, cudaStream_t stream) {
+  if (params.dk.data == nullptr && params.dv.data == nullptr) return;
   const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
-  const unsigned blocks_per_tensor = blocks_for<T>(num_rows, params.head_dim);
-  const unsigned key_blocks = params.dk.data ? blocks_per_tensor : 0;
-  const unsigned blocks = key_blocks + (params.dv.data ? blocks_per_tensor : 0);
-  if (blocks == 0) {
-    return;
-  }
-  unseen_kernel<T><<<blocks, kThreads, 0, stream>>>(params, key_blocks);
+  if (num_rows == 0) return;
+  unseen_kernel<T><<<static_cast<unsigned>((num_rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
   CUDA_CHECK(cudaGetLastError());
 }
 

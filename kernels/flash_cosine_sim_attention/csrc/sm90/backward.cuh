@@ -356,6 +356,7 @@ struct BackwardSm90 {
     Stage stage;
     int turn = -1;   // kDeterministic: which of dq_order is passed on once the last addition to dQ is done
     int last_block;  // of queries, counted through all heads: that of the tile's pair before, or negative
+    Range uncut;     // kBanded
 
     float scores[kBlockQ / 8][4], dp[kBlockQ / 8][4];
     uint32_t p[kSlices][4], ds[kSlices][4];
@@ -465,24 +466,24 @@ struct BackwardSm90 {
                                 shared.statistics(stage.index) / 16 | 128 / 16 << 16);
     }
 
-    // Which ends of the ranges of the warpgroup's keys cut the queries of the pair.
-    struct Edges {
-      bool first, end;
-    };
-
-    __device__ __forceinline__ Edges edges_of(const Walk& walk) const {
-      const int first_query = walk.block_q * kBlockQ, row = 64 * warpgroup;
+    // Blocks of queries before `first` are cut where a key's range begins, those from `end` on where one ends; others
+    // see all of the warpgroup's keys. A range that ends with the last query cuts none.
+    __device__ __forceinline__ Range find_uncut() const {
+      const int row = 64 * warpgroup;
       int of_first[2], of_last[2];
       load_shared_v2_s32(of_first, shared.queries_of_row(row));
       load_shared_v2_s32(of_last, shared.queries_of_row(row + 63));
-      return {of_last[0] > first_query, of_first[1] < min(first_query + kBlockQ, params.seq_len_q)};
+      const int end = of_first[1] >= params.seq_len_q ? (1 << 30) : of_first[1] / kBlockQ;
+      // Known to be the same in all lanes: they need no registers of theirs.
+      const auto uniform = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };
+      return {uniform((of_last[0] + kBlockQ - 1) / kBlockQ), uniform(end)};
     }
 
     // Hides keys from the queries that do not see them: one end after the other, each a register.
-    __device__ __forceinline__ void mask_band(const Walk& walk, const Edges& edges) {
+    __device__ __forceinline__ void mask_band(const Walk& walk) {
 #pragma unroll
       for (int is_end = 0; is_end < 2; ++is_end) {
-        if (!(is_end ? edges.end : edges.first)) continue;
+        if (!(is_end ? walk.block_q >= uncut.end : walk.block_q < uncut.first)) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int edge = edge_of(walk, half, is_end);
@@ -660,8 +661,7 @@ struct BackwardSm90 {
         pin(scores);
       }
       if constexpr (kBanded) {
-        const Edges edges = edges_of(walk);
-        if (edges.first || edges.end) mask_band(walk, edges);
+        if (walk.block_q < uncut.first || walk.block_q >= uncut.end) mask_band(walk);
       } else {
         if (is_on_diagonal(work, walk)) mask_diagonal(work, walk);
       }
@@ -700,6 +700,7 @@ struct BackwardSm90 {
     // dK and dV of a tile.
     __device__ __forceinline__ void multiply(const Work& work) {
       Walk walk(params, schedule, work);
+      if constexpr (kBanded) uncut = find_uncut();
       mbarrier_wait(shared.v_full(), k_parity);
       k_parity ^= 1;
       last_block = -1;

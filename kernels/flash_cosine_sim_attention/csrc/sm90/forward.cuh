@@ -580,7 +580,8 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void begin_tile(const Work& work) {
-      if constexpr (kBanded) note_ranges(work);
+      Range keys{};  // asked for now, and noted at the end: a table may be in global memory
+      if constexpr (kBanded) keys = keys_of(params, min(work.first_query + noted_row(), params.seq_len_q - 1));
 #pragma unroll
       for (auto& columns : o) {
 #pragma unroll
@@ -600,28 +601,20 @@ struct ForwardSm90 {
         release(shared.q_empty());
         if (params.plan.q_norm == Norm::kKernel) normalize_q(work);
       }
+      if constexpr (kBanded) note_keys(keys);
     }
 
-    // The keys that each of the warp's queries sees, for all of the tile: a table may be in global memory. Rows behind
-    // the last query are like it.
-    __device__ __forceinline__ void note_ranges(const Work& work) {
-      const int row = first_row + (threadIdx.x & 15);
-      const Range keys = keys_of(params, min(work.first_query + row, params.seq_len_q - 1));
-      if constexpr (kReadsBand) {
-        named_barrier_sync<128>(1 + first_row / 64);  // all have read those of the tile before
-      } else {
-        __syncwarp();
-      }
-      if ((threadIdx.x & 31) < 16) store_shared_v2_s32(shared.keys_of_row(row), {keys.first, keys.end});
-      if constexpr (kReadsBand) {
-        named_barrier_sync<128>(1 + first_row / 64);
-      } else {
-        __syncwarp();
-      }
+    // The keys that each of the warpgroup's queries sees, for all of the tile. Rows behind the last query are like it.
+    __device__ __forceinline__ int noted_row() const { return first_row + (threadIdx.x & 15); }
+    __device__ __forceinline__ void note_keys(const Range& keys) const {
+      wait_for_warpgroup();  // all have read those of the tile before
+      if ((threadIdx.x & 31) < 16) store_shared_v2_s32(shared.keys_of_row(noted_row()), {keys.first, keys.end});
+      wait_for_warpgroup();
     }
+
+    __device__ __forceinline__ void wait_for_warpgroup() const { named_barrier_sync<128>(1 + first_row / 64); }
 
     // The keys that the warpgroup's queries see, as noted.
-    static constexpr bool kReadsBand = kHeadDim >= 128;  // no registers are left to keep it in
     __device__ __forceinline__ Band read_band() const {
       int of_first[2], of_last[2];
       load_shared_v2_s32(of_first, shared.keys_of_row(first_row / 64 * 64));
@@ -765,11 +758,13 @@ struct ForwardSm90 {
     }
 
     // kBanded: the same.
-    __device__ __forceinline__ void step_whole(const Work& work, Step step, bool is_plain) {
+    template <typename IsPlain>
+    __device__ __forceinline__ void step_whole(const Work& work, Step step, IsPlain is_plain) {
       start_qk();
       start_whole_pv();
+      const bool plain = is_plain(step);
       finish_qk<1>();
-      if (!is_plain) finish_band_scores(work, step, k_stage.previous());
+      if (!plain) finish_band_scores(work, step, k_stage.previous());
       make_p();
     }
 
@@ -793,11 +788,13 @@ struct ForwardSm90 {
 
     // O and the row sums of a tile.
     __device__ __forceinline__ void attend_band(const Work& work) {
-      const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
+      // Its rows may all be behind the last query.
+      const bool has_rows = work.first_query + first_row / 64 * 64 < params.seq_len_q;
+      const Band band = has_rows ? read_band() : Band{};
       const Range own = band.any;
       const auto reaches = [&](Step step) { return step.first_key() + kBlockK > own.first; };
       const auto is_plain = [&](Step step) {
-        const Range all = kReadsBand ? read_band().all : band.all;
+        const Range all = kHeadDim >= 128 ? read_band().all : band.all;  // no registers are left to keep it in
         const int first_key = step.first_key();
         return params.l2norm_qk && step.is_whole() && all.first <= first_key && first_key + kBlockK <= all.end;
       };
@@ -829,7 +826,7 @@ struct ForwardSm90 {
 #pragma unroll 1
           while (reaches(next)) {
             step = next;
-            step_whole(work, step, is_plain(step));
+            step_whole(work, step, is_plain);
           }
           start_whole_pv();
 #pragma unroll
@@ -924,7 +921,7 @@ struct ForwardSm90 {
         if (lane == 0) tma_store_wait_read();  // the tile before has left
         __syncwarp();
       } else {
-        named_barrier_sync<128>(1 + first_row / 64);
+        wait_for_warpgroup();
       }
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
