@@ -314,6 +314,8 @@ def _measure(
         with torch.no_grad():
             result["host_us_no_grad"] = timer.host_us(attend_detached)
         result["host_us_grad"] = timer.host_us(attend)
+        if "both_ms" in directions:
+            result["host_us_both"] = timer.host_us(both)
     if "forward_ms" in directions:
         with torch.no_grad():
             result["forward_ms"] = timer.median_ms(captured(attend_detached) if graphs else attend_detached)
@@ -613,13 +615,15 @@ def _accuracy_table(case: Case, errors: dict[str, dict[str, float]]) -> Table:
 
 
 def _host_table(case: Case, measured: dict[str, dict]) -> Table:
-    table = Table(title=f"host time of a forward call in us\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+    table = Table(title=f"host time of a call in us\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
     table.add_column("contender")
-    table.add_column("without gradient", justify="right")
-    table.add_column("with gradient", justify="right")
+    columns = {"host_us_no_grad": "without gradient", "host_us_grad": "with gradient", "host_us_both": "and backward"}
+    columns = {key: head for key, head in columns.items() if any(key in result for result in measured.values())}
+    for head in columns.values():
+        table.add_column(head, justify="right")
     for name, result in measured.items():
         if "host_us_grad" in result:
-            table.add_row(name, f"{result['host_us_no_grad']:.1f}", f"{result['host_us_grad']:.1f}")
+            table.add_row(name, *(f"{result[key]:.1f}" for key in columns))
     return table
 
 

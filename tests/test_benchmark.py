@@ -114,7 +114,9 @@ def test_a_run_writes_its_tables_numbers_and_plot(tmp_path, capsys):
     assert {(row["dtype"], row["seq_len"], row["contender"]) for row in found["rows"]} == expected
     assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 for row in found["rows"])
     for row in found["rows"]:  # the host's time where it is not the device's
-        assert (row["seq_len"] == 16) == ("host_us_grad" in row) == ("host_us_no_grad" in row)
+        assert (
+            (row["seq_len"] == 16) == ("host_us_grad" in row) == ("host_us_no_grad" in row) == ("host_us_both" in row)
+        )
         assert row["cosine"] == ("no norm" not in row["contender"])
     assert {(row["dtype"], row["contender"]) for row in found["accuracy"]} == {(d, n) for d, _, n in expected}
     assert found["refused"].keys() == found["gemm_tflops"].keys() == {"float32", "bfloat16"}
@@ -231,9 +233,9 @@ def test_calls_are_made_with_one_kernel_and_with_gradient_only_where_it_is_timed
 
     contender = Contender("flash", attend, False, SDPBackend.FLASH_ATTENTION)
     result = benchmark.measure(contender, case(), Timer(CPU, 2), {"forward_ms", "both_ms"}, host=True)
-    assert list(result) == ["host_us_no_grad", "host_us_grad", "forward_ms", "both_ms"]
+    assert list(result) == ["host_us_no_grad", "host_us_grad", "host_us_both", "forward_ms", "both_ms"]
     host, calls = 3 + Timer.HOST_ROUNDS * Timer.HOST_CALLS, 3 + 2
-    assert seen == [(grad, grad, False) for grad, n in ((False, host), (True, host), (False, calls), (True, calls))
+    assert seen == [(grad, grad, False) for grad, n in ((False, host), (True, 2 * host), (False, calls), (True, calls))
                     for _ in range(n)]  # fmt: skip
     assert torch.backends.cuda.math_sdp_enabled()
 
