@@ -1,0 +1,540 @@
+"""Attention of Hugging Face transformers' models: an attention function, and the mask function that belongs to it.
+
+    from flash_cosine_sim_attention.huggingface import register
+    register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="cosine_sim")
+
+It computes what the model's eager attention does, softmax(scaling * q k^T) v of the q and k that the model passes. It
+serves layers that pass them through an RMS norm without weights first, for these logits are bounded, which is all that
+cosine attention asks for. Normalising once more would round q and k once more, and would hide a gain behind the norm,
+and the norm's eps: so they are taken as they are (l2norm_qk=False), unless `fold_norms` has moved the norms in here.
+
+A mask in transformers is as large as the scores, so what it hides is passed on as a description instead (`Visible`).
+All that is not understood raises: nothing is left out without a word.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .interface import MAX_LOGIT, flash_cosine_sim_attention, flash_cosine_sim_attention_varlen
+from .ops import constant_when_compiled
+
+try:
+    # By name: transformers is optional, and what it says of its types differs between versions.
+    _masks: Any = importlib.import_module("transformers.masking_utils")
+    _models: Any = importlib.import_module("transformers.modeling_utils")
+except ImportError as error:
+    raise ImportError(
+        f"flash_cosine_sim_attention.huggingface needs transformers, and importing that failed ({error}): "
+        'pip install "transformers>=5.4"'
+    ) from error
+
+from .huggingface_mask import Visible, cosine_sim_mask
+
+__all__ = ["Visible", "cosine_sim_attention", "cosine_sim_mask", "fold_norms", "new_model_attention", "register"]
+
+# Attention classes of transformers whose q and k come out of RMS norms without weights, with nothing behind these but
+# a rotation and a gain: the attribute that holds it, "" for none. By class, for norms alone prove nothing: Dory's layers
+# have such ones, and a learned gain for each channel behind them.
+_NORMALISING: dict[tuple[str, str], str] = {
+    ("transformers.models.llama4.modeling_llama4", "Llama4TextAttention"): "",
+    ("transformers.models.nanochat.modeling_nanochat", "NanoChatAttention"): "",
+    ("transformers.models.muse_glimmer.modeling_muse_glimmer", "MuseGlimmerTextAttention"): "qk_scale_factor",
+}
+_NORMS = ("qk_norm", "q_norm", "k_norm")  # what these layers call them
+# Arguments that models hand through to attention and that change nothing in it. Positions do not either: q and k are
+# rotated, and packed sequences show in the mask.
+_HARMLESS = {
+    "cache",
+    "cache_position",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+# exp of less is 0 in float32, in which models take their softmax.
+_LOG_OF_ZERO = -104.0
+
+
+class _Logits(NamedTuple):
+    """How a layer's logits are computed of its q and k."""
+
+    scale: float
+    l2norm_qk: bool
+    largest: float  # no logit is further from 0
+
+
+def register(name: str = "cosine_sim", *, allow_new_model: bool = False) -> None:
+    """Makes attn_implementation=name known to transformers: the attention function and the mask function.
+
+    Args:
+        name: without "flash", "paged", "|" and "/", which mean something to transformers; and none that is taken.
+        allow_new_model: take layers without a norm on q and k, too (see new_model_attention). With weights that were
+            trained with another attention that gives another, untrained model.
+
+    Raises:
+        ValueError: name is not as above.
+    """
+    attention = new_model_attention if allow_new_model else cosine_sim_attention
+    taken = _models.AttentionInterface._global_mapping.get(name)
+    if taken not in (None, cosine_sim_attention, new_model_attention):
+        raise ValueError(f"name must be one that transformers does not know, got {name!r}")
+    if not name or any(word in name for word in ("flash", "paged", "|", "/")):
+        raise ValueError(f'name must be without "flash", "paged", "|" and "/", got {name!r}')
+    _models.AttentionInterface.register(name, attention)
+    _masks.AttentionMaskInterface.register(name, cosine_sim_mask)
+
+
+def cosine_sim_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling * query key^T) value for a layer that has normalised query and key.
+
+    Args:
+        module: the layer. Its class is one of transformers' that normalise without weights, or it has an attribute
+            cosine_sim_gain: |query| |key| <= cosine_sim_gain * head_dim for all rows, as after RMS norms with
+            gains whose product that is.
+        query: (batch, num_heads, seq_len_q, head_dim).
+        key, value: (batch, num_kv_heads, seq_len_k, head_dim) where num_kv_heads divides num_heads.
+        attention_mask: of cosine_sim_mask. Or a tensor that broadcasts to (batch, num_heads, seq_len_q, seq_len_k),
+            the same for all heads, bool or added to the logits, which hides keys, the future, or both. Of those that
+            are added, 0 shows a key, and what makes its weight 0 in float32 hides it; a row that hides all keys by
+            finite values means what it means in eager attention. Or None: what is_causal says.
+        scaling: head_dim ** -0.5 by default.
+        dropout: must be 0.
+        is_causal: the layer's attribute by default. A mask says it, too; then they must agree.
+        sliding_window: each query sees itself and so many keys less one before it. As is_causal.
+        cu_seq_lens_q, cu_seq_lens_k: (num_sequences + 1,), packed sequences in the rows of all of the batch, which
+            they divide up without a rest; both or neither.
+        others: those that change nothing in attention, or that are None.
+
+    Returns:
+        (batch, seq_len_q, num_heads, head_dim) and None, for there are no weights to return. A query that sees no key,
+        such as a padded one, yields zeros.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or the layer does not normalise.
+        NotImplementedError: a mask that is a tensor, under torch.compile.
+    """
+    _refuse(module, dropout, others)
+    logits = _logits(module, query.shape[-1], scaling)
+    if logits is None:
+        raise ValueError(
+            f"{_name(module)} is not known to normalise q and k without weights, so its attention is another function "
+            "than cosine attention: take another attn_implementation, such as 'sdpa', for this model. To train a new "
+            "model, from scratch: register(allow_new_model=True). A layer of your own that does normalise says so by "
+            "an attribute, cosine_sim_gain = 1.0"
+        )
+    visible, even = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
+    return _attend(module, query, key, value, visible, even, cu_seq_lens_q, cu_seq_lens_k, logits), None
+
+
+def new_model_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """cosine_sim_attention for layers that do not normalise, too: as if an RMS norm without weights came before.
+
+    That is softmax(scaling * head_dim * cos(query, key)) value: the lengths of query and key have no say. Layers that
+    normalise are computed as they are. A layer that says something by the length of its queries, as Llama-4 does with
+    its temperature, raises a ValueError.
+    """
+    _refuse(module, dropout, others)
+    logits = _logits(module, query.shape[-1], scaling) or _new_logits(module, query.shape[-1], scaling)
+    visible, even = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
+    return _attend(module, query, key, value, visible, even, cu_seq_lens_q, cu_seq_lens_k, logits), None
+
+
+def fold_norms(model: nn.Module) -> int:
+    """Moves the norms of q and k into the attention call, in place: two passes over q and k less, in each direction.
+
+    For layers of transformers whose norms have no weights, under an attn_implementation that `register` has made
+    known. The checkpoint stays what it is. Norms lose their eps, which matters to vectors almost as short as it. A
+    cache then holds keys before their norm, which each token that is generated normalises again: this is for training.
+
+    Returns:
+        The number of layers whose norms were moved.
+
+    Raises:
+        ValueError: there is no such layer.
+        RuntimeError: attn_implementation is another one.
+    """
+    layers = [module for module in model.modules() if _has_norms_to_fold(module)]
+    if not layers:
+        raise ValueError(f"model must have layers that normalise without weights, {type(model).__name__} has none")
+    for layer in layers:
+        _ours(layer.config)
+        for name in _NORMS:
+            if hasattr(layer, name):
+                setattr(layer, name, _FoldedNorm(layer.config))
+    return len(layers)
+
+
+class _FoldedNorm(nn.Module):
+    """Stands where a norm was that cosine_sim_attention now applies."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        _ours(self.config)
+        return x
+
+
+def _ours(config: Any) -> None:
+    name = config._attn_implementation
+    if _models.AttentionInterface._global_mapping.get(name) not in (cosine_sim_attention, new_model_attention):
+        raise RuntimeError(
+            f"fold_norms moves norms into cosine attention, and attn_implementation is {name!r}, which does not "
+            "normalise: it must be a name that was registered"
+        )
+
+
+def _has_norms_to_fold(module: nn.Module) -> bool:
+    return not hasattr(module, "cosine_sim_gain") and _gain(module) is not None and not _is_folded(module)
+
+
+def _is_folded(module: nn.Module) -> bool:
+    return any(isinstance(getattr(module, name, None), _FoldedNorm) for name in _NORMS)
+
+
+def _logits(module: nn.Module, head_dim: int, scaling: float | None) -> _Logits | None:
+    """Of a layer that normalises, or whose norms were folded; None: it is not known to."""
+    gain = _gain(module)
+    if gain is None:
+        return None
+    scale = head_dim**-0.5 if scaling is None else scaling
+    largest = scale * head_dim * gain
+    _check_largest(module, "scaling * head_dim * gain", largest)
+    return _Logits(largest, True, largest) if _is_folded(module) else _Logits(scale, False, largest)
+
+
+def _new_logits(module: nn.Module, head_dim: int, scaling: float | None) -> _Logits:
+    """Of a layer that does not normalise."""
+    _refuse_temperatures(module)
+    scale = (head_dim**-0.5 if scaling is None else scaling) * head_dim
+    _check_largest(module, "scaling * head_dim", scale)
+    return _Logits(scale, True, scale)
+
+
+def _check_largest(module: nn.Module, name: str, largest: float) -> None:
+    if not 0 < largest <= MAX_LOGIT:
+        raise ValueError(
+            f"{name}, the largest logit, must be above 0 and at most {MAX_LOGIT}, got {largest} from {_name(module)}"
+        )
+
+
+def _name(module: nn.Module) -> str:
+    return f"layer {getattr(module, 'layer_idx', '(without a number)')} ({type(module).__name__})"
+
+
+def _gain(module: nn.Module) -> float | None:
+    """The gain behind RMS norms without weights, of q times of k; None: there may be no such norms."""
+    declared = getattr(module, "cosine_sim_gain", None)
+    if declared is not None:
+        return float(declared)
+    norms = [type(getattr(module, name)) for name in _NORMS if hasattr(module, name)]
+    attribute = _gain_attribute(type(module), tuple(norms))
+    return None if attribute is None else float(getattr(module, attribute)) if attribute else 1.0
+
+
+@constant_when_compiled  # which does not know names of functions
+def _gain_attribute(layer: type[nn.Module], norms: tuple[type[nn.Module], ...]) -> str | None:
+    """What _NORMALISING says of a layer with such norms; None if it is not there, or has none.
+
+    The class that forward comes from counts: a subclass that only shards the layer is no other layer.
+    """
+    forward: Any = layer.forward
+    place = forward.__module__, forward.__qualname__.removesuffix(".forward")
+    # Llama-4 has no norms where it does not rotate, or by its configuration. And somebody may have replaced them.
+    own = all(norm is _FoldedNorm or norm.__module__ == place[0] for norm in norms)
+    return _NORMALISING.get(place) if norms and own else None
+
+
+def _refuse_temperatures(module: nn.Module) -> None:
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        raise ValueError(
+            f"{_name(module)} multiplies its queries by a temperature for each position, which the norm would undo: "
+            "set attn_temperature_tuning=False in the configuration"
+        )
+    if "llama_4_scaling_beta" in (getattr(getattr(module, "config", None), "rope_parameters", None) or {}):
+        raise ValueError(
+            f"{_name(module)} multiplies its queries by a temperature for each position, which the norm would undo: "
+            "take llama_4_scaling_beta out of the configuration's rope_parameters"
+        )
+
+
+def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"dropout must be 0, got {dropout} from {_name(module)}: cosine attention has none. Set the "
+            "configuration's attention_dropout to 0"
+        )
+    if others.pop("output_attentions", None):
+        raise ValueError(
+            f"output_attentions must be false, got true for {_name(module)}: the weights are never there as a whole. "
+            "Take attn_implementation='eager' to look at them"
+        )
+    unknown = {name for name, argument in others.items() if argument is not None} - _HARMLESS
+    if unknown:
+        raise ValueError(
+            f"{_name(module)} passes {', '.join(sorted(unknown))} to its attention, which cosine attention does not "
+            "know; it must be None"
+        )
+
+
+def _visible(
+    module: nn.Module,
+    mask: Visible | Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    logits: _Logits,
+) -> tuple[Visible, Tensor | None]:
+    """What each query sees; of rows that a tensor hides finitely, which keys share them evenly (see _of_tensor)."""
+    if isinstance(mask, Visible):
+        _check_agreement(module, mask, query, key, is_causal, sliding_window)
+        return mask, None
+    if mask is None:
+        return _without_mask(module, query, key, is_causal, sliding_window), None
+    return _of_tensor(module, mask, query, key, sliding_window, logits.largest)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible,
+    even: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    logits: _Logits,
+) -> Tensor:
+    """(batch, seq_len_q, num_heads, head_dim)."""
+    key, value = key[:, :, : visible.num_keys], value[:, :, : visible.num_keys]
+    cu_seqlens = _packing(module, visible, query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if cu_seqlens is not None:
+        return _attend_packed(query, key, value, visible, cu_seqlens, logits)
+    o = flash_cosine_sim_attention(
+        query, key, value, visible.keys, scale=logits.scale, causal=visible.causal, l2norm_qk=logits.l2norm_qk,
+        window_size=visible.window,
+    )  # fmt: skip
+    if even is not None:
+        o = torch.where(even.any(-1, keepdim=True), _means(even, value, query), o)
+    return o.transpose(1, 2).contiguous()
+
+
+def _without_mask(
+    module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, sliding_window: int | None
+) -> Visible:
+    seq_len_q, seq_len_k = query.shape[2], key.shape[2]
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    if is_causal and seq_len_q not in (1, seq_len_k):
+        raise ValueError(
+            f"{_name(module)} is causal and passes no attention_mask: then it must have 1 query or as many as keys, "
+            f"got {seq_len_q} and {seq_len_k}"
+        )
+    if sliding_window is not None and not is_causal:
+        raise ValueError(f"{_name(module)} passes sliding_window={sliding_window} without causality or attention_mask")
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    return Visible(seq_len_q, seq_len_k, seq_len_k, is_causal, window, None, None, None)
+
+
+def _check_agreement(
+    module: nn.Module,
+    visible: Visible,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> None:
+    lengths = query.shape[2], key.shape[2]
+    if lengths != (visible.seq_len_q, visible.seq_len_k):
+        raise ValueError(
+            f"attention_mask is for {visible.seq_len_q} queries and {visible.seq_len_k} keys, {_name(module)} has "
+            f"{lengths[0]} and {lengths[1]}"
+        )
+    if lengths[0] == 1:  # the keys say all
+        return
+    if is_causal is not None and is_causal is not visible.causal:
+        raise ValueError(f"{_name(module)} passes is_causal={is_causal}, but its mask is for {visible.causal}")
+    left = visible.window[0] if visible.window[0] >= 0 else visible.seq_len_k
+    if sliding_window is not None and min(sliding_window - visible.causal, visible.seq_len_k) != min(
+        left, visible.seq_len_k
+    ):
+        raise ValueError(
+            f"{_name(module)} passes sliding_window={sliding_window}, but its mask has window_size={visible.window}"
+        )
+
+
+def _packing(
+    module: nn.Module,
+    visible: Visible,
+    query: Tensor,
+    key: Tensor,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Where the sequences begin among queries and among keys, if they are packed: what the model says itself, first."""
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        if visible.one_sequence is not None:
+            torch._assert_async(
+                visible.one_sequence,
+                "position_ids that begin anew, chunks and blocks cannot be seen under torch.compile: pass packed "
+                "sequences as cu_seq_lens_q and cu_seq_lens_k, too",
+            )
+        return None if visible.cu_seqlens is None else (visible.cu_seqlens, visible.cu_seqlens)
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError(f"{_name(module)} must get both cu_seq_lens_q and cu_seq_lens_k, or neither")
+    if visible.keys is not None:
+        raise ValueError(f"{_name(module)} gets cu_seq_lens_q and a padded attention_mask: it must be one of them")
+    bounds = []
+    for name, cu_seqlens, rows in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
+        total = rows.shape[0] * rows.shape[2]
+        complete = cu_seqlens[-1] == total
+        message = f"{name} must end with the number of rows of {_name(module)}, {total}"
+        if torch.compiler.is_compiling():
+            torch._assert_async(complete, message)
+        elif not complete:
+            raise ValueError(f"{message}, got {cu_seqlens[-1].item()}")
+        bounds.append(cu_seqlens.int())
+    if visible.cu_seqlens is not None and not torch.equal(visible.cu_seqlens, bounds[0]):
+        raise ValueError(
+            f"{_name(module)} gets cu_seq_lens_q {bounds[0].tolist()}, but its mask, by position_ids, has sequences at "
+            f"{visible.cu_seqlens.tolist()}"
+        )
+    return bounds[0], bounds[1]
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible,
+    cu_seqlens: tuple[Tensor, Tensor],
+    logits: _Logits,
+) -> Tensor:
+    """(batch, seq_len_q, num_heads, head_dim)."""
+    batch, num_heads, seq_len_q, head_dim = query.shape
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (total, heads, head_dim)
+    o = flash_cosine_sim_attention_varlen(
+        q, k, v, *cu_seqlens, q.shape[0], k.shape[0], scale=logits.scale, causal=visible.causal,
+        l2norm_qk=logits.l2norm_qk, window_size=visible.window,
+    )  # fmt: skip
+    return o.view(batch, seq_len_q, num_heads, head_dim)
+
+
+def _of_tensor(
+    module: nn.Module, mask: Tensor, query: Tensor, key: Tensor, sliding_window: int | None, largest_logit: float
+) -> tuple[Visible, Tensor | None]:
+    """What a mask of the caller's own shows; of rows that it hides finitely, which keys share them evenly.
+
+    The latter are bool (batch or 1, 1, seq_len_q, seq_len_k), all False in other rows; None: there is no such row.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{_name(module)} gets an attention_mask for each query and key, whose values cannot be read under "
+            "torch.compile: pass (batch, seq_len), or cu_seq_lens_q and cu_seq_lens_k"
+        )
+    shape = (*query.shape[:3], key.shape[2])
+    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+        raise ValueError(
+            f"attention_mask must broadcast to (batch, num_heads, seq_len_q, seq_len_k) = {shape}, got "
+            f"{tuple(mask.shape)} in {_name(module)}"
+        )
+    mask = mask.expand(-1, -1, *shape[2:])
+    if not bool((mask == mask[:, :1]).all()):  # not NaN either
+        raise ValueError(f"attention_mask must be the same for all heads and without NaN, in {_name(module)} it is not")
+    mask = mask[:, 0]
+    shown, even = (mask, None) if mask.dtype == torch.bool else _shown(module, mask, query.dtype, largest_logit)
+    keys = shown.any(-2)  # (batch or 1, seq_len_k)
+    causal, window = _structure(module, shown, keys, sliding_window)
+    keys = keys.expand(shape[0], -1)
+    visible = Visible(shape[2], shape[3], shape[3], causal, window, None if bool(keys.all()) else keys, None, None)
+    return visible, None if even is None else even.unsqueeze(1)
+
+
+def _shown(module: nn.Module, mask: Tensor, dtype: torch.dtype, largest_logit: float) -> tuple[Tensor, Tensor | None]:
+    """As _of_tensor, of a mask that is added to logits of that dtype, (batch or 1, seq_len_q, seq_len_k)."""
+    if not mask.is_floating_point():
+        raise TypeError(f"attention_mask must be bool or of a floating dtype, got {mask.dtype} in {_name(module)}")
+    shown, hidden = mask == 0, mask <= _LOG_OF_ZERO - 2 * largest_logit
+    if not bool((shown | hidden).all()):
+        raise ValueError(
+            f"attention_mask must be 0 where a key is seen and at most {_LOG_OF_ZERO - 2 * largest_logit:.0f} where it "
+            f"is not, got {mask[~(shown | hidden)][0].item()} in {_name(module)}: a bias is not honoured"
+        )
+    largest = mask.amax(-1, keepdim=True) if mask.shape[-1] else mask
+    lost = hidden.all(-1, keepdim=True) & largest.isfinite()
+    if not bool(lost.any()):
+        return shown, None
+    # Eager attention adds such values to the logits, in whose dtype the sum is the value itself where it is large
+    # enough: the keys with the largest value share the row, evenly.
+    resolution = torch.finfo(torch.promote_types(mask.dtype, dtype)).eps * largest[lost].abs().min().item() / 4
+    if resolution <= largest_logit:
+        raise ValueError(
+            f"attention_mask hides all keys of a query in {_name(module)} by {largest[lost].max().item()}, which "
+            "leaves the differences between the logits: take -inf, or the smallest number of its dtype"
+        )
+    return shown, lost & (mask == largest)
+
+
+def _structure(
+    module: nn.Module, shown: Tensor, keys: Tensor, sliding_window: int | None
+) -> tuple[bool, tuple[int, int]]:
+    """causal and window_size of a mask, (batch or 1, seq_len_q, seq_len_k), that shows `keys` to some query."""
+    seq_len_q, seq_len_k = shown.shape[1:]
+    if torch.equal(shown, keys[:, None].expand_as(shown)):
+        return False, (-1, -1)
+    past = torch.ones_like(shown[0]).tril(seq_len_k - seq_len_q)
+    if torch.equal(shown, keys[:, None] & past):
+        return True, (-1, 0)
+    if sliding_window is not None and torch.equal(
+        shown, keys[:, None] & past.triu(seq_len_k - seq_len_q - sliding_window + 1)
+    ):
+        return True, (sliding_window - 1, 0)
+    raise ValueError(
+        f"attention_mask must hide keys, the future, or both, aligned with the last key, in {_name(module)} it does "
+        "something else. Pass (batch, seq_len) for padding; for packed sequences position_ids that begin anew, or "
+        "cu_seq_lens_q and cu_seq_lens_k"
+    )
+
+
+def _means(even: Tensor, value: Tensor, query: Tensor) -> Tensor:
+    """(batch, num_heads, seq_len_q, head_dim): the mean of the values that share a row; 0 where none does."""
+    weights = even.float() / even.sum(-1, keepdim=True).clamp(min=1)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return weights.to(value.dtype).expand(value.shape[0], -1, -1, -1) @ value
