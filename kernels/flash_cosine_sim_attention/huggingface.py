@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .interface import MAX_LOGIT, flash_cosine_sim_attention, flash_cosine_sim_attention_varlen
 from .ops import constant_when_compiled
+from .reference import l2norm_tensors
 
 try:
     # By name: transformers is optional, and what it says of its types differs between versions.
@@ -37,16 +38,15 @@ from .huggingface_mask import Visible, cosine_sim_mask
 __all__ = ["Visible", "cosine_sim_attention", "cosine_sim_mask", "fold_norms", "new_model_attention", "register"]
 
 # Attention classes of transformers whose q and k come out of RMS norms without weights, with nothing behind these but
-# a rotation and a gain: the attribute that holds it, "" for none. By class, for norms alone prove nothing: Dory's layers
-# have such ones, and a learned gain for each channel behind them.
+# a rotation and a gain: the attribute that holds it, "" for none. By class, for norms alone prove nothing: those of
+# Dory's layers are followed by a learned gain for each channel.
 _NORMALISING: dict[tuple[str, str], str] = {
     ("transformers.models.llama4.modeling_llama4", "Llama4TextAttention"): "",
     ("transformers.models.nanochat.modeling_nanochat", "NanoChatAttention"): "",
     ("transformers.models.muse_glimmer.modeling_muse_glimmer", "MuseGlimmerTextAttention"): "qk_scale_factor",
 }
 _NORMS = ("qk_norm", "q_norm", "k_norm")  # what these layers call them
-# Arguments that models hand through to attention and that change nothing in it. Positions do not either: q and k are
-# rotated, and packed sequences show in the mask.
+# Arguments that models hand through to attention and that change nothing in it.
 _HARMLESS = {
     "cache",
     "cache_position",
@@ -56,7 +56,6 @@ _HARMLESS = {
     "output_hidden_states",
     "output_router_logits",
     "past_key_values",
-    "position_ids",
     "return_dict",
     "use_cache",
 }
@@ -105,6 +104,7 @@ def cosine_sim_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """softmax(scaling * query key^T) value for a layer that has normalised query and key.
@@ -125,6 +125,8 @@ def cosine_sim_attention(
         sliding_window: each query sees itself and so many keys less one before it. As is_causal.
         cu_seq_lens_q, cu_seq_lens_k: (num_sequences + 1,), packed sequences in the rows of all of the batch, which
             they divide up without a rest; both or neither.
+        position_ids: (batch or 1, seq_len_q). q and k are rotated already; but where these begin anew, sequences are
+            packed, which transformers itself overlooks if it makes a cache: that raises an error, in the first layer.
         others: those that change nothing in attention, or that are None.
 
     Returns:
@@ -144,8 +146,13 @@ def cosine_sim_attention(
             "model, from scratch: register(allow_new_model=True). A layer of your own that does normalise says so by "
             "an attribute, cosine_sim_gain = 1.0"
         )
-    visible, even = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    return _attend(module, query, key, value, visible, even, cu_seq_lens_q, cu_seq_lens_k, logits), None
+    visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
+    if cu_seq_lens_q is None:
+        _refuse_hidden_packing(module, visible, position_ids)
+    o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
+    if lost is not None:
+        o = _as_eager(o, query, key, value, attention_mask, lost, logits)
+    return o.transpose(1, 2).contiguous(), None
 
 
 def new_model_attention(
@@ -160,6 +167,7 @@ def new_model_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """cosine_sim_attention for layers that do not normalise, too: as if an RMS norm without weights came before.
@@ -170,8 +178,13 @@ def new_model_attention(
     """
     _refuse(module, dropout, others)
     logits = _logits(module, query.shape[-1], scaling) or _new_logits(module, query.shape[-1], scaling)
-    visible, even = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    return _attend(module, query, key, value, visible, even, cu_seq_lens_q, cu_seq_lens_k, logits), None
+    visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
+    if cu_seq_lens_q is None:
+        _refuse_hidden_packing(module, visible, position_ids)
+    o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
+    if lost is not None:
+        o = _as_eager(o, query, key, value, attention_mask, lost, logits)
+    return o.transpose(1, 2).contiguous(), None
 
 
 def fold_norms(model: nn.Module) -> int:
@@ -313,6 +326,24 @@ def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
         )
 
 
+def _refuse_hidden_packing(module: nn.Module, visible: Visible, position_ids: Tensor | None) -> None:
+    told = visible.cu_seqlens is not None or visible.one_sequence is not None or visible.keys is not None
+    if told or position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return
+    if getattr(module, "layer_idx", 0) != 0:  # all get the same, and on a GPU this waits for it
+        return
+    rising = (position_ids.diff() == 1).all()
+    message = (
+        f"{_name(module)} gets position_ids that begin anew, but a mask of one sequence: with a cache or an "
+        "attention_mask transformers overlooks packed sequences. Pass use_cache=False and no attention_mask, or "
+        "cu_seq_lens_q and cu_seq_lens_k"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(rising, message)
+    elif not rising:
+        raise ValueError(message)
+
+
 def _visible(
     module: nn.Module,
     mask: Visible | Tensor | None,
@@ -322,7 +353,7 @@ def _visible(
     sliding_window: int | None,
     logits: _Logits,
 ) -> tuple[Visible, Tensor | None]:
-    """What each query sees; of rows that a tensor hides finitely, which keys share them evenly (see _of_tensor)."""
+    """What each query sees; and which of them see nothing, but by finite values (see _of_tensor)."""
     if isinstance(mask, Visible):
         _check_agreement(module, mask, query, key, is_causal, sliding_window)
         return mask, None
@@ -337,23 +368,19 @@ def _attend(
     key: Tensor,
     value: Tensor,
     visible: Visible,
-    even: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
     logits: _Logits,
 ) -> Tensor:
-    """(batch, seq_len_q, num_heads, head_dim)."""
+    """(batch, num_heads, seq_len_q, head_dim)."""
     key, value = key[:, :, : visible.num_keys], value[:, :, : visible.num_keys]
     cu_seqlens = _packing(module, visible, query, key, cu_seq_lens_q, cu_seq_lens_k)
     if cu_seqlens is not None:
         return _attend_packed(query, key, value, visible, cu_seqlens, logits)
-    o = flash_cosine_sim_attention(
+    return flash_cosine_sim_attention(
         query, key, value, visible.keys, scale=logits.scale, causal=visible.causal, l2norm_qk=logits.l2norm_qk,
         window_size=visible.window,
     )  # fmt: skip
-    if even is not None:
-        o = torch.where(even.any(-1, keepdim=True), _means(even, value, query), o)
-    return o.transpose(1, 2).contiguous()
 
 
 def _without_mask(
@@ -391,10 +418,9 @@ def _check_agreement(
         return
     if is_causal is not None and is_causal is not visible.causal:
         raise ValueError(f"{_name(module)} passes is_causal={is_causal}, but its mask is for {visible.causal}")
-    left = visible.window[0] if visible.window[0] >= 0 else visible.seq_len_k
-    if sliding_window is not None and min(sliding_window - visible.causal, visible.seq_len_k) != min(
-        left, visible.seq_len_k
-    ):
+    furthest = lengths[1] - 1  # that a key can be away
+    left = furthest if visible.window[0] < 0 else min(visible.window[0], furthest)
+    if sliding_window is not None and min(sliding_window - visible.causal, furthest) != left:
         raise ValueError(
             f"{_name(module)} passes sliding_window={sliding_window}, but its mask has window_size={visible.window}"
         )
@@ -447,22 +473,39 @@ def _attend_packed(
     cu_seqlens: tuple[Tensor, Tensor],
     logits: _Logits,
 ) -> Tensor:
-    """(batch, seq_len_q, num_heads, head_dim)."""
     batch, num_heads, seq_len_q, head_dim = query.shape
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (total, heads, head_dim)
     o = flash_cosine_sim_attention_varlen(
         q, k, v, *cu_seqlens, q.shape[0], k.shape[0], scale=logits.scale, causal=visible.causal,
         l2norm_qk=logits.l2norm_qk, window_size=visible.window,
     )  # fmt: skip
-    return o.view(batch, seq_len_q, num_heads, head_dim)
+    return o.view(batch, seq_len_q, num_heads, head_dim).transpose(1, 2)
+
+
+def _as_eager(o: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, lost: Tensor, logits: _Logits) -> Tensor:
+    """o with its lost rows, (batch or 1, seq_len_q), as eager attention computes them, with their gradients.
+
+    To add a large value to all logits of a row rounds away how they differ, but hides none: keys that have the largest
+    value share the row.
+    """
+    rows = lost.any(0).nonzero().flatten()
+    query = query[:, :, rows]
+    if logits.l2norm_qk:
+        query, key = l2norm_tensors(query, key)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    mask = mask.expand(-1, -1, o.shape[2], -1)[:, :, rows]
+    weights = (query @ key.mT * logits.scale + mask).softmax(-1, dtype=torch.float32).to(value.dtype)
+    lost = lost[:, None, rows, None]
+    return o.index_copy(2, rows, torch.where(lost, weights @ value, o[:, :, rows]))
 
 
 def _of_tensor(
     module: nn.Module, mask: Tensor, query: Tensor, key: Tensor, sliding_window: int | None, largest_logit: float
 ) -> tuple[Visible, Tensor | None]:
-    """What a mask of the caller's own shows; of rows that it hides finitely, which keys share them evenly.
+    """What a mask of the caller's own shows; and which rows it hides all of by finite values.
 
-    The latter are bool (batch or 1, 1, seq_len_q, seq_len_k), all False in other rows; None: there is no such row.
+    The latter are bool (batch or 1, seq_len_q), or None, if there is none.
     """
     if torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -479,16 +522,16 @@ def _of_tensor(
     if not bool((mask == mask[:, :1]).all()):  # not NaN either
         raise ValueError(f"attention_mask must be the same for all heads and without NaN, in {_name(module)} it is not")
     mask = mask[:, 0]
-    shown, even = (mask, None) if mask.dtype == torch.bool else _shown(module, mask, query.dtype, largest_logit)
+    shown, lost = (mask, None) if mask.dtype == torch.bool else _shown(module, mask, largest_logit)
     keys = shown.any(-2)  # (batch or 1, seq_len_k)
     causal, window = _structure(module, shown, keys, sliding_window)
     keys = keys.expand(shape[0], -1)
     visible = Visible(shape[2], shape[3], shape[3], causal, window, None if bool(keys.all()) else keys, None, None)
-    return visible, None if even is None else even.unsqueeze(1)
+    return visible, lost
 
 
-def _shown(module: nn.Module, mask: Tensor, dtype: torch.dtype, largest_logit: float) -> tuple[Tensor, Tensor | None]:
-    """As _of_tensor, of a mask that is added to logits of that dtype, (batch or 1, seq_len_q, seq_len_k)."""
+def _shown(module: nn.Module, mask: Tensor, largest_logit: float) -> tuple[Tensor, Tensor | None]:
+    """As _of_tensor, of a mask that is added to the logits, (batch or 1, seq_len_q, seq_len_k)."""
     if not mask.is_floating_point():
         raise TypeError(f"attention_mask must be bool or of a floating dtype, got {mask.dtype} in {_name(module)}")
     shown, hidden = mask == 0, mask <= _LOG_OF_ZERO - 2 * largest_logit
@@ -497,19 +540,8 @@ def _shown(module: nn.Module, mask: Tensor, dtype: torch.dtype, largest_logit: f
             f"attention_mask must be 0 where a key is seen and at most {_LOG_OF_ZERO - 2 * largest_logit:.0f} where it "
             f"is not, got {mask[~(shown | hidden)][0].item()} in {_name(module)}: a bias is not honoured"
         )
-    largest = mask.amax(-1, keepdim=True) if mask.shape[-1] else mask
-    lost = hidden.all(-1, keepdim=True) & largest.isfinite()
-    if not bool(lost.any()):
-        return shown, None
-    # Eager attention adds such values to the logits, in whose dtype the sum is the value itself where it is large
-    # enough: the keys with the largest value share the row, evenly.
-    resolution = torch.finfo(torch.promote_types(mask.dtype, dtype)).eps * largest[lost].abs().min().item() / 4
-    if resolution <= largest_logit:
-        raise ValueError(
-            f"attention_mask hides all keys of a query in {_name(module)} by {largest[lost].max().item()}, which "
-            "leaves the differences between the logits: take -inf, or the smallest number of its dtype"
-        )
-    return shown, lost & (mask == largest)
+    lost = hidden.all(-1) & mask.isfinite().any(-1)
+    return shown, lost if bool(lost.any()) else None
 
 
 def _structure(
@@ -531,10 +563,3 @@ def _structure(
         "something else. Pass (batch, seq_len) for padding; for packed sequences position_ids that begin anew, or "
         "cu_seq_lens_q and cu_seq_lens_k"
     )
-
-
-def _means(even: Tensor, value: Tensor, query: Tensor) -> Tensor:
-    """(batch, num_heads, seq_len_q, head_dim): the mean of the values that share a row; 0 where none does."""
-    weights = even.float() / even.sum(-1, keepdim=True).clamp(min=1)
-    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return weights.to(value.dtype).expand(value.shape[0], -1, -1, -1) @ value
