@@ -91,6 +91,11 @@ def cosine_sim_mask(
     end = q_offset + q_length
     if "chunks" in parts and local_size is not None and end <= local_size:
         parts = parts - {"chunks"}  # everything is in the first one, but for padding before it, which nobody sees
+    if compiling and "chunks" in parts:
+        raise NotImplementedError(
+            f"chunks of {local_size} keys cannot be compiled for {end} queries: take at most {local_size}, or, without "
+            "torch.compile, more"
+        )
     causal = "bidirectional" not in parts
     window = (-1, 0 if causal else -1)
     if "window" in parts and local_size is not None:
