@@ -111,7 +111,7 @@ def cosine_sim_mask(
     if not compiling and keys is not None and bool(keys.all()):
         keys = None
     cu_seqlens = one_sequence = None
-    if compiling and causal and mask_function is not _masks.causal_mask_function:
+    if compiling and attention_mask is None and mask_function is not _masks.causal_mask_function and causal:
         one_sequence = _is_one_sequence(mask_function, batch_size, q_length, q_offset, device)
     elif not compiling and parts & {"chunks", "packed"}:
         cu_seqlens = _starts(mask_function, batch_size, q_length, q_offset, device)
