@@ -21,14 +21,14 @@ _AND = "and_masks.<locals>.and_mask"
 _AND_CODE = _masks.and_masks(_masks.causal_mask_function).__code__
 # Mask functions that are made of others, and the name by which they hold these.
 _MADE_OF_OTHERS = {_AND: "mask_functions", "remap_positions_for_packed_sequence.<locals>.inner_mask": "mask_function"}
-# The others that are understood.
-_PARTS = {
-    "causal_mask_function": "causal",
-    "bidirectional_mask_function": "bidirectional",
-    "sliding_window_overlay.<locals>.inner_mask": "window",
-    "sliding_window_bidirectional_overlay.<locals>.inner_mask": "window",
-    "chunked_overlay.<locals>.inner_mask": "chunks",
-    "packed_sequence_mask_function.<locals>.inner_mask": "packed",
+# The others that are understood: what they are, and the name by which they hold its size.
+_KINDS = {
+    "causal_mask_function": ("causal", ""),
+    "bidirectional_mask_function": ("bidirectional", ""),
+    "sliding_window_overlay.<locals>.inner_mask": ("window", "sliding_window"),
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask": ("window", "sliding_window"),
+    "chunked_overlay.<locals>.inner_mask": ("chunks", "chunk_size"),
+    "packed_sequence_mask_function.<locals>.inner_mask": ("packed", ""),
 }
 
 
@@ -77,48 +77,42 @@ def cosine_sim_mask(
     """
     if isinstance(attention_mask, Visible):  # it was made ahead
         return attention_mask
-    compiling = torch.compiler.is_compiling()
     if q_length == 1:
         return _of_one_query(
             batch_size, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
         )
+    compiling = torch.compiler.is_compiling()
     if compiling:
         bidirectional = allow_is_bidirectional_skip is not None
-        parts = _parts_by_arguments(mask_function, local_size, use_vmap, config, bidirectional)
+        sizes = _sizes_by_arguments(mask_function, local_size, use_vmap, config, bidirectional)
     else:
-        parts = _parts(mask_function)
+        sizes = _sizes(mask_function)
     q_offset, kv_offset = _as_int("query", q_offset), _as_int("key", kv_offset)
     end = q_offset + q_length
-    if "chunks" in parts and local_size is not None and end <= local_size:
-        parts = parts - {"chunks"}  # everything is in the first one, but for padding before it, which nobody sees
-    if compiling and "chunks" in parts:
-        raise NotImplementedError(
-            f"chunks of {local_size} keys cannot be compiled for {end} queries: take at most {local_size}, or, without "
-            "torch.compile, more"
-        )
-    causal = "bidirectional" not in parts
-    window = (-1, 0 if causal else -1)
-    if "window" in parts and local_size is not None:
-        window = (local_size - 1, 0) if causal else (local_size, local_size)
+    if sizes.get("chunks", 0) >= end:  # all is in the first one, but for padding before it, which nobody sees
+        del sizes["chunks"]
+    causal, window = _causal_and_window(sizes)
     beyond = kv_offset + kv_length - end  # keys of a static cache behind the last query
-    if beyond < 0 or (beyond > 0 and not causal and "window" in parts):
+    if beyond < 0 or (beyond > 0 and not causal and "window" in sizes):
         raise ValueError(
             f"a mask for queries {q_offset} to {end - 1} cannot have keys {kv_offset} to {kv_offset + kv_length - 1}"
         )
     num_keys = kv_length - beyond if causal else kv_length
-    keys = _padding(attention_mask, kv_length, kv_offset)
-    keys = None if keys is None else keys[:, :num_keys]
-    if not compiling and keys is not None and bool(keys.all()):
-        keys = None
+    keys = _padding(attention_mask, kv_length, kv_offset, num_keys)
     cu_seqlens = one_sequence = None
-    if compiling and attention_mask is None and mask_function is not _masks.causal_mask_function and causal:
-        one_sequence = _is_one_sequence(mask_function, batch_size, q_length, q_offset, device)
-    elif not compiling and parts & {"chunks", "packed"}:
+    if not compiling and ("chunks" in sizes or "packed" in sizes):
         cu_seqlens = _starts(mask_function, batch_size, q_length, q_offset, device)
+    if compiling and "packed" in sizes and attention_mask is None:
+        one_sequence = _is_one_sequence(mask_function, batch_size, q_length, q_offset, device)
     if cu_seqlens is not None and (keys is not None or num_keys != q_length):
         raise ValueError(
             f"packed sequences, or chunks of {local_size} keys, go neither with padding nor with a cache in front of "
             f"{q_length} queries: take shorter ones, or another attn_implementation"
+        )
+    if compiling and "chunks" in sizes:
+        raise NotImplementedError(
+            f"chunks of {local_size} keys cannot be compiled for {end} queries: take at most {local_size}, or, without "
+            "torch.compile, more"
         )
     return Visible(q_length, kv_length, num_keys, causal, window, keys, cu_seqlens, one_sequence)
 
@@ -145,14 +139,25 @@ def _of_one_query(
     return Visible(1, kv_length, kv_length, False, (-1, -1), keys, None, None)
 
 
-def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """(batch, kv_length), of what the model gets for all its keys. Those that are not mentioned are not there yet."""
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, num_keys: int) -> Tensor | None:
+    """(batch, num_keys), of what the model gets for all its keys; None: all are there.
+
+    Those that are not mentioned are not there yet.
+    """
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    keys = attention_mask[:, kv_offset : kv_offset + num_keys].bool()
+    return None if not torch.compiler.is_compiling() and bool(keys.all()) else keys
+
+
+def _causal_and_window(sizes: dict[str, int]) -> tuple[bool, tuple[int, int]]:
+    causal = "bidirectional" not in sizes
+    if "window" not in sizes:
+        return causal, (-1, 0 if causal else -1)
+    return causal, (sizes["window"] - 1, 0) if causal else (sizes["window"], sizes["window"])
 
 
 def _as_int(name: str, offset: int | Tensor) -> int:
@@ -166,27 +171,34 @@ def _as_int(name: str, offset: int | Tensor) -> int:
     return int(offset)
 
 
-def _parts(mask_function: Callable[..., Any]) -> frozenset[str]:
-    """The kinds of masks that a mask function of transformers is the intersection of."""
+def _sizes(mask_function: Callable[..., Any]) -> dict[str, int]:
+    """The kinds of masks that a mask function of transformers is the intersection of, and their sizes, or 0."""
     name = mask_function.__qualname__ if getattr(mask_function, "__module__", None) == _IN else repr(mask_function)
-    if name in _PARTS:
-        return frozenset([_PARTS[name]])
-    if name not in _MADE_OF_OTHERS:
+    if name not in _KINDS and name not in _MADE_OF_OTHERS:
         raise ValueError(
             f"a mask must be causal, a sliding window, by key, in chunks or packed, got one made by {name}: take "
             "another attn_implementation"
         )
     cells = zip(mask_function.__code__.co_freevars, mask_function.__closure__ or (), strict=True)
-    others = {name: cell.cell_contents for name, cell in cells}[_MADE_OF_OTHERS[name]]
-    return frozenset().union(*map(_parts, others if isinstance(others, tuple) else (others,)))
+    held = {variable: cell.cell_contents for variable, cell in cells}
+    if name in _KINDS:
+        kind, size = _KINDS[name]
+        return {kind: held[size] if size else 0}
+    others = held[_MADE_OF_OTHERS[name]]
+    found: dict[str, int] = {}
+    for other in others if isinstance(others, tuple) else (others,):
+        for part, length in _sizes(other).items():
+            if found.setdefault(part, length) != length:
+                raise ValueError(f"a mask must have one {part}, got sizes {found[part]} and {length}")
+    return found
 
 
-def _parts_by_arguments(
+def _sizes_by_arguments(
     mask_function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, bidirectional: bool
-) -> frozenset[str]:
-    """As _parts, where torch.compile cannot look into a function: by what transformers says beside it.
+) -> dict[str, int]:
+    """As _sizes, where torch.compile cannot look into a function: by what transformers says beside it.
 
-    What that leaves open, whether blocks or packed sequences are there, _is_one_sequence says when it runs.
+    What that leaves open, whether sequences are packed, _is_one_sequence says when it runs.
     """
     plain = mask_function in (_masks.causal_mask_function, _masks.bidirectional_mask_function)
     if use_vmap or not (plain or mask_function.__code__ is _AND_CODE):
@@ -194,16 +206,18 @@ def _parts_by_arguments(
             "under torch.compile a mask must be causal, a sliding window, by key or packed, without functions of the "
             "caller's own and without blocks: take another attn_implementation"
         )
-    parts = frozenset(["bidirectional" if bidirectional else "causal"])
+    sizes = {"bidirectional" if bidirectional else "causal": 0}
+    if not plain and not bidirectional:
+        sizes["packed"] = 0  # possibly
     if local_size is None:
-        return parts
-    sizes = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-    found = [name for name, size in sizes.items() if size == local_size]
+        return sizes
+    known = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    found = [name for name, size in known.items() if size == local_size]
     if len(found) != 1:
         raise ValueError(
-            f"under torch.compile one of {sizes} must be the size of a window or of a chunk, got {local_size}"
+            f"under torch.compile one of {known} must be the size of a window or of a chunk, got {local_size}"
         )
-    return parts | {"window" if found == ["sliding_window"] else "chunks"}
+    return {**sizes, "window" if found == ["sliding_window"] else "chunks": local_size}
 
 
 def _is_one_sequence(
