@@ -6,6 +6,7 @@ Models are small and random, made from configurations; nothing is downloaded.
 import importlib
 import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ models = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def registered():
     huggingface.register()
     huggingface.register("cosine_sim_new", allow_new_model=True)
+    huggingface.register("cosine_sim_mixed", others="sdpa")
 
 
 def tokens(batch=2, seq_len=24):
@@ -97,10 +99,10 @@ def run(model, attention, ids, **arguments):
     return out.logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def assert_equal(model, ids, rows=slice(None), dtype=torch.float64, **arguments):
+def assert_equal(model, ids, rows=slice(None), dtype=torch.float64, name="cosine_sim", **arguments):
     """Eager attention and ours: logits of those rows and all gradients."""
     model = model.to(dtype)
-    eager, ours = (run(model, attention, ids, **arguments) for attention in ("eager", "cosine_sim"))
+    eager, ours = (run(model, attention, ids, **arguments) for attention in ("eager", name))
     # The norms are in float32, whatever the model is in.
     torch.testing.assert_close(ours[0][rows], eager[0][rows], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], eager[1], rtol=1e-4, atol=1e-6)
@@ -234,6 +236,13 @@ def test_contradictory_or_incomplete_packing_raises():
             model(input_ids=ids, use_cache=False, **arguments)
 
 
+def test_a_bidirectional_model_equals_eager_attention():
+    model = nanochat()
+    model.config.is_causal = False
+    logits = assert_equal(model, tokens())[0]
+    assert not torch.allclose(logits, run(nanochat().double(), "eager", tokens())[0], atol=1e-2)
+
+
 def test_gradient_checkpointing_equals_eager_attention():
     model = nanochat().train()
     model.gradient_checkpointing_enable()
@@ -245,12 +254,18 @@ PACKED = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7, 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, arguments", [(nanochat, PACKED), (llama4, PADDED)], ids=["packed", "padded"])
-def test_compiled_in_one_graph_it_computes_the_same(make, arguments):
-    model, ids = make(num_hidden_layers=1), tokens()
-    expected = run(model, "cosine_sim", ids, **arguments)
+@pytest.mark.parametrize(
+    "make, changes, attention, arguments",
+    [
+        (nanochat, {"num_hidden_layers": 1}, "cosine_sim", PACKED),
+        (llama4, {"no_rope_layers": [1, 0]}, "cosine_sim_mixed", PADDED),
+    ],
+)
+def test_compiled_in_one_graph_it_computes_the_same(make, changes, attention, arguments):
+    model, ids = make(**changes), tokens()
+    expected = run(model, attention, ids, **arguments)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(compiled, "cosine_sim", ids, **arguments), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(compiled, attention, ids, **arguments), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -354,6 +369,11 @@ def test_a_description_shows_what_the_mask_function_shows(function, local_size, 
     visible = cosine_sim_mask(**arguments)
     expected = masking_utils.sdpa_mask(**arguments)[:, 0]
     assert torch.equal(dense(visible, 2), expected) and expected.any()
+    theirs = huggingface.dense(visible, 2, None, "cpu")  # for layers that transformers computes
+    if theirs is None:
+        assert visible.num_keys == lengths[1] and visible.keys is None
+    else:
+        assert torch.equal(theirs.expand(2, 1, -1, -1)[:, 0], expected[..., : visible.num_keys])
     assert visible.keys is None or not visible.keys.all()
 
 
@@ -429,6 +449,35 @@ def test_llama4_in_chunks_equals_eager_attention():
     model.set_attn_implementation("cosine_sim")
     with pytest.raises(ValueError, match="chunks of 8 keys, go neither with padding"):
         model(input_ids=ids, attention_mask=padding)
+
+
+def llama4_mixed(**changes):
+    """A rotary layer, then one without a norm, whose queries get a temperature that changes every 4 tokens."""
+    return llama4(no_rope_layers=[1, 0], floor_scale=4, **changes)
+
+
+def test_other_layers_by_sdpa_equal_eager_attention():
+    """As in the published models of 16 experts: one layer in four has neither rotation nor norm."""
+    model, ids = llama4_mixed(), tokens()
+    assert [hasattr(layer.self_attn, "qk_norm") for layer in model.model.layers] == [True, False]
+    logits = assert_equal(model, ids, name="cosine_sim_mixed")[0]
+    still = llama4_mixed(attn_temperature_tuning=False).double()
+    assert not torch.allclose(run(still, "eager", ids)[0][:, 4:], logits[:, 4:], atol=1e-2)
+    padding = torch.ones(2, 24, dtype=torch.int64)
+    padding[1, :5] = 0
+    kept = {"rows": padding.bool(), "dtype": torch.float32, "attention_mask": padding}
+    assert_equal(llama4_mixed(), ids, name="cosine_sim_mixed", **kept)
+    packed = {"position_ids": packed_positions(7, 17), "use_cache": False}
+    assert_equal(llama4_mixed(), ids[:1], name="cosine_sim_mixed", **packed)
+    bounds = torch.tensor([0, 7, 24])
+    by_bounds = run(model, "cosine_sim_mixed", ids[:1], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, **packed)
+    torch.testing.assert_close(by_bounds, run(model, "eager", ids[:1], **packed), rtol=1e-4, atol=1e-5)
+    model.eval()
+    generated = []
+    for attention in ("eager", "cosine_sim_mixed"):
+        model.set_attn_implementation(attention)
+        generated.append(model.generate(ids[:, :7], max_new_tokens=10, do_sample=False))
+    assert torch.equal(*generated)
 
 
 # Masks of the caller's own. -----------------------------------------------------------------------------------------
@@ -705,6 +754,10 @@ def test_registering_takes_no_name_that_means_something_else():
         with pytest.raises(ValueError, match="name must be"):
             huggingface.register(name)
     assert AttentionInterface._global_mapping["sdpa"] is not cosine_sim_attention
+    with pytest.raises(ValueError, match="others must be None or 'sdpa', got 'eager'"):
+        huggingface.register(others="eager")
+    with pytest.raises(ValueError, match="give one of them"):
+        huggingface.register(others="sdpa", allow_new_model=True)
 
 
 def test_a_model_is_made_with_it():
@@ -712,6 +765,13 @@ def test_a_model_is_made_with_it():
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cosine_sim")
     assert model.config._attn_implementation == "cosine_sim"
     model(input_ids=tokens())
+
+
+def test_the_code_of_the_page_runs():
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["model"].config._attn_implementation == "cosine_sim"
 
 
 @pytest.mark.slow

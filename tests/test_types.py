@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
-CHECKED = [PACKAGE / name for name in ("__init__.py", "interface.py", "call.py")]
+FILES = ("__init__.py", "interface.py", "call.py", "huggingface.py", "huggingface_mask.py")
+CHECKED = [PACKAGE / name for name in FILES]
 
 pytestmark = [
     pytest.mark.slow,

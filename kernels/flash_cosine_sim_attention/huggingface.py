@@ -33,9 +33,17 @@ except ImportError as error:
         'pip install "transformers>=5.4"'
     ) from error
 
-from .huggingface_mask import Visible, cosine_sim_mask
+from .huggingface_mask import Visible, cosine_sim_mask, dense
 
-__all__ = ["Visible", "cosine_sim_attention", "cosine_sim_mask", "fold_norms", "new_model_attention", "register"]
+__all__ = [
+    "Visible",
+    "cosine_sim_attention",
+    "cosine_sim_mask",
+    "fold_norms",
+    "mixed_attention",
+    "new_model_attention",
+    "register",
+]
 
 # Attention classes of transformers whose q and k come out of RMS norms without weights, with nothing behind these but
 # a rotation and a gain: the attribute that holds it, "" for none. By class, for norms alone prove nothing: those of
@@ -71,25 +79,33 @@ class _Logits(NamedTuple):
     largest: float  # no logit is further from 0
 
 
-def register(name: str = "cosine_sim", *, allow_new_model: bool = False) -> None:
+def register(name: str = "cosine_sim", *, others: str | None = None, allow_new_model: bool = False) -> None:
     """Makes attn_implementation=name known to transformers: the attention function and the mask function.
 
     Args:
         name: without "flash", "paged", "|" and "/", which mean something to transformers; and none that is taken.
-        allow_new_model: take layers without a norm on q and k, too (see new_model_attention). With weights that were
-            trained with another attention that gives another, untrained model.
+        others: what computes layers that do not normalise q and k: "sdpa", transformers' own; None: they raise.
+        allow_new_model: normalise in such layers, too (see new_model_attention). With weights that were trained with
+            another attention that gives another, untrained model. Not together with `others`.
 
     Raises:
-        ValueError: name is not as above.
+        ValueError: an argument is not as above.
     """
-    attention = new_model_attention if allow_new_model else cosine_sim_attention
-    taken = _models.AttentionInterface._global_mapping.get(name)
-    if taken not in (None, cosine_sim_attention, new_model_attention):
-        raise ValueError(f"name must be one that transformers does not know, got {name!r}")
+    if others not in (None, "sdpa"):
+        raise ValueError(f"others must be None or 'sdpa', got {others!r}")
+    if others is not None and allow_new_model:
+        raise ValueError("others and allow_new_model both say what layers without a norm are: give one of them")
     if not name or any(word in name for word in ("flash", "paged", "|", "/")):
         raise ValueError(f'name must be without "flash", "paged", "|" and "/", got {name!r}')
+    if _models.AttentionInterface._global_mapping.get(name) not in (None, *_ours()):
+        raise ValueError(f"name must be one that transformers does not know, got {name!r}")
+    attention = mixed_attention if others else new_model_attention if allow_new_model else cosine_sim_attention
     _models.AttentionInterface.register(name, attention)
     _masks.AttentionMaskInterface.register(name, cosine_sim_mask)
+
+
+def _ours() -> tuple[Any, ...]:
+    return cosine_sim_attention, mixed_attention, new_model_attention
 
 
 def cosine_sim_attention(
@@ -142,9 +158,10 @@ def cosine_sim_attention(
     if logits is None:
         raise ValueError(
             f"{_name(module)} is not known to normalise q and k without weights, so its attention is another function "
-            "than cosine attention: take another attn_implementation, such as 'sdpa', for this model. To train a new "
-            "model, from scratch: register(allow_new_model=True). A layer of your own that does normalise says so by "
-            "an attribute, cosine_sim_gain = 1.0"
+            "than cosine attention: take another attn_implementation, such as 'sdpa', for this model. If other layers "
+            "of it do normalise, register(others='sdpa') leaves those that do not to sdpa. To train a new model, from "
+            "scratch: register(allow_new_model=True). A layer of your own that normalises says so by an attribute, "
+            "cosine_sim_gain = 1.0"
         )
     visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
     if cu_seq_lens_q is None:
@@ -187,6 +204,50 @@ def new_model_attention(
     return o.transpose(1, 2).contiguous(), None
 
 
+def mixed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """cosine_sim_attention for layers that normalise, and transformers' "sdpa" for others: such as Llama-4's.
+
+    Arguments and results are those of cosine_sim_attention, in other layers, too, but that these may have a dropout.
+    Where something but the future is hidden they make a mask as large as the scores of one head.
+    """
+    if _gain(module) is not None:
+        return cosine_sim_attention(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, position_ids, **others,
+        )  # fmt: skip
+    _refuse(module, 0, others)
+    mask: Tensor | None
+    if isinstance(attention_mask, Tensor):
+        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+            raise ValueError(f"{_name(module)} gets cu_seq_lens_q and an attention_mask: it must be one of them")
+        mask, causal = attention_mask, False
+    else:
+        visible = attention_mask or _without_mask(module, query, key, is_causal, sliding_window)
+        _check_agreement(module, visible, query, key, is_causal, sliding_window)
+        key, value = key[:, :, : visible.num_keys], value[:, :, : visible.num_keys]
+        cu_seqlens = _packing(module, visible, query, key, cu_seq_lens_q, cu_seq_lens_k)
+        if cu_seq_lens_q is None:
+            _refuse_hidden_packing(module, visible, position_ids)
+        mask, causal = dense(visible, query.shape[0], cu_seqlens, query.device), visible.causal
+    sdpa = _models.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    o: Tensor = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)[0]
+    return o, None
+
+
 def fold_norms(model: nn.Module) -> int:
     """Moves the norms of q and k into the attention call, in place: two passes over q and k less, in each direction.
 
@@ -205,7 +266,7 @@ def fold_norms(model: nn.Module) -> int:
     if not layers:
         raise ValueError(f"model must have layers that normalise without weights, {type(model).__name__} has none")
     for layer in layers:
-        _ours(layer.config)
+        _require_ours(layer.config)
         for name in _NORMS:
             if hasattr(layer, name):
                 setattr(layer, name, _FoldedNorm(layer.config))
@@ -220,13 +281,13 @@ class _FoldedNorm(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        _ours(self.config)
+        _require_ours(self.config)
         return x
 
 
-def _ours(config: Any) -> None:
+def _require_ours(config: Any) -> None:
     name = config._attn_implementation
-    if _models.AttentionInterface._global_mapping.get(name) not in (cosine_sim_attention, new_model_attention):
+    if _models.AttentionInterface._global_mapping.get(name) not in _ours():
         raise RuntimeError(
             f"fold_norms moves norms into cosine attention, and attn_implementation is {name!r}, which does not "
             "normalise: it must be a name that was registered"

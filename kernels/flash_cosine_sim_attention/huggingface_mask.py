@@ -53,6 +53,9 @@ class Visible(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         return 1, 1, self.seq_len_q, self.seq_len_k
 
+    def contiguous(self) -> "Visible":
+        return self
+
 
 def cosine_sim_mask(
     batch_size: int,
@@ -115,6 +118,33 @@ def cosine_sim_mask(
             "torch.compile, more"
         )
     return Visible(q_length, kv_length, num_keys, causal, window, keys, cu_seqlens, one_sequence)
+
+
+def dense(
+    visible: Visible, batch: int, cu_seqlens: tuple[Tensor, Tensor] | None, device: torch.device | str
+) -> Tensor | None:
+    """bool (batch or 1, 1, seq_len_q, num_keys), True = attend; None: visible.causal says all, of as many queries."""
+    seq_len_q, num_keys = visible.seq_len_q, visible.num_keys
+    left, right = visible.window
+    square = not visible.causal or seq_len_q == num_keys or seq_len_q == 1
+    if square and left < 0 and (right < 0 or visible.causal) and visible.keys is None and cu_seqlens is None:
+        return None
+    queries = torch.arange(seq_len_q, device=device)[:, None] + num_keys - seq_len_q
+    distance = queries - torch.arange(num_keys, device=device)
+    shown = torch.ones_like(distance, dtype=torch.bool)[None]
+    if left >= 0:
+        shown = shown & (distance <= left)
+    if right >= 0:
+        shown = shown & (-distance <= right)
+    if cu_seqlens is not None:
+        of_q, of_k = (
+            torch.bucketize(torch.arange(batch * rows, device=device).view(batch, -1), bounds, right=True)
+            for rows, bounds in zip((seq_len_q, num_keys), cu_seqlens, strict=True)
+        )
+        shown = shown & (of_q[:, :, None] == of_k[:, None])
+    if visible.keys is not None:
+        shown = shown & visible.keys[:, None]
+    return shown[:, None]
 
 
 def _of_one_query(
