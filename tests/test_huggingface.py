@@ -229,7 +229,11 @@ def test_contradictory_or_incomplete_packing_raises():
         ),
         (
             {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "attention_mask": (ids > 9).long()},
-            "cu_seq_lens_q and a padded attention_mask",
+            "cu_seq_lens_q and an attention_mask",
+        ),
+        (
+            {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "attention_mask": torch.ones(1, 1, 24, 24).tril() > 0},
+            "cu_seq_lens_q and an attention_mask",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -750,7 +754,7 @@ def test_norms_are_folded_under_our_attention_alone():
 
 
 def test_registering_takes_no_name_that_means_something_else():
-    for name in ("sdpa", "my_flash", "paged|sdpa", "owner/kernel", ""):
+    for name in ("sdpa", "eager", "my_flash", "paged|sdpa", "owner/kernel", ""):
         with pytest.raises(ValueError, match="name must be"):
             huggingface.register(name)
     assert AttentionInterface._global_mapping["sdpa"] is not cosine_sim_attention

@@ -97,7 +97,11 @@ def register(name: str = "cosine_sim", *, others: str | None = None, allow_new_m
         raise ValueError("others and allow_new_model both say what layers without a norm are: give one of them")
     if not name or any(word in name for word in ("flash", "paged", "|", "/")):
         raise ValueError(f'name must be without "flash", "paged", "|" and "/", got {name!r}')
-    if _models.AttentionInterface._global_mapping.get(name) not in (None, *_ours()):
+    taken = {
+        _models.AttentionInterface._global_mapping.get(name),
+        _masks.AttentionMaskInterface._global_mapping.get(name),
+    }
+    if not taken <= {None, cosine_sim_mask, *_ours()}:
         raise ValueError(f"name must be one that transformers does not know, got {name!r}")
     attention = mixed_attention if others else new_model_attention if allow_new_model else cosine_sim_attention
     _models.AttentionInterface.register(name, attention)
@@ -164,8 +168,7 @@ def cosine_sim_attention(
             "cosine_sim_gain = 1.0"
         )
     visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    if cu_seq_lens_q is None:
-        _refuse_hidden_packing(module, visible, position_ids)
+    _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
     o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
     if lost is not None:
         o = _as_eager(o, query, key, value, attention_mask, lost, logits)
@@ -196,8 +199,7 @@ def new_model_attention(
     _refuse(module, dropout, others)
     logits = _logits(module, query.shape[-1], scaling) or _new_logits(module, query.shape[-1], scaling)
     visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    if cu_seq_lens_q is None:
-        _refuse_hidden_packing(module, visible, position_ids)
+    _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
     o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
     if lost is not None:
         o = _as_eager(o, query, key, value, attention_mask, lost, logits)
@@ -232,16 +234,14 @@ def mixed_attention(
     _refuse(module, 0, others)
     mask: Tensor | None
     if isinstance(attention_mask, Tensor):
-        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-            raise ValueError(f"{_name(module)} gets cu_seq_lens_q and an attention_mask: it must be one of them")
+        _check_packing(module, attention_mask, None, cu_seq_lens_q, cu_seq_lens_k, position_ids)
         mask, causal = attention_mask, False
     else:
         visible = attention_mask or _without_mask(module, query, key, is_causal, sliding_window)
         _check_agreement(module, visible, query, key, is_causal, sliding_window)
+        _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
         key, value = key[:, :, : visible.num_keys], value[:, :, : visible.num_keys]
         cu_seqlens = _packing(module, visible, query, key, cu_seq_lens_q, cu_seq_lens_k)
-        if cu_seq_lens_q is None:
-            _refuse_hidden_packing(module, visible, position_ids)
         mask, causal = dense(visible, query.shape[0], cu_seqlens, query.device), visible.causal
     sdpa = _models.ALL_ATTENTION_FUNCTIONS["sdpa"]
     o: Tensor = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)[0]
@@ -387,7 +387,23 @@ def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
         )
 
 
-def _refuse_hidden_packing(module: nn.Module, visible: Visible, position_ids: Tensor | None) -> None:
+def _check_packing(
+    module: nn.Module,
+    mask: Visible | Tensor | None,
+    visible: Visible | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    """That packed sequences are said once, and are not overlooked."""
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        if cu_seq_lens_q is None or cu_seq_lens_k is None:
+            raise ValueError(f"{_name(module)} must get both cu_seq_lens_q and cu_seq_lens_k, or neither")
+        if visible is None or visible.keys is not None or isinstance(mask, Tensor):
+            raise ValueError(f"{_name(module)} gets cu_seq_lens_q and an attention_mask: it must be one of them")
+        return
+    if visible is None or isinstance(mask, Tensor):  # which says it all
+        return
     told = visible.cu_seqlens is not None or visible.one_sequence is not None or visible.keys is not None
     if told or position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
         return
@@ -496,7 +512,7 @@ def _packing(
     cu_seq_lens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Where the sequences begin among queries and among keys, if they are packed: what the model says itself, first."""
-    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
         if visible.one_sequence is not None:
             torch._assert_async(
                 visible.one_sequence,
@@ -504,10 +520,6 @@ def _packing(
                 "sequences as cu_seq_lens_q and cu_seq_lens_k, too",
             )
         return None if visible.cu_seqlens is None else (visible.cu_seqlens, visible.cu_seqlens)
-    if cu_seq_lens_q is None or cu_seq_lens_k is None:
-        raise ValueError(f"{_name(module)} must get both cu_seq_lens_q and cu_seq_lens_k, or neither")
-    if visible.keys is not None:
-        raise ValueError(f"{_name(module)} gets cu_seq_lens_q and a padded attention_mask: it must be one of them")
     bounds = []
     for name, cu_seqlens, rows in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
         total = rows.shape[0] * rows.shape[2]
