@@ -420,17 +420,19 @@ def test_muse_glimmer_with_its_gain_and_windows_equals_eager_attention():
     if not hasattr(transformers, "MuseGlimmerTextModel"):
         pytest.skip("needs a transformers that has Muse Glimmer")
     torch.manual_seed(0)
-    settings = SHARED | {"intermediate_size": 64, "sliding_window": 5, "num_hidden_layers": 3}
+    settings = SHARED | {"intermediate_size": 64, "sliding_window": 5, "num_hidden_layers": 3, "rms_norm_eps": 1e-12}
     model = transformers.MuseGlimmerTextModel(transformers.MuseGlimmerTextConfig(**settings)).double()
     assert model.config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
-    results = {}
-    for attention in ("eager", "cosine_sim"):
-        model.set_attn_implementation(attention)
+    results = []
+    for attention in ("eager", "cosine_sim", "folded"):
+        model.set_attn_implementation("eager" if attention == "eager" else "cosine_sim")
+        assert attention != "folded" or huggingface.fold_norms(model) == 3
         model.zero_grad()
         out = model(input_ids=tokens()).last_hidden_state
         out.square().mean().backward()
-        results[attention] = out.detach(), model.layers[0].self_attn.q_proj.weight.grad
-    torch.testing.assert_close(results["cosine_sim"], results["eager"], rtol=1e-4, atol=1e-5)
+        results.append((out.detach(), model.layers[0].self_attn.q_proj.weight.grad))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
     model.config.sliding_window = 24
     with pytest.raises(ValueError, match=r"passes sliding_window=5, but its mask has window_size=\(23, 0\)"):
         model(input_ids=tokens())
@@ -695,6 +697,12 @@ def test_a_new_model_with_temperatures_raises():
     model.set_attn_implementation("cosine_sim_new")
     with pytest.raises(ValueError, match="layer 1 .Llama4TextAttention. multiplies its queries by a temperature"):
         model(input_ids=tokens())
+    config = transformers.Ministral3Config(**SHARED | {"intermediate_size": 64})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cosine_sim_new")
+    with pytest.raises(ValueError, match="layer 0 .Ministral3Attention. .* set llama_4_scaling_beta=0"):
+        model(input_ids=tokens())
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0
+    model(input_ids=tokens())
 
 
 # Norms. -------------------------------------------------------------------------------------------------------------

@@ -361,10 +361,11 @@ def _refuse_temperatures(module: nn.Module) -> None:
             f"{_name(module)} multiplies its queries by a temperature for each position, which the norm would undo: "
             "set attn_temperature_tuning=False in the configuration"
         )
-    if "llama_4_scaling_beta" in (getattr(getattr(module, "config", None), "rope_parameters", None) or {}):
+    rotation = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    if rotation.get("llama_4_scaling_beta"):
         raise ValueError(
             f"{_name(module)} multiplies its queries by a temperature for each position, which the norm would undo: "
-            "take llama_4_scaling_beta out of the configuration's rope_parameters"
+            "set llama_4_scaling_beta=0 in the configuration's rope_parameters"
         )
 
 
