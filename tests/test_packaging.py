@@ -242,7 +242,7 @@ def test_library_requires_torch_alone_and_does_not_pin_it(metadata):
     (oldest,) = re.findall(r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert plain == [f"torch>={'.'.join(oldest)}"]
     assert metadata["Requires-Python"] == ">=3.10"
-    assert sorted(metadata.get_all("Provides-Extra")) == ["sweep", "test", "train"]
+    assert sorted(metadata.get_all("Provides-Extra")) == ["huggingface", "sweep", "test", "train"]
 
 
 def test_malicious_lightning_releases_are_refused(metadata):

@@ -15,8 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
-NAMES = ("__init__.py", "interface.py", "call.py", "scales.py", "flash_attn_interface.py", "functional.py")
-CHECKED = [PACKAGE / name for name in NAMES]
+NAMES = (
+    "__init__",
+    "interface",
+    "call",
+    "scales",
+    "flash_attn_interface",
+    "functional",
+    "huggingface",
+    "huggingface_mask",
+)
+CHECKED = [PACKAGE / f"{name}.py" for name in NAMES]
 
 pytestmark = [
     pytest.mark.slow,
