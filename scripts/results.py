@@ -347,7 +347,8 @@ def aims(path: str) -> str:
     """Every aim of a JSON file, whether what was measured last reaches it, and where that was measured.
 
     An aim has what and case (its names), at_least, key, files and seq_lens: every row of these files and lengths has to
-    reach it. What is compared is ``over``'s ``key`` over ours, or, without ``over``, a training's ``key``.
+    reach it, or, with ``of``, their median or lowest. What is compared is ``over``'s ``key`` over ours, or, without
+    ``over``, a training's ``key``.
     """
     rows = []
     for aim in json.loads((RESULTS / path).read_text()):
@@ -359,15 +360,19 @@ def aims(path: str) -> str:
 
 
 def _values(report: dict[str, Any], aim: dict[str, Any]) -> list[float]:
-    by_length: dict[int, dict[str, dict[str, Any]]] = {seq_len: {} for seq_len in aim["seq_lens"]}
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
-        by_length.get(row["seq_len"], {})[row["contender"]] = row
-    return [_reached(results, aim) for results in by_length.values()]
+        if row["seq_len"] in aim["seq_lens"]:
+            cases.setdefault((row["seq_len"], *(row.get("lengths") or ())), {})[row["contender"]] = row
+    values = [_reached(results, aim) for results in cases.values()]
+    if "of" in aim:
+        values = [{"median": statistics.median, "lowest": min}[aim["of"]](values)]
+    return [round(value, 2) for value in values]
 
 
 def _reached(results: dict[str, dict[str, Any]], aim: dict[str, Any]) -> float:
     key = aim["key"]
-    return round(results[aim["over"]][key] / results[OURS][key], 2) if "over" in aim else results["lightning"][key]
+    return results[aim["over"]][key] / results[OURS][key] if "over" in aim else results["lightning"][key]
 
 
 def _verdict(values: Sequence[float], at_least: float) -> str:
