@@ -12,6 +12,7 @@ ADDED = {
     "trainer.num_nodes": 1,
     "attention.window": None,
     "attention.window_pattern": None,
+    "model.activation": "gelu",
 }
 # By group, the kinds that got its keys of ADDED; another kind need not have them.
 KINDS_ADDED_TO = {"attention": ("cosine", "regular")}

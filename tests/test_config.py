@@ -154,6 +154,7 @@ def test_command_line_of_the_readme_composes():
         ("compile=fast", "compile must be true or false or null, got 'fast'"),
         ("trainer.val_every=null", "trainer.val_every must be an integer, got null"),
         ("model.width=wide", "model.width must be an integer, got 'wide'"),
+        ("model.activation=[gelu]", "model.activation must be text, got ['gelu']"),
         ("model=huge", "Available options in 'model':\n\tbase\n\tsmall\n\ttiny"),
         ("optimizer.betas=[a,b]", "optimizer.betas must be a list, each entry a finite number"),
         ("+flash=1", "flash is not a key; accepted: seq_len, max_steps"),
@@ -186,6 +187,7 @@ def test_wrong_values_name_the_key_and_what_is_accepted(override, message):
     [
         (["model.num_heads=7"], "model.num_heads must divide model.width = 512, got 7"),
         (["model.width=1056", "model.num_heads=4"], "multiple of 8 up to 256, got 264"),
+        (["model.activation=swiglu"], "model.activation must be gelu or relu2, got 'swiglu'"),
         (["lr=-1"], "lr must be a positive number, got -1"),
         (["attention.backend=gpu"], "attention.backend must be auto, cuda, sdpa or reference, got 'gpu'"),
         (["attention.window=0"], "attention.window must be null or at least 1, got 0"),

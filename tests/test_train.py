@@ -266,14 +266,19 @@ def test_a_run_from_before_there_were_windows_is_the_same_run(text, tmp_path):
     config, record = OmegaConf.load(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
     for key in ("window", "window_pattern"):
         assert config.attention.pop(key, "absent") is None and f"attention.{key}" not in record["identity"]
+    assert config.model.pop("activation") == "gelu" and "model.activation" not in record["identity"]
     assert {"attention.scale", "trainer.overfit", "init_from"} & record["identity"].keys() == {"attention.scale"}
     record["identity"] |= {"trainer.overfit": False, "init_from": None}  # which were written at that time
     OmegaConf.save(config, folder / "config.yaml")
     (folder / "run.json").write_text(json.dumps(record))
     gpt, _ = load_model(folder)
     assert [block.attention.inner.window for block in gpt.blocks] == [None, None]
-    for change in ("attention.window=8", "attention.window=8 attention.window_pattern=L"):
-        with pytest.raises(ValueError, match="has another model: attention.window was None, is 8"):
+    for change, said in {
+        "attention.window=8": "attention.window was None, is 8",
+        "attention.window=8 attention.window_pattern=L": "attention.window was None, is 8",
+        "model.activation=relu2": "model.activation was 'gelu', is 'relu2'",
+    }.items():
+        with pytest.raises(ValueError, match=f"has another model: {said}"):
             fit(text, tmp_path, f"resume={folder}", "model.num_layers=2", *change.split())
     fit(text, tmp_path, "resume=auto", "model.num_layers=2", "attention.window=8", "max_steps=2")
     assert read_results(tmp_path / "run-2").last("step") == 2
