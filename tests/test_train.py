@@ -200,6 +200,29 @@ def test_another_optimizer_is_an_entry_and_a_file_and_resumes_bit_for_bit(text, 
     assert state["momentum_buffer"].abs().sum() > 0
 
 
+def test_muon_resumes_bit_for_bit_and_trains_the_same_on_two_ranks(text, tmp_path):
+    """One optimizer for two methods: one step count, one schedule, one state, whose parts all resume."""
+    line = ["name=run", "max_steps=12", "trainer.log_every=3", "optimizer=muon", "lr=0.01", "model.dropout=0"]
+    whole = command(text, tmp_path / "whole", *line)
+    assert whole.returncode == 0, whole.stderr
+    killed = command(text, tmp_path / "killed", *line, code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command(text, tmp_path / "killed", *line, "resume=auto")
+    assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
+    equal_runs(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+    ranks = command(text, tmp_path / "ranks", *line, "micro_batch_tokens=64", "trainer.devices=2")
+    assert ranks.returncode == 0, ranks.stderr
+    results, divided = (read_results(tmp_path / root / "run") for root in ("whole", "ranks"))
+    for column in ("train/loss", "val/bpc"):  # to rounding, which the iteration enlarges
+        assert divided.series(column)[1] == pytest.approx(results.series(column)[1], rel=1e-4)
+    state = weights(tmp_path / "killed" / "run")["optimizer_states"][0]
+    assert [group["role"] for group in state["param_groups"]] == ["matrices", "embeddings", "head", "gains"]
+    assert {tuple(one) for one in state["state"].values()} == {("momentum",), ("step", "exp_avg", "exp_avg_sq")}
+    rate = build_module(validate(configure(*overrides(text, tmp_path, *line)))).optimizer.lr_at
+    assert results.series("train/lr")[1] == pytest.approx([rate(step - 1) for step in (3, 6, 9, 12)])
+    assert results.last("val/bpc") < results.series("val/bpc")[1][0] < 8
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     folder = fit(text, tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".ckpt", ".yaml", ".csv")}
