@@ -15,6 +15,7 @@ ADDED = {
     "model.activation": "gelu",
     "optimizer.cooldown_fraction": 1.0,
     "optimizer.rates": None,
+    "trainer.budget_minutes": None,
 }
 # By group, the kinds that got its keys of ADDED; another kind need not have them.
 KINDS_ADDED_TO = {"attention": ("cosine", "regular"), "optimizer": ("adamw",)}

@@ -15,6 +15,7 @@ from support import ROOT
 from support.training import fit, overrides
 
 from models.training import progress
+from models.training.length import Length
 from models.training.progress import ProgressReport, duration
 
 
@@ -59,7 +60,8 @@ class Said:
             num_val_batches=[7],
         )
         self.module = SimpleNamespace(device=torch.device(device), recent_loss=lambda: 1.0)
-        self.report = ProgressReport(bar=False, **options)
+        length = options.pop("length", None) or Length(options.pop("max_steps"))
+        self.report = ProgressReport(bar=False, length=length, **options)
         self.report.on_train_start(self.trainer, self.module)
         self.micro_batches = 0
 

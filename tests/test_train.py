@@ -254,6 +254,7 @@ def test_another_model_or_corpus_is_refused_and_harms_nothing(text, tmp_path):
     other.write_bytes(text.read_bytes()[::-1])
     for change, message in {
         "model.width=64": "has another model: model.width was 32, is 64.* init_from=",
+        "optimizer=muon": "has another optimizer, .*: optimizer.kind was 'adamw', is 'muon'; .* init_from=",
         f"data.path={other}": "the corpus changed",
         "data.val_fraction=0.2": "the splits of the run .* were others: data.val_fraction was 0.05, is 0.2",
     }.items():
