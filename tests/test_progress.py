@@ -129,6 +129,20 @@ def test_a_line_every_30_seconds_and_none_before(monkeypatch, caplog):
     ]
 
 
+def test_a_run_by_time_says_how_much_of_it_is_left(monkeypatch, caplog):
+    length = Length(10**6, 2.0)
+    said = Said(monkeypatch, caplog, accumulate=1, length=length, tokens_per_step=100, val_every=40, val_tokens=600)
+    said.train(1, seconds=9)
+    for _ in range(35):
+        length.seconds += 1.0
+        said.train(1, seconds=1)
+    assert said.lines() == [
+        # 117 s of steps are left after 3; four validations of 2 s: a forward pass is a third of a step's work
+        "about 2 min for 117 steps, at 100 tokens/s",
+        "step 22, 0.35 of 2 min: train 1.4427 bits per byte, 100 tokens/s, 2 min left",
+    ]
+
+
 def test_other_processes_say_nothing(monkeypatch, caplog):
     said = Said(monkeypatch, caplog, accumulate=8, rank=1, **SMALL_AT_8192)
     said.train(20, seconds=30)
