@@ -160,6 +160,17 @@ def test_the_iteration_compiles_as_one_graph():
     assert muon._compiled() is muon._compiled()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_makes_the_same_matrices_but_for_bfloat16(monkeypatch, compiled):
+    monkeypatch.setattr(muon, "COMPILED", compiled)
+    torch.manual_seed(0)
+    matrices = [torch.randn(size) for size in ((64, 128), (128, 64), (64, 128))]
+    found = orthogonalized_alike([matrix.cuda() for matrix in matrices])
+    for one, expected in zip(found, orthogonalized_alike(matrices), strict=True):
+        assert one.dtype == torch.float32 and (one.cpu() - expected).norm() < 0.03 * expected.norm()
+
+
 def test_a_step_has_adamws_size_whatever_the_shape():
     gpt, optimizer, _ = built("lr=1e-3", "optimizer.weight_decay=0", "optimizer.warmup_steps=0")
     before = [weight.detach().clone() for weight in optimizer.param_groups[0]["params"]]

@@ -198,3 +198,26 @@ def test_every_steps_rate_is_written_with_the_checkpoint_and_later_ones_are_drop
     trainer.global_step = 3
     again.on_train_start(trainer, module)
     assert "has 0 of the first 3 steps: it cannot repeat the run" in caplog.text
+
+
+def test_on_a_gpu_the_host_waits_for_the_step_before_the_last(timed, monkeypatch):
+    clock, callback, trainer, module = timed
+    module.device = torch.device("cuda")
+    waited: list[int | str] = []
+
+    class Event:
+        def record(self):
+            self.step = trainer.global_step
+
+        def synchronize(self):
+            waited.append(self.step)
+
+    monkeypatch.setattr(training_time.torch.cuda, "Event", Event)
+    monkeypatch.setattr(training_time.torch.cuda, "synchronize", lambda _: waited.append("all"))
+    callback.on_train_start(trainer, module)
+    for _ in range(6):
+        step(clock, callback, trainer, module, seconds=1)
+    assert waited == ["all", 2, 3, 4]  # the first step ends alone; behind step 6 the GPU has 5 and 6 to do
+    callback.on_validation_start(trainer, module)
+    step(clock, callback, trainer, module, seconds=1)
+    assert waited[4:] == ["all"]

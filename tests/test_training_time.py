@@ -70,6 +70,15 @@ def test_ranks_have_one_clock(text, tmp_path):
     assert again.series("train/loss")[1] == pytest.approx(read_results(folder).series("train/loss")[1], rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_a_run_by_time_on_a_gpu_ends_with_its_budget(text, tmp_path):
+    budget = ["trainer.budget_minutes=0.05", "compile=false", "trainer.accelerator=gpu", "optimizer=muon"]
+    folder = fit(text, tmp_path, *TIMED, *budget)
+    results = read_results(folder)
+    assert results.status == "finished" and len(read_rates(folder)) == results.last("step")
+    assert 3.0 <= weights(folder)["training_time"]["seconds"] < 3.5  # two steps late at most, and these are short
+
+
 def test_ranks_agree_on_the_largest(monkeypatch):
     state = Stopping()
     assert state.largest(0.1) == 0.1
