@@ -40,9 +40,11 @@ from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.identity import default_name, plain_name
 from models.training.jobs import Job, job_here
+from models.training.length import Length
 from models.training.load import build_gpt, load_weights
 from models.training.loggers import finish, group_here, offline_folder, wandb_mode
 from models.training.module import DivergedError, GPTModule
+from models.training.optimizer import OptimizerBuilder
 from models.training.processes import end_started, find_processes, join
 from models.training.progress import ProgressReport
 from models.training.report import conclude, read_results
@@ -50,6 +52,7 @@ from models.training.runs import Run, open_run
 from models.training.stopping import Interrupted, Stopping, stopping
 from models.training.sweeps import Sweep, is_sweep
 from models.training.trainer import build_trainer, check_trainer
+from models.training.training_time import TrainingTime
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +159,8 @@ def fit(
     gpu = take_devices(config, run, job)
     if config.init_from is not None and run.checkpoint is None:
         start_from(module, config.init_from)
-    if run.resume_step == run.validated_step == config.max_steps:
+    validated = run.resume_step is not None and run.resume_step == run.validated_step
+    if validated and length_of(config, run).is_reached(run.resume_step):
         return repeat(config, run, module, data, accumulate, stop, gpu), corpus
     run.start(choices, **describe(module, data))
     log.info(opening_line(config, run))
@@ -199,8 +203,8 @@ def repeat(
     """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc."""
     bits_per_byte = read_results(run.folder).last("val/bpc")
     if bits_per_byte is None:
-        raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {config.max_steps} steps")
-    log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, config.max_steps)
+        raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {run.resume_step} steps")
+    log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, run.resume_step)
     run.started = True  # its end is recorded, as before
     if config.test:
         with loggers_of(config, run) as loggers:
@@ -229,11 +233,17 @@ def trainer_of(
     gpu: int | None,
 ) -> lightning.Trainer:
     """The run's trainer."""
+    length = length_of(config, run)
+    callbacks = build_callbacks(config, run, data, length)
+    if config.trainer.budget_minutes is not None:
+        schedule = builder(config, "optimizer")().schedule
+        clock = TrainingTime(run.folder, length=length, schedule=schedule, stopping=stop)
+        callbacks.insert(0, clock)  # the others read what it sets
     return build_trainer(
         run_dir=run.folder,
         loggers=loggers,
-        callbacks=build_callbacks(config, run, data),
-        max_steps=config.max_steps,
+        callbacks=callbacks,
+        length=length,
         accumulate=accumulate,
         options=config.trainer,
         processes=run.processes,
@@ -242,16 +252,38 @@ def trainer_of(
     )
 
 
+def length_of(config: DictConfig, run: Run) -> Length:
+    """How long the run trains, and has trained."""
+    return Length(config.max_steps, config.trainer.budget_minutes, seconds=run.trained_s or 0.0)
+
+
 def build_module(config: DictConfig) -> GPTModule:
     """The model and how it is trained."""
     cuda = uses_cuda(config.trainer.accelerator)
+    optimizer = builder(config, "optimizer")()
+    if config.trainer.budget_minutes is not None:
+        check_timed(config, optimizer)
     return GPTModule(
         build_gpt(config),
-        builder(config, "optimizer")(),
+        optimizer,
         seed=config.seed,
         clip_norm=config.trainer.clip_norm,
         compile=compiles_by_default(cuda=cuda) if config.compile is None else config.compile,
     )
+
+
+def check_timed(config: DictConfig, optimizer: OptimizerBuilder) -> None:
+    """Raises ValueError where a budget of time cannot go with an optimizer's schedule."""
+    if not hasattr(optimizer, "schedule"):
+        raise ValueError(
+            f"trainer.budget_minutes needs an optimizer whose schedule can go by time, adamw or muon; "
+            f"optimizer={config.optimizer.kind} has none"
+        )
+    if optimizer.schedule.repeated is not None:
+        raise ValueError(
+            "optimizer.rates repeats a run by steps: trainer.budget_minutes must be null, and max_steps their number; "
+            f"got trainer.budget_minutes={config.trainer.budget_minutes:g}"
+        )
 
 
 def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]:
@@ -297,19 +329,21 @@ def opening_line(config: DictConfig, run: Run) -> str:
     corpus, processor = record["corpus"], record["device"] if cuda else "CPU"
     devices = processor if config.trainer.devices == 1 else f"{config.trainer.devices} x {processor}"
     begun = f" from step {run.resume_step:,}" if run.resume_step else ""
+    minutes = config.trainer.budget_minutes
+    timed = "" if minutes is None else f"{minutes:g} minutes of training, at most "
     return (
         f"{record['parameters']:,} parameters on {devices} in {choose_precision(config.trainer.precision, cuda=cuda)}; "
-        f"{config.max_steps:,} steps{begun} of {record['tokens_per_step']:,} bytes, context {config.seq_len:,}; "
+        f"{timed}{config.max_steps:,} steps{begun} of {record['tokens_per_step']:,} bytes, context {config.seq_len:,}; "
         f"corpus {corpus['name']}, {corpus['bytes']:,} bytes; run folder {run.folder}"
     )
 
 
-def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[lightning.Callback]:
+def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: Length) -> list[lightning.Callback]:
     """What is recorded while training."""
     options = config.trainer
     metrics = TrainingMetrics(
         log_every=options.log_every,
-        max_steps=config.max_steps,
+        length=length,
         tokens_per_step=data.windows_per_step * config.seq_len,
         seq_len=config.seq_len,
     )
@@ -321,7 +355,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule) -> list[
         resume_step=run.resume_step,
     )
     progress = ProgressReport(
-        max_steps=config.max_steps,
+        length=length,
         tokens_per_step=data.windows_per_step * config.seq_len,
         val_every=options.val_every,
         val_tokens=data.val_scored,

@@ -12,9 +12,13 @@ ADDED = {
     "trainer.num_nodes": 1,
     "attention.window": None,
     "attention.window_pattern": None,
+    "model.activation": "gelu",
+    "optimizer.cooldown_fraction": 1.0,
+    "optimizer.rates": None,
+    "trainer.budget_minutes": None,
 }
 # By group, the kinds that got its keys of ADDED; another kind need not have them.
-KINDS_ADDED_TO = {"attention": ("cosine", "regular")}
+KINDS_ADDED_TO = {"attention": ("cosine", "regular"), "optimizer": ("adamw",)}
 
 
 def brought_up_to_date(config: DictConfig) -> DictConfig:

@@ -14,7 +14,7 @@ BUILDERS = {
     "norm": {"pre": "models.blocks.PreNormBlock", "post": "models.blocks.PostNormBlock"},
     "model": {"gpt": "models.gpt.GPT"},
     "data": {"enwik8": "data.enwik8.enwik8", "file": "data.files.file", "pystdlib": "data.pystdlib.pystdlib"},
-    "optimizer": {"adamw": "models.training.optimizer.AdamW"},
+    "optimizer": {"adamw": "models.training.optimizer.AdamW", "muon": "models.training.optimizer.Muon"},
     "logger": {
         "csv": "models.training.loggers.csv_only",
         "none": "models.training.loggers.csv_only",

@@ -68,6 +68,7 @@ class TrainerOptions:
     overfit: bool
     profile_steps: int
     data_on_device: bool
+    budget_minutes: float | None
 
 
 def validate(config: DictConfig) -> DictConfig:

@@ -29,13 +29,32 @@ class GELU(nn.Module):
         return (wide * torch.sigmoid(wide * (linear + linear * 0.044715 * (wide * wide)))).to(x.dtype)
 
 
-class MLP(nn.Module):
-    """width -> 4 width -> width with GELU."""
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (So et al. 2021, arXiv:2109.08668, section 3): larger models learn faster with it than with GELU."""
 
-    def __init__(self, width: int, *, dropout: float):
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> the same."""
+        return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": GELU, "relu2": SquaredReLU}
+
+
+class MLP(nn.Module):
+    """width -> 4 width -> width.
+
+    Args:
+        width: channels of the residual stream.
+        dropout: probability of dropping an output channel.
+        activation: between the two products: "gelu" or "relu2", ReLU squared.
+    """
+
+    def __init__(self, width: int, *, dropout: float, activation: str = "gelu"):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation!r}")
         self.up = nn.Linear(width, 4 * width, bias=False)
-        self.activation = GELU()
+        self.activation = ACTIVATIONS[activation]()
         self.down = nn.Linear(4 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 

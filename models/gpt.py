@@ -28,6 +28,7 @@ class GPT(nn.Module):
         positions: "rotary" (relative, in q and k) or "learned" (absolute, added to the embedding).
         tied_head: share the embedding's weights with the head.
         dropout: probability, after the embedding, each attention and each MLP.
+        activation: of the MLPs, "gelu" or "relu2".
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GPT(nn.Module):
         positions: str,
         tied_head: bool,
         dropout: float,
+        activation: str = "gelu",
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -58,7 +60,8 @@ class GPT(nn.Module):
         def build_layer(layer: int) -> Block:
             inner = attention(num_heads=num_heads, head_dim=head_dim, layer=layer, num_layers=num_layers)
             around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
-            return block(width=width, num_layers=num_layers, attention=around, mlp=MLP(width, dropout=dropout))
+            mlp = MLP(width, dropout=dropout, activation=activation)
+            return block(width=width, num_layers=num_layers, attention=around, mlp=mlp)
 
         self.blocks = nn.ModuleList(build_layer(layer) for layer in range(num_layers))
         self.norm = self.blocks[0].final_norm(width)

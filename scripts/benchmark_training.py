@@ -330,6 +330,7 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
     """
     fixed = [f"{key}={value}" for key, value in (("model", model), ("seq_len", seq_len)) if value is not None]
     fixed += [f"max_steps={steps}", f"trainer.val_every={steps}", "trainer.progress_bar=false"]
+    fixed += ["trainer.budget_minutes=null"]  # an experiment's: a benchmark is of so many steps
     check([*overrides, *fixed])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:

@@ -65,11 +65,13 @@ def _terms(run: Results) -> dict[str, Any]:
     corpus = run.record.get("corpus") or {}
     sha256 = corpus.get("sha256")
     per_step = run.record.get("tokens_per_step") or run.configured("tokens_per_step")
-    steps = run.configured("max_steps")
+    steps, minutes = run.configured("max_steps"), run.configured("trainer.budget_minutes")
+    trained_on = steps * per_step if steps and per_step else None
     return {
         "corpus": sha256 and f"{corpus.get('name')} (SHA-256 {sha256[:8]})",
         "validated bytes": corpus.get("val_scored"),
-        "bytes trained on": steps * per_step if steps and per_step else None,
+        # runs by time make as many steps as they can: what they share is the time
+        "bytes trained on": trained_on if minutes is None else f"those of {minutes:g} minutes",
     }
 
 

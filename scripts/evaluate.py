@@ -1,21 +1,28 @@
-"""Bits per byte of a run on a whole split: ``python -m scripts.evaluate runs/quickstart --split val``.
+"""Bits per byte of a run or a checkpoint, on a whole split or a file: ``python -m scripts.evaluate runs/quickstart``.
 
 Bits per byte = sum of -ln p over scored bytes / (number of scored bytes * ln 2), summed in float64. Every
-byte of the split but byte 0, which nothing precedes, is scored exactly once, in one of two modes; results of
+byte of the split but byte 0, which nothing precedes, is scored exactly once, in each of two modes; results of
 different modes, seq_len or S must not be compared:
 
 chunk    non-overlapping windows of seq_len, as validation in training: 1 to seq_len bytes of context.
 slide-S  windows of seq_len that advance by S and score their last S bytes, the first window all of its bytes:
          behind the first window seq_len - S + 1 to seq_len bytes of context. S = seq_len is chunk.
+
+Each result is a JSON file in the run's folder ``evaluations``. An evaluation on the test split is also a line of
+``test_split.jsonl`` there, so that it shows how often that was looked at.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +35,47 @@ from torch import Tensor
 
 from conf.schema import builder
 from data.bytes import IGNORE_INDEX, Corpus, EvalBatches
+from data.files import read_file
 from models.gpt import GPT
 from models.training.batching import default_micro_batch_tokens
+from models.training.checkpoint_files import CHECKPOINT_FOLDER, read_checkpoint, write_text
 from models.training.devices import choose_precision
+from models.training.identity import plain_name
 from models.training.load import find_checkpoint, load_model
 from models.training.run_files import read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, choose_device, integer, run_script
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest
+STRIDE = 512  # what published results on enwik8 mostly slide by
+FOLDER = "evaluations"  # of a run, where results go
+TEST_LOG = "test_split.jsonl"  # in there
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints bits per byte and how they fall with the context; returns the exit code."""
-    parser = Parser(prog="python -m scripts.evaluate", description="Bits per byte of a run on a split.")
+    parser = Parser(
+        prog="python -m scripts.evaluate",
+        description="Bits per byte of a run on a split, by non-overlapping and by sliding windows. RUN may also be a "
+        "checkpoint in a run's folder.",
+    )
     parser.add_model_arguments()
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--split", choices=("val", "test"), default="val", help="default: val; an evaluation on test is logged"
+    )
+    text.add_argument("--text", metavar="FILE", type=Path, help="instead of a split all of a file: raw, .gz or .zip")
     parser.add_argument(
         "--seq-len", metavar="N", type=integer(1), help="window in bytes, at most the run's seq_len (default)"
     )
     parser.add_argument(
-        "--stride", metavar="S", type=integer(1), help="mode slide-S, S <= seq_len (default: mode chunk)"
+        "--mode", choices=("both", "chunk", "slide"), default="both", help="which windows (default: both)"
+    )
+    parser.add_argument(
+        "--stride",
+        metavar="S",
+        type=integer(1),
+        help=f"of sliding windows, S <= seq_len (default: {STRIDE}, or half the window where that is less)",
     )
     parser.add_argument(
         "--batch-size",
@@ -57,57 +84,159 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="windows at once (default: about as many as in training)",
     )
     parser.add_argument("--max-bytes", metavar="N", type=integer(2), help="the first N bytes of the split")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result to FILE, too")
+    parser.add_argument("--plot", action="store_true", help="draw bits per byte by context beside the results, too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write a list of the results to FILE, too")
     return run_script(parser, evaluate, argv)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Rebuilds model and corpus of the run, scores the split, prints the result and writes it as JSON."""
+    """Rebuilds the model, scores the split or the text, prints the results and writes them into the run's folder."""
     device = choose_device(arguments.device)
-    gpt, config = load_model(arguments.run, arguments.checkpoint, device)
-    seq_len, stride = window(arguments.seq_len, arguments.stride, config.seq_len)
+    run, checkpoint = located(arguments.run, arguments.checkpoint)
+    gpt, config = load_model(run, str(checkpoint), device)
+    seq_len, strides = windows(arguments.mode, arguments.seq_len, arguments.stride, config.seq_len)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
-    if arguments.split == "test":
-        print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
-    corpus = rebuild_corpus(arguments.run, config)
-    data = getattr(corpus, arguments.split)[: arguments.max_bytes]
+    if arguments.text is None and arguments.split == "test":
+        open_test(run)
+    data, source = text_of(arguments, run, config)
     tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
     batch_size = arguments.batch_size or max(1, tokens // seq_len)
-    if stride is None:
-        batches = EvalBatches(data, seq_len, batch_size, rank=0, world_size=1)
-    else:
-        batches = SlidingBatches(data, seq_len, stride, batch_size)
     precision = choose_precision(config.trainer.precision, cuda=device.type == "cuda")
-    with autocast(device, precision):
-        score = score_batches(gpt, batches, seq_len)
     setting = {
-        "run": str(arguments.run),
-        "checkpoint": str(find_checkpoint(arguments.run, arguments.checkpoint)),
-        "corpus": corpus.name,
-        "sha256": corpus.provenance["sha256"],
-        "split": arguments.split,
-        "mode": "chunk" if stride is None else f"slide-{stride}",
+        "run": str(run),
+        "checkpoint": str(checkpoint),
+        "step": read_checkpoint(checkpoint)["global_step"],
+        **source,
+        "bytes": len(data),
         "seq_len": seq_len,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "torch": torch.__version__,
     }
-    print_score(setting, score)
-    if arguments.json is not None:
+    results = []
+    for stride in strides:
+        if stride is None:
+            batches = EvalBatches(data, seq_len, batch_size, rank=0, world_size=1)
+        else:
+            batches = SlidingBatches(data, seq_len, stride, batch_size)
+        with autocast(device, precision):
+            score = score_batches(gpt, batches, seq_len)
+        whole = {**setting, "mode": "chunk" if stride is None else f"slide-{stride}"}
+        print_score(whole, score)
         numbers = {"scored_bytes": score.scored_bytes, "bits_per_byte": score.bits_per_byte}
-        numbers["by_context"] = [asdict(bucket) for bucket in score.by_context()]
-        arguments.json.write_text(json.dumps({**setting, **numbers}, indent=2) + "\n")
+        results.append({**whole, **numbers, "by_context": [asdict(bucket) for bucket in score.by_context()]})
+    keep(run, results, draw=arguments.plot)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def window(seq_len: int | None, stride: int | None, trained_seq_len: int) -> tuple[int, int | None]:
-    """The window's length and stride, None for chunk mode. ValueError: more than the model can see."""
+def located(run: str, checkpoint: str) -> tuple[Path, Path]:
+    """The folder and the checkpoint that RUN, a folder or a checkpoint in it, and --checkpoint name.
+
+    Raises:
+        ValueError: there is no such checkpoint, or two are named.
+    """
+    path = Path(run)
+    if not path.is_file():
+        return path, find_checkpoint(path, checkpoint)
+    if checkpoint != "best":
+        raise ValueError(f"RUN is a checkpoint, {run!r}: --checkpoint must not name another, got {checkpoint!r}")
+    if path.parent.name != CHECKPOINT_FOLDER:
+        raise ValueError(f"RUN must be a run's folder or a checkpoint in its {CHECKPOINT_FOLDER}/, got {run!r}")
+    return path.parent.parent, find_checkpoint(path.parent.parent, run)
+
+
+def windows(mode: str, seq_len: int | None, stride: int | None, trained_seq_len: int) -> tuple[int, list[int | None]]:
+    """The windows' length, and the strides to score with, None for chunk. ValueError: more than the model can see."""
     if seq_len is not None and seq_len > trained_seq_len:
         raise ValueError(f"--seq-len must be at most the run's seq_len = {trained_seq_len}, got {seq_len}")
     seq_len = seq_len or trained_seq_len
     if stride is not None and stride > seq_len:
         raise ValueError(f"--stride must be at most the window's seq_len = {seq_len}, got {stride}")
-    return seq_len, stride
+    if stride is not None and mode == "chunk":
+        raise ValueError(f"--stride is of sliding windows: --mode must be both or slide, got chunk and {stride}")
+    stride = stride or max(1, min(STRIDE, seq_len // 2))
+    return seq_len, {"both": [None, stride], "chunk": [None], "slide": [stride]}[mode]
+
+
+def text_of(arguments: argparse.Namespace, run: Path, config: DictConfig) -> tuple[np.ndarray, dict[str, str]]:
+    """The bytes to score, and what they are: a split of the run's corpus, or a file.
+
+    Raises:
+        ValueError: they cannot be had, or are fewer than the two that it takes to predict one.
+    """
+    if arguments.text is None:
+        corpus = rebuild_corpus(run, config)
+        source = {"corpus": corpus.name, "sha256": corpus.provenance["sha256"], "split": arguments.split}
+        return getattr(corpus, arguments.split)[: arguments.max_bytes], source
+    if not arguments.text.is_file():
+        raise ValueError(f"--text must be a file, raw, .gz or .zip, got {str(arguments.text)!r}")
+    data = read_file(arguments.text)
+    if len(data) < 2:
+        raise ValueError(f"--text must have at least 2 bytes, got {len(data)} in {str(arguments.text)!r}")
+    source = {"corpus": arguments.text.name, "sha256": hashlib.sha256(data).hexdigest(), "split": "text"}
+    return data[: arguments.max_bytes], source
+
+
+def open_test(run: Path) -> None:
+    """Says how often the test split was looked at before; refuses where this time could not be logged."""
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"an evaluation on test is logged in the run's folder, and {str(run)!r} cannot be written")
+    print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
+    log = run / FOLDER / TEST_LOG
+    lines = log.read_text().splitlines() if log.is_file() else []
+    if lines:
+        last, times = json.loads(lines[-1]), "once" if len(lines) == 1 else f"{len(lines)} times"
+        print(
+            f"warning: the test split was opened {times} before, last on {last['time']}: {last['mode']} of step "
+            f"{last['step']} had {last['bits_per_byte']:.4f} bits per byte ({log})",
+            file=sys.stderr,
+        )
+
+
+def keep(run: Path, results: Sequence[dict[str, Any]], *, draw: bool) -> None:
+    """Writes each result into the run's folder, a plot of all of them if that is asked for, and logs those on test."""
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    for result in results:
+        path = folder / f"{_name(result)}-{result['mode']}.json"
+        write_text(path, json.dumps({**result, "time": now}, indent=2) + "\n")
+        print_line(f"result: {path}")
+        if result["split"] == "test":
+            with open(folder / TEST_LOG, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"time": now, **result}) + "\n")
+    if draw:
+        path = folder / f"{_name(results[0])}.png"
+        plot(results, path)
+        print_line(f"plot: {path}")
+
+
+def _name(result: dict[str, Any]) -> str:
+    """What tells one evaluation from another in the names of files, but for its mode."""
+    what = f"{result['corpus']}-{result['sha256'][:8]}" if result["split"] == "text" else result["split"]
+    return plain_name([what, f"{result['bytes']}bytes", f"step{result['step']}", f"len{result['seq_len']}"])
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws bits per byte over bytes of context, a line a mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no display is needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    for result in results:
+        curve = result["by_context"]
+        label = f"{result['mode']}: {result['bits_per_byte']:.4f}"
+        axes.plot(*([bucket[key] for bucket in curve] for key in ("longest", "bits_per_byte")), marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes of context, at most", ylabel="bits per byte", title=f"{_name(results[0])}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def rebuild_corpus(run: str | Path, config: DictConfig) -> Corpus:

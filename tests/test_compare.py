@@ -181,6 +181,15 @@ def test_runs_whose_bits_per_byte_do_not_compare_are_in_tables_of_their_own(make
     assert "1.5000 ± 0.0000" in first and cells_of(second)[0][:2] == ["1", "0.5000"]
 
 
+def test_runs_of_as_much_time_compare_whatever_steps_they_made(make):
+    ten, five = ({"trainer": {"budget_minutes": minutes}} for minutes in (10, 5))
+    folders = [make(config=ten), make(config=ten, seed=1, max_steps=4), make("other", config=ten, tokens_per_step=500)]
+    (one,) = comparisons_of([read_results(folder) for folder in folders])
+    assert one.terms["bytes trained on"] == "those of 10 minutes"
+    folders += [make("shorter", config=five), make("steps")]
+    assert len(comparisons_of([read_results(folder) for folder in folders])) == 3
+
+
 def test_a_run_that_ended_early_joins_the_comparison_that_it_can_belong_to(make):
     folders = [make(), make(loss=None, seed=1, status="failed", corpus=None, tokens_per_step=None)]
     (one,) = comparisons_of([read_results(folder) for folder in folders])

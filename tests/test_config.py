@@ -16,6 +16,8 @@ from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
 from conf.schema import GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
 from models.training.batching import micro_batches
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.identity import INCIDENTAL
+from models.training.length import Length
 from models.training.processes import find_processes
 from models.training.stopping import Stopping
 from models.training.trainer import build_trainer
@@ -44,7 +46,7 @@ def test_every_option_composes_validates_and_names_what_exists(group, option):
         build_module(config)
     if group == "trainer":
         build_trainer(
-            run_dir=Path("unused"), loggers=[], callbacks=[], max_steps=3, accumulate=2, options=config.trainer,
+            run_dir=Path("unused"), loggers=[], callbacks=[], length=Length(3), accumulate=2, options=config.trainer,
             processes=find_processes(devices=1, num_nodes=1), stopping=Stopping(),
         )  # fmt: skip
     if group in ("data", "logger"):
@@ -75,10 +77,66 @@ def test_every_experiment_builds_its_model(experiment):
     assert size * accumulate * config.seq_len == config.tokens_per_step
 
 
-def test_enwik8_experiment_has_the_size_and_length_of_the_predecessor():
-    config = validate(configure("experiment=enwik8"))
+@pytest.mark.parametrize("experiment", ["enwik8", "enwik8_predecessor"])
+def test_enwik8_experiments_have_the_size_and_length_of_the_predecessor(experiment):
+    config = validate(configure(f"experiment={experiment}"))
     assert (config.model.num_layers, config.model.width, config.model.num_heads) == (8, 512, 8)
-    assert (config.seq_len, config.tokens_per_step, config.max_steps) == (1024, 16 * 1024, 100_000)
+    assert (config.seq_len, config.tokens_per_step * config.max_steps) == (1024, 16 * 1024 * 100_000)
+
+
+def test_the_predecessors_experiment_is_what_its_script_computed():
+    """Its train.py at 0.1.40, and what reaches its attention: scale 1, groups 1."""
+    config = validate(configure("experiment=enwik8_predecessor"))
+    assert dict(config.attention) | {"kind": "cosine", "scale": 1.0, "groups": 1, "learned_scale": False} == dict(
+        config.attention
+    )
+    assert config.tokens_per_step == 4 * 4 * 1024 and config.trainer.clip_norm == 0.5 and config.norm.kind == "pre"
+    assert config.model.positions == "learned" and not config.model.tied_head and config.model.dropout == 0
+    module = build_module(config)
+    optimizer, _ = module.optimizer.build(module.gpt)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0} and optimizer.defaults["eps"] == 1e-8
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    assert {module.optimizer.lr_at(step) for step in (0, 1, 50_000, 100_000)} == {2e-4}
+
+
+def test_the_ten_minutes_are_of_muon_by_time_with_heads_of_128_for_both_attentions():
+    for attention in ("cosine", "regular"):
+        config = validate(configure("experiment=enwik8_10min", f"attention={attention}"))
+        module = build_module(config)
+        assert module.gpt.head_dim == 128 and config.trainer.budget_minutes == 10 and config.optimizer.kind == "muon"
+        assert module.gpt.num_parameters() == pytest.approx(49.5e6, rel=0.01)
+        assert [module.optimizer.lr_at(step) for step in (50, 50_000, 100_000)] == pytest.approx([4e-3, 4e-3, 4e-4])
+    without = "optimizer=adamw lr=1e-3 model.num_heads=10 model.activation=gelu optimizer.cooldown_fraction=1"
+    config = validate(configure("experiment=enwik8_10min", *without.split(), "trainer.budget_minutes=null"))
+    assert build_module(config).gpt.head_dim == 64 and config.optimizer.kind == "adamw"
+
+
+# As the defaults stood at the end of November 2026; they may change, the experiment may not.
+BASELINE = {
+    "seq_len": 1024, "tokens_per_step": 65536, "lr": 1e-3,
+    "attention": {"kind": "cosine", "scale": 12, "learned_scale": True, "groups": 1, "window": None},
+    "norm": {"kind": "pre"},
+    "model": {"num_layers": 8, "width": 512, "num_heads": 8, "num_kv_heads": None, "positions": "rotary",
+              "tied_head": False, "dropout": 0, "activation": "gelu"},
+    "optimizer": {"kind": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "warmup_steps": 100,
+                  "decay": "cosine", "final_lr_fraction": 0.1, "cooldown_fraction": 1, "rates": None},
+    "trainer": {"clip_norm": 1, "precision": None, "budget_minutes": 10},
+}  # fmt: skip
+
+
+def test_the_baseline_writes_out_every_value_that_could_change_a_loss():
+    """A key that an option gets later is missing here: it joins the file, with the value that says what was done."""
+    written = OmegaConf.load(ROOT / "conf/experiment/baseline_2026_11.yaml")
+    composed = OmegaConf.to_container(validate(configure("experiment=baseline_2026_11")))
+    incidental = {"resume", "compressors", "name", "run_root", "logger", "data", "norm"}
+    for key in set(composed) - incidental:
+        if isinstance(composed[key], dict):
+            quiet = {name.removeprefix(f"{key}.") for name in INCIDENTAL if name.startswith(f"{key}.")}
+            assert set(composed[key]) - {"kind"} - quiet <= set(written[key]), key
+        else:
+            assert key in written, key
+    for key, value in BASELINE.items():
+        assert composed[key] == value if not isinstance(value, dict) else composed[key] | value == composed[key], key
 
 
 NAMED = {"experiment": EXPERIMENTS, "debug": DEBUGS, "sweep": SWEEPS}
@@ -154,6 +212,7 @@ def test_command_line_of_the_readme_composes():
         ("compile=fast", "compile must be true or false or null, got 'fast'"),
         ("trainer.val_every=null", "trainer.val_every must be an integer, got null"),
         ("model.width=wide", "model.width must be an integer, got 'wide'"),
+        ("model.activation=[gelu]", "model.activation must be text, got ['gelu']"),
         ("model=huge", "Available options in 'model':\n\tbase\n\tsmall\n\ttiny"),
         ("optimizer.betas=[a,b]", "optimizer.betas must be a list, each entry a finite number"),
         ("+flash=1", "flash is not a key; accepted: seq_len, max_steps"),
@@ -186,6 +245,7 @@ def test_wrong_values_name_the_key_and_what_is_accepted(override, message):
     [
         (["model.num_heads=7"], "model.num_heads must divide model.width = 512, got 7"),
         (["model.width=1056", "model.num_heads=4"], "multiple of 8 up to 256, got 264"),
+        (["model.activation=swiglu"], "model.activation must be gelu or relu2, got 'swiglu'"),
         (["lr=-1"], "lr must be a positive number, got -1"),
         (["attention.backend=gpu"], "attention.backend must be auto, cuda, sdpa or reference, got 'gpu'"),
         (["attention.window=0"], "attention.window must be null or at least 1, got 0"),
@@ -226,7 +286,7 @@ REFUSED = {
     "-m model=tiny,huge": "model must be one of base, small, tiny, got 'huge'",
     "model=[tiny,small]": "model must be one of base, small, tiny, got",
     "sweep=all": "sweep must be one of attention_norm, first_comparison",
-    "experiment=null": "experiment must be one of enwik8, long_context, quickstart, got null",
+    "experiment=null": "experiment must be one of baseline_2026_11, enwik8, enwik8_10min, enwik8_predecessor, ",
     "attention.kind=regular": "attention.kind is set by attention=OPTION; accepted: cosine, ",
     "attention._target_=os.system": "_target_ is not a key",
     "+hydra.callbacks.x._target_=os.system": "_target_ is not a key",

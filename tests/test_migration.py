@@ -85,7 +85,7 @@ def test_the_pages_configurations_compose():
     for line in (*lines, keys.split(), sizes.split(), others.split()):
         assert all(word.split("=")[0] in PAGE for word in line)
         validate(configure(*line))
-    windows = validate(configure("experiment=enwik8", "seq_len=8192", "tokens_per_step=131072"))
+    windows = validate(configure("experiment=enwik8_predecessor", "seq_len=8192", "tokens_per_step=131072"))
     assert windows.tokens_per_step == 16 * windows.seq_len  # the predecessor's step
 
 

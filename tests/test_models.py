@@ -13,7 +13,7 @@ import models.attention
 import models.windows
 from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention, sdpa
 from models.attention import CosineAttention, KVCache, RegularAttention
-from models.blocks import GELU, PostNormBlock, PreNormBlock
+from models.blocks import GELU, PostNormBlock, PreNormBlock, SquaredReLU
 from models.gpt import GPT, nucleus
 from models.training.callbacks import largest_logits
 from models.windows import block_mask, by_flex, mean_visible_keys, windowed_attention
@@ -417,6 +417,26 @@ def test_gelu_is_the_tanh_form_compiled_or_not(backend, dtype, rtol, atol):
     torch.testing.assert_close(F.gelu(exact), expected, rtol=0, atol=5e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_squared_relu_and_its_gradient(dtype):
+    x = torch.tensor([-3.0, -0.0, 0.0, 0.5, 2.0], dtype=dtype, requires_grad=True)
+    y = SquaredReLU()(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.dtype == dtype and y.tolist() == [0, 0, 0, 0.25, 4] and dx.tolist() == [0, 0, 0, 1, 4]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_mlp_has_the_activation_and_the_weights_are_the_same(block):
+    gelu, relu2 = build(block=block), build(block=block, activation="relu2")
+    assert [type(layer.mlp.activation) for layer in gelu.blocks] == [GELU] * 2
+    assert [type(layer.mlp.activation) for layer in relu2.blocks] == [SquaredReLU] * 2
+    weights = gelu.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in relu2.state_dict().items())
+    x = torch.randn(3, 64)
+    mlp = relu2.blocks[0].mlp
+    torch.testing.assert_close(mlp(x), (x @ mlp.up.weight.T).clamp(min=0) ** 2 @ mlp.down.weight.T)
+
+
 def test_deepnorm_scales_the_residual_and_starts_as_the_paper_says():
     torch.manual_seed(0)
     gpt = build("regular", PostNormBlock, num_layers=8, width=256, num_heads=4)
@@ -487,6 +507,7 @@ def test_sizes_of_the_predecessor():
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"positions": "alibi"}, "model.positions must be rotary or learned, got 'alibi'"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), got 1.0"),
+        ({"activation": "relu"}, "model.activation must be gelu or relu2, got 'relu'"),
         ({"width": 48, "num_heads": 4}, "multiple of 8 up to 256, got 12"),
         ({"width": 1056, "num_heads": 4}, "multiple of 8 up to 256, got 264"),
     ],

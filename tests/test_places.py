@@ -20,6 +20,7 @@ from conf.schema import ConfigError, validate
 from models.training import places as places_module
 from models.training import trainer as trainer_module
 from models.training.jobs import SWEEP_VARIABLE, Job
+from models.training.length import Length
 from models.training.locks import holder, try_lock
 from models.training.places import CPU_PLACES_VARIABLE, Place, cpu_places, hold, lock_file, num_places, places, take
 from models.training.processes import find_processes
@@ -186,7 +187,7 @@ def test_a_job_trains_on_the_gpu_that_it_took(monkeypatch):
     for gpu, devices in ((1, [1]), (None, 1)):
         with pytest.raises(Stop):
             trainer_module.build_trainer(
-                run_dir=Path("unused"), loggers=[], callbacks=[], max_steps=1, accumulate=1,
+                run_dir=Path("unused"), loggers=[], callbacks=[], length=Length(1), accumulate=1,
                 options=validate(configure()).trainer, processes=find_processes(devices=1, num_nodes=1),
                 stopping=Stopping(), gpu=gpu,
             )  # fmt: skip

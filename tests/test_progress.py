@@ -15,6 +15,7 @@ from support import ROOT
 from support.training import fit, overrides
 
 from models.training import progress
+from models.training.length import Length
 from models.training.progress import ProgressReport, duration
 
 
@@ -59,7 +60,8 @@ class Said:
             num_val_batches=[7],
         )
         self.module = SimpleNamespace(device=torch.device(device), recent_loss=lambda: 1.0)
-        self.report = ProgressReport(bar=False, **options)
+        length = options.pop("length", None) or Length(options.pop("max_steps"))
+        self.report = ProgressReport(bar=False, length=length, **options)
         self.report.on_train_start(self.trainer, self.module)
         self.micro_batches = 0
 
@@ -124,6 +126,20 @@ def test_a_line_every_30_seconds_and_none_before(monkeypatch, caplog):
     assert said.lines()[3:] == [
         "step 21 of 40 and 1 of 2 micro-batches: train 2.5000 bits per byte, 22 tokens/s, 2 min left",
         "step 29 of 40: train 2.5000 bits per byte, 25 tokens/s, 79 s left",
+    ]
+
+
+def test_a_run_by_time_says_how_much_of_it_is_left(monkeypatch, caplog):
+    length = Length(10**6, 2.0)
+    said = Said(monkeypatch, caplog, accumulate=1, length=length, tokens_per_step=100, val_every=40, val_tokens=600)
+    said.train(1, seconds=9)
+    for _ in range(35):
+        length.seconds += 1.0
+        said.train(1, seconds=1)
+    assert said.lines() == [
+        # 117 s of steps are left after 3; four validations of 2 s: a forward pass is a third of a step's work
+        "about 2 min for 117 steps, at 100 tokens/s",
+        "step 22, 0.35 of 2 min: train 1.4427 bits per byte, 100 tokens/s, 2 min left",
     ]
 
 

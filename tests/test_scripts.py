@@ -1,12 +1,14 @@
 """scripts.compare, scripts.generate and scripts.evaluate on a tiny run that is trained here, on the CPU."""
 
 import csv
+import gzip
 import hashlib
 import json
 import logging
 import math
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -53,8 +55,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the run, to be changed."""
-    return shutil.copytree(trained, tmp_path / "runs" / "first")
+    """A copy of the run as it was trained, to be changed."""
+    evaluated = shutil.ignore_patterns("evaluations")
+    return shutil.copytree(trained, tmp_path / "runs" / "first", ignore=evaluated)
 
 
 @pytest.fixture
@@ -82,9 +85,12 @@ def refusal(capsys, script, *arguments):
 
 
 def evaluated(tmp_path, *arguments):
+    """The result of an evaluation in one mode, non-overlapping windows unless the arguments say another."""
     path = tmp_path / "result.json"
-    assert evaluate.main([*map(str, arguments), "--device", "cpu", "--json", str(path)]) == 0
-    return json.loads(path.read_text())
+    mode = [] if "--mode" in arguments else ["--mode", "slide" if "--stride" in arguments else "chunk"]
+    assert evaluate.main([*map(str, arguments), *mode, "--device", "cpu", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())
+    return result
 
 
 # ---------------------------------------------------------------- compare
@@ -410,12 +416,82 @@ def test_curve_by_context_adds_up(trained, tmp_path):
         (["--stride", "0"], "argument --stride: must be an integer of at least 1, got '0'"),
         (["--max-bytes", "1"], "argument --max-bytes: must be an integer of at least 2, got '1'"),
         (["--batch-size", "1.5"], "argument --batch-size: must be an integer of at least 1, got '1.5'"),
+        (["--stride", "4", "--mode", "chunk"], "--mode must be both or slide, got chunk and 4"),
         (["--split", "train"], "argument --split: invalid choice: 'train'"),
+        (["--text", "/absent/text"], "--text must be a file, raw, .gz or .zip, got '/absent/text'"),
+        (["--text", "x", "--split", "test"], "argument --split: not allowed with argument --text"),
         (["--json", "/absent/result.json"], "--json must be a file in an existing folder"),
     ],
 )
 def test_evaluate_refuses(trained, capsys, arguments, named):
     assert named in refusal(capsys, evaluate, trained, *arguments)
+
+
+def test_evaluation_has_both_modes_and_keeps_each_in_the_runs_folder(run, capsys):
+    whole = [run, "--device", "cpu", "--plot"]
+    assert evaluate.main([*map(str, whole)]) == 0
+    out = capsys.readouterr().out
+    paths = {mode: run / "evaluations" / f"val-200bytes-step6-len16-{mode}.json" for mode in ("chunk", "slide-8")}
+    found = {mode: json.loads(path.read_text()) for mode, path in paths.items()}
+    assert all(f"result: {path}" in out for path in paths.values())
+    assert found["chunk"]["bits_per_byte"] == pytest.approx(read_results(run).last("val/bpc"), abs=1e-6)
+    assert [result["scored_bytes"] for result in found.values()] == [199, 199]
+    contexts = {mode: [bucket["shortest"] for bucket in result["by_context"]] for mode, result in found.items()}
+    assert contexts == {"chunk": [1, 2, 3, 5, 9], "slide-8": [1, 2, 3, 5, 9]}  # the first window has all of them
+    scored = [bucket["scored_bytes"] for bucket in found["slide-8"]["by_context"]]
+    assert scored == [1, 1, 2, 4, 199 - 8] and {result["step"] for result in found.values()} == {6}
+    plot = run / "evaluations" / "val-200bytes-step6-len16.png"
+    assert plot.read_bytes().startswith(b"\x89PNG") and f"plot: {plot}" in out
+    checkpoint = run / "checkpoints" / "step-3.ckpt"
+    assert evaluate.main([str(checkpoint), "--device", "cpu", "--mode", "chunk"]) == 0
+    step_3 = json.loads((run / "evaluations" / "val-200bytes-step3-len16-chunk.json").read_text())
+    assert step_3["checkpoint"] == str(checkpoint)
+    assert step_3["bits_per_byte"] == pytest.approx(read_results(run).series("val/bpc")[1][0], abs=1e-6)
+    assert not (run / "evaluations" / "test_split.jsonl").exists()
+    assert "--checkpoint must not name another, got 'last'" in refusal(
+        capsys, evaluate, checkpoint, "--checkpoint", "last"
+    )
+    (run / "loose.ckpt").write_bytes(checkpoint.read_bytes())
+    assert "RUN must be a run's folder or a checkpoint in its checkpoints/" in refusal(
+        capsys, evaluate, run / "loose.ckpt"
+    )
+
+
+def test_every_look_at_the_test_split_is_logged_in_the_run(run, capsys, monkeypatch):
+    line = [str(run), "--split", "test", "--mode", "chunk", "--device", "cpu"]
+    assert evaluate.main(line) == 0
+    assert "opened" not in capsys.readouterr().err
+    assert evaluate.main([*line, "--seq-len", "8"]) == 0
+    logged = [json.loads(one) for one in (run / "evaluations" / "test_split.jsonl").read_text().splitlines()]
+    assert [(one["mode"], one["seq_len"], one["step"], one["split"]) for one in logged] == [
+        ("chunk", 16, 6, "test"), ("chunk", 8, 6, "test")
+    ]  # fmt: skip
+    assert logged[0]["bits_per_byte"] == pytest.approx(read_results(run).last("test/bpc"), abs=1e-6)
+    said = f"the test split was opened once before, last on {logged[0]['time']}: chunk of step 6 had "
+    assert said + f"{logged[0]['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    assert "an evaluation on test is logged in the run's folder" in refusal(capsys, evaluate, *line)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zip"])
+def test_any_file_is_a_second_text(run, tmp_path, suffix, capsys):
+    content = TEXT[:90][::-1]
+    path = tmp_path / f"second text{suffix}"
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("text", content)
+    else:
+        path.write_bytes(gzip.compress(content) if suffix else content)
+    result = evaluated(tmp_path, run, "--text", path)
+    assert (result["corpus"], result["split"], result["scored_bytes"]) == (path.name, "text", 89)
+    assert result["sha256"] == hashlib.sha256(content).hexdigest()
+    gpt, _ = load_model(run)
+    score = score_batches(gpt, EvalBatches(np.frombuffer(content, np.uint8), 16, 2, 0, 1), 16)
+    assert result["bits_per_byte"] == pytest.approx(score.bits_per_byte, abs=1e-6)
+    (kept,) = (run / "evaluations").iterdir()
+    assert kept.name == f"second-text{suffix}-{result['sha256'][:8]}-90bytes-step6-len16-chunk.json"
+    (tmp_path / "short").write_bytes(b"a")
+    assert "--text must have at least 2 bytes, got 1 in" in refusal(capsys, evaluate, run, "--text", tmp_path / "short")
 
 
 def test_evaluate_refuses_another_corpus(run, tmp_path, capsys):

@@ -200,6 +200,29 @@ def test_another_optimizer_is_an_entry_and_a_file_and_resumes_bit_for_bit(text, 
     assert state["momentum_buffer"].abs().sum() > 0
 
 
+def test_muon_resumes_bit_for_bit_and_trains_the_same_on_two_ranks(text, tmp_path):
+    """One optimizer for two methods: one step count, one schedule, one state, whose parts all resume."""
+    line = ["name=run", "max_steps=12", "trainer.log_every=3", "optimizer=muon", "lr=0.01", "model.dropout=0"]
+    whole = command(text, tmp_path / "whole", *line)
+    assert whole.returncode == 0, whole.stderr
+    killed = command(text, tmp_path / "killed", *line, code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command(text, tmp_path / "killed", *line, "resume=auto")
+    assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
+    equal_runs(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+    ranks = command(text, tmp_path / "ranks", *line, "micro_batch_tokens=64", "trainer.devices=2")
+    assert ranks.returncode == 0, ranks.stderr
+    results, divided = (read_results(tmp_path / root / "run") for root in ("whole", "ranks"))
+    for column in ("train/loss", "val/bpc"):  # to rounding, which the iteration enlarges
+        assert divided.series(column)[1] == pytest.approx(results.series(column)[1], rel=1e-4)
+    state = weights(tmp_path / "killed" / "run")["optimizer_states"][0]
+    assert [group["role"] for group in state["param_groups"]] == ["matrices", "embeddings", "head", "gains"]
+    assert {tuple(one) for one in state["state"].values()} == {("momentum",), ("step", "exp_avg", "exp_avg_sq")}
+    rate = build_module(validate(configure(*overrides(text, tmp_path, *line)))).optimizer.lr_at
+    assert results.series("train/lr")[1] == pytest.approx([rate(step - 1) for step in (3, 6, 9, 12)])
+    assert results.last("val/bpc") < results.series("val/bpc")[1][0] < 8
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     folder = fit(text, tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".ckpt", ".yaml", ".csv")}
@@ -231,6 +254,7 @@ def test_another_model_or_corpus_is_refused_and_harms_nothing(text, tmp_path):
     other.write_bytes(text.read_bytes()[::-1])
     for change, message in {
         "model.width=64": "has another model: model.width was 32, is 64.* init_from=",
+        "optimizer=muon": "has another optimizer, .*: optimizer.kind was 'adamw', is 'muon'; .* init_from=",
         f"data.path={other}": "the corpus changed",
         "data.val_fraction=0.2": "the splits of the run .* were others: data.val_fraction was 0.05, is 0.2",
     }.items():
@@ -266,14 +290,19 @@ def test_a_run_from_before_there_were_windows_is_the_same_run(text, tmp_path):
     config, record = OmegaConf.load(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
     for key in ("window", "window_pattern"):
         assert config.attention.pop(key, "absent") is None and f"attention.{key}" not in record["identity"]
+    assert config.model.pop("activation") == "gelu" and "model.activation" not in record["identity"]
     assert {"attention.scale", "trainer.overfit", "init_from"} & record["identity"].keys() == {"attention.scale"}
     record["identity"] |= {"trainer.overfit": False, "init_from": None}  # which were written at that time
     OmegaConf.save(config, folder / "config.yaml")
     (folder / "run.json").write_text(json.dumps(record))
     gpt, _ = load_model(folder)
     assert [block.attention.inner.window for block in gpt.blocks] == [None, None]
-    for change in ("attention.window=8", "attention.window=8 attention.window_pattern=L"):
-        with pytest.raises(ValueError, match="has another model: attention.window was None, is 8"):
+    for change, said in {
+        "attention.window=8": "attention.window was None, is 8",
+        "attention.window=8 attention.window_pattern=L": "attention.window was None, is 8",
+        "model.activation=relu2": "model.activation was 'gelu', is 'relu2'",
+    }.items():
+        with pytest.raises(ValueError, match=f"has another model: {said}"):
             fit(text, tmp_path, f"resume={folder}", "model.num_layers=2", *change.split())
     fit(text, tmp_path, "resume=auto", "model.num_layers=2", "attention.window=8", "max_steps=2")
     assert read_results(tmp_path / "run-2").last("step") == 2

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.gpt import GPT
 from models.training.devices import peak_flops
+from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
 from models.training.run_files import SAMPLES_FILE, read_samples
@@ -32,9 +33,9 @@ class TrainingMetrics(lightning.Callback):
     Throughput leaves out validation, samples, checkpoints and the first step, which compiles.
     """
 
-    def __init__(self, *, log_every: int, max_steps: int, tokens_per_step: int, seq_len: int):
+    def __init__(self, *, log_every: int, length: Length, tokens_per_step: int, seq_len: int):
         self.log_every = log_every
-        self.max_steps = max_steps
+        self.length = length
         self.tokens_per_step = tokens_per_step
         self.seq_len = seq_len
         self._clock: float | None = None  # running since, or None while stopped
@@ -53,9 +54,10 @@ class TrainingMetrics(lightning.Callback):
         step = trainer.global_step
         self._timed_steps += self._clock is not None
         self._seen_first_step = True
-        if step % self.log_every == 0 or step >= self.max_steps:
+        over = self.length.is_reached(step)
+        if step % self.log_every == 0 or over:
             self._report(trainer, module)
-        if step >= self.max_steps:
+        if over:
             trainer.should_stop = True  # a validation follows, wherever the last step falls in its interval
 
     def on_validation_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
@@ -68,7 +70,7 @@ class TrainingMetrics(lightning.Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit":
             seen = trainer.callback_metrics  # without a training loss where a resumed run begins with its validation
             losses = [f"{name} {seen[f'{name}/bpc']:.4f}" for name in ("train", "val") if f"{name}/bpc" in seen]
-            log.info("step %d of %d: %s bits per byte", trainer.global_step, self.max_steps, ", ".join(losses))
+            log.info("%s: %s bits per byte", self.length.place(trainer.global_step), ", ".join(losses))
         del module
 
     def _lap(self) -> None:
@@ -89,6 +91,7 @@ class TrainingMetrics(lightning.Callback):
             "train/lr": self._lr,
             "train/grad_norm": grad_norm,
             "train/tokens": module.tokens,
+            **({} if self.length.budget_s is None else {"train/seconds": self.length.seconds}),
             **self._throughput(trainer, module),
             **_memory(module.device),
             **scales.summary(values),

@@ -23,13 +23,15 @@ LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
 INDEX_FILE = "index.json"
 STATE_KEY = "Checkpoints"  # of what the callback that writes checkpoints keeps in them, see checkpoints.py
+TRAINING_TIME = "training_time"  # the key of what a run by time keeps in them, see training_time.py
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint of train.py holds of a run's progress; mapped, so that only what is used is read.
 
     Returns:
-        global_step, state_dict, and validated_step: the step that was validated last.
+        global_step, state_dict, validated_step: the step that was validated last, and trained_s: the seconds of
+        training that a run by time has counted, None in one by steps.
 
     Raises:
         ValueError: the file is cut short, damaged, or something else.
@@ -43,6 +45,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "global_step": step,
             "validated_step": saved.get("validated_step", step),  # earlier versions saved after validations alone
             "state_dict": checkpoint["state_dict"],
+            "trained_s": (checkpoint.get(TRAINING_TIME) or {}).get("seconds"),
         }
     except (
         *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, NotImplementedError),

@@ -21,6 +21,7 @@ from models.training.checkpoint_files import (
     steps_in,
     temporary_name,
 )
+from models.training.length import Length
 from models.training.module import DivergedError, GPTModule
 from models.training.stopping import Interrupted, Stopping
 
@@ -67,7 +68,7 @@ class Checkpoints(lightning.Callback):
         folder: the run's folder of checkpoints.
         stopping: says whether a signal came, and agrees about it with the other ranks.
         val_every: optimizer steps between validations.
-        max_steps: of the run; a validation follows the last one.
+        length: of the run; a validation follows its last step.
         every: optimizer steps between checkpoints, or None for validations alone.
         minutes: minutes between checkpoints, or None.
         keep: how many of step-N.ckpt are kept, at least 1; best.ckpt is kept beside them.
@@ -81,14 +82,14 @@ class Checkpoints(lightning.Callback):
         *,
         stopping: Stopping,
         val_every: int,
-        max_steps: int,
+        length: Length,
         every: int | None,
         minutes: float | None,
         keep: int,
     ):
         self.folder = folder
         self.stopping = stopping
-        self.val_every, self.max_steps = val_every, max_steps
+        self.val_every, self.length = val_every, length
         self.every, self.minutes, self.keep = every, minutes, keep
         self.best: float | None = None
         self.saved_step: int | None = None  # of the newest checkpoint
@@ -112,8 +113,8 @@ class Checkpoints(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del module
         self._saved_at = time.monotonic()
-        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         step = trainer.global_step
+        trainer.fit_loop.epoch_loop.max_steps = step if self.length.is_reached(step) else self.length.max_steps
         if step and self._validation_follows(step) and self.validated_step != step:
             # stopped between a step and the validation that follows it
             trainer.validating = True
@@ -153,7 +154,7 @@ class Checkpoints(lightning.Callback):
         self.stopping.end()
 
     def _validation_follows(self, step: int) -> bool:
-        return step % self.val_every == 0 or step >= self.max_steps
+        return step % self.val_every == 0 or self.length.is_reached(step)
 
     def _is_late(self) -> bool:
         return self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes

@@ -111,7 +111,7 @@ def changes_of(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
-    """Raises ValueError for a run of another model, or whose bytes or splits were others."""
+    """Raises ValueError for a run of another model or optimizer, or whose bytes or splits were others."""
     changed = {key: change for key, change in changes_of(folder, config).items()}
 
     def say(keys: Sequence[str], but: Sequence[str] = ()) -> str:
@@ -122,6 +122,11 @@ def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -
         raise ValueError(
             f"the run in {str(folder)!r} has another model: {model}; give the same keys again, or take its weights "
             f"alone into a new run: init_from={folder}"
+        )
+    if kind := say(("optimizer.kind",)):
+        raise ValueError(
+            f"the run in {str(folder)!r} has another optimizer, whose state is of no use here: {kind}; give the same "
+            f"option again, or take its weights alone into a new run: init_from={folder}"
         )
     sha256 = (read_record(folder).get("corpus") or {}).get("sha256")
     if sha256 not in (None, identity["corpus"]):

@@ -75,6 +75,7 @@ METRICS = {
     "train/lr": Metric("learning rate of that step"),
     "train/grad_norm": Metric("l2 norm of that step's gradient, before clipping"),
     "train/tokens": Metric("bytes trained on so far"),
+    "train/seconds": Metric("seconds of training steps so far, with `trainer.budget_minutes`"),
     "val/bpc": Metric(
         "bits a byte of the validation split",
         (Number("val bpc", "last", "{:.4f}", compared=True), Number("best", "best", "{:.4f}")),

@@ -96,11 +96,13 @@ class GPTModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         # A checkpoint restores the optimizer's own settings. The configuration's count: they are what is recorded,
         # and a resumed run that was told another learning rate must use it.
-        built, _ = self.optimizer.build(self.gpt)
-        for group, configured in zip(self.trainer.optimizers[0].param_groups, built.param_groups, strict=True):
+        built, scheduler = self.optimizer.build(self.gpt)
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        groups = zip(self.trainer.optimizers[0].param_groups, built.param_groups, rates, strict=True)
+        for group, configured, (peak, fraction) in groups:
             group.update({key: value for key, value in configured.items() if key != "params"})
-            group["lr"] = self.optimizer.lr_at(self.global_step)
-        self.lr_schedulers().base_lrs = [self.optimizer.lr] * len(built.param_groups)
+            group["lr"] = peak * fraction(self.global_step)
+        self.lr_schedulers().base_lrs = scheduler.base_lrs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # runs on every rank: each has its own sum, and all are restored from this one

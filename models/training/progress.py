@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from models.training.length import Length
 from models.training.metrics import bar_texts
 from models.training.module import GPTModule
 
@@ -37,15 +38,15 @@ class ProgressReport(lightning.Callback):
     """Says how long the run will take, as soon as that can be told, and then where it is. On the first process only.
 
     Args:
-        max_steps: optimizer steps.
+        length: of the run.
         tokens_per_step: bytes a step.
         val_every: steps between validations.
         val_tokens: bytes that a validation scores.
         bar: draw a bar instead of writing lines; log lines then appear above it.
     """
 
-    def __init__(self, *, max_steps: int, tokens_per_step: int, val_every: int, val_tokens: int, bar: bool):
-        self.max_steps = max_steps
+    def __init__(self, *, length: Length, tokens_per_step: int, val_every: int, val_tokens: int, bar: bool):
+        self.length = length
         self.tokens_per_step = tokens_per_step
         self.val_every = val_every
         self.val_tokens = val_tokens
@@ -66,7 +67,7 @@ class ProgressReport(lightning.Callback):
         del module
         self._said_at, self._step = time.monotonic(), trainer.global_step
         if self.bar and trainer.is_global_zero:
-            self._task = self._open.enter_context(_drawn_bar(trainer.global_step, self.max_steps))
+            self._task = self._open.enter_context(_drawn_bar(*self.length.share(trainer.global_step)))
 
     def on_train_batch_start(self, *_: Any) -> None:
         now = time.monotonic()
@@ -89,7 +90,7 @@ class ProgressReport(lightning.Callback):
         if not self._estimated and self._batches and self._training_seconds(now) >= ESTIMATE_SECONDS:
             self._first_estimate(trainer, module)
         if self._task is not None:
-            if now - self._drawn_at >= BAR_SECONDS or trainer.global_step >= self.max_steps:
+            if now - self._drawn_at >= BAR_SECONDS or self.length.is_reached(trainer.global_step):
                 self._draw(trainer, now)
         elif now - self._said_at >= LINE_SECONDS:
             self._say(trainer, module)
@@ -140,7 +141,7 @@ class ProgressReport(lightning.Callback):
         self._measure(module)
         self._estimated = True
         seconds = self._seconds_left(trainer)
-        steps = self.max_steps - trainer.global_step
+        steps = self._steps_left(trainer)
         if module.device.type == "cpu" and seconds >= LONG_ON_A_CPU_SECONDS:
             log.warning(
                 "on this CPU the %s steps that are left will take about %.0f hours: use a GPU, or a size for a CPU: "
@@ -154,10 +155,14 @@ class ProgressReport(lightning.Callback):
         per_batch = self.tokens_per_step / trainer.accumulate_grad_batches
         return f"{per_batch / self._batch_seconds:,.0f}" if self._batch_seconds else "?"
 
+    def _steps_left(self, trainer: lightning.Trainer) -> int:
+        step_seconds = self._batch_seconds * trainer.accumulate_grad_batches
+        return self.length.steps_left(trainer.global_step, step_seconds)
+
     def _seconds_left(self, trainer: lightning.Trainer) -> float:
-        per_step = trainer.accumulate_grad_batches
-        batches = (self.max_steps - trainer.global_step) * per_step - self._part
-        validations = math.ceil(self.max_steps / self.val_every) - trainer.global_step // self.val_every
+        per_step, steps = trainer.accumulate_grad_batches, self._steps_left(trainer)
+        batches = steps * per_step - self._part
+        validations = math.ceil((trainer.global_step + steps) / self.val_every) - trainer.global_step // self.val_every
         one = self._val_seconds
         if one is None:  # a forward pass is a third of a training step's work
             one = self._batch_seconds * per_step * self.val_tokens / self.tokens_per_step / 3
@@ -172,9 +177,8 @@ class ProgressReport(lightning.Callback):
         if math.isnan(loss):  # logged at this very step
             loss = float(trainer.callback_metrics.get("train/bpc", math.nan))
         log.info(
-            "step %d of %d%s: train %.4f bits per byte, %s tokens/s, %s",
-            trainer.global_step,
-            self.max_steps,
+            "%s%s: train %.4f bits per byte, %s tokens/s, %s",
+            self.length.place(trainer.global_step),
             f" and {self._part} of {trainer.accumulate_grad_batches} micro-batches" if self._part else "",
             loss,
             self._rate(trainer),
@@ -190,8 +194,8 @@ class ProgressReport(lightning.Callback):
             if now - self._drawn_at >= BAR_SECONDS:
                 self._draw(trainer, now, f"{what} {index + 1}/{sum(batches)}")
         elif now - self._said_at >= LINE_SECONDS:
-            place = (trainer.global_step, self.max_steps, what, index + 1, sum(batches))
-            log.info("step %d of %d: %s, batch %d of %d", *place)
+            place = (self.length.place(trainer.global_step), what, index + 1, sum(batches))
+            log.info("%s: %s, batch %d of %d", *place)
             self._said_at = now
 
     def _draw(self, trainer: lightning.Trainer, now: float, instead: str | None = None) -> None:
@@ -203,7 +207,8 @@ class ProgressReport(lightning.Callback):
         texts = bar_texts(trainer.callback_metrics)
         texts += [f"{self._rate(trainer)} tokens/s", self._left(trainer)] if self._batch_seconds else []
         progress, task = self._task
-        progress.update(task, completed=trainer.global_step, said=instead or "  ".join(texts))
+        done, _, place = self.length.share(trainer.global_step)
+        progress.update(task, completed=done, place=place, said=instead or "  ".join(texts))
 
 
 def _wait_for(device: torch.device) -> None:
@@ -212,12 +217,12 @@ def _wait_for(device: torch.device) -> None:
 
 
 @contextmanager
-def _drawn_bar(completed: int, total: int) -> Iterator[tuple[Progress, Any]]:
+def _drawn_bar(completed: float, total: float, place: str) -> Iterator[tuple[Progress, Any]]:
     """A bar on stdout, and log lines above it."""
     console = Console()
     columns = (
         BarColumn(bar_width=max(5, min(40, console.width - 60))),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[place]}"),
         TextColumn("{task.fields[said]}"),
     )
     streams = (sys.stdout, sys.stderr)
@@ -225,7 +230,7 @@ def _drawn_bar(completed: int, total: int) -> Iterator[tuple[Progress, Any]]:
         Progress(*columns, console=console, refresh_per_second=4, transient=True) as progress,
         _logged_above(console, streams),
     ):
-        yield progress, progress.add_task("training", completed=completed, total=total, said="")
+        yield progress, progress.add_task("training", completed=completed, total=total, place=place, said="")
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class Run:
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
         validated_step: the step that was validated last before it, or None.
+        trained_s: the seconds of training that a run by time had until then, or None.
         record: what is stored in run.json.
         started: whether ``start`` was called; before it, a resumed run's files are as they were.
     """
@@ -88,6 +89,7 @@ class Run:
     checkpoint: Path | None = None
     resume_step: int | None = None
     validated_step: int | None = None
+    trained_s: float | None = None
     record: dict[str, Any] = field(default_factory=dict)
     started: bool = False
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
@@ -126,16 +128,34 @@ class Run:
             self.record = read_record(self.folder)
             progress = read_checkpoint(self.checkpoint)
             self.resume_step, self.validated_step = progress["global_step"], progress["validated_step"]
+            self.trained_s = progress["trained_s"]
             if self.resume_step > self.config.max_steps:
                 raise ValueError(
                     f"max_steps must be at least {self.resume_step}, the steps that {str(self.checkpoint)!r} has, "
                     f"got {self.config.max_steps}"
                 )
+            self._check_budget()
         self.record["identity"] = identity
         # wandb takes ids of up to 64 characters
         plain = re.sub("[^A-Za-z0-9_-]", "_", self.folder.name)
         self.record.setdefault("wandb_id", f"{plain[:50]}-{uuid.uuid4().hex[:8]}")
         self._log_into_folder()
+
+    def _check_budget(self) -> None:
+        budget = self.config.trainer.budget_minutes
+        if budget is None:
+            return
+        if self.trained_s is None:
+            raise ValueError(
+                f"trainer.budget_minutes={budget:g} counts from a run's first step, and the run in "
+                f"{str(self.folder)!r} counted no time; give null, or take its weights alone: init_from={self.folder}"
+            )
+        before = load_config(self.folder).trainer.budget_minutes
+        if before is not None and budget < before and 60 * budget < self.trained_s:
+            raise ValueError(
+                f"trainer.budget_minutes must be at least {self.trained_s / 60:.4g}, the minutes of training that "
+                f"{str(self.checkpoint)!r} has, got {budget:g}"
+            )
 
     def _find(self, identity: dict[str, Any]) -> None:
         root, resume = Path(self.config.run_root), self.config.resume
@@ -297,7 +317,7 @@ class Run:
         for key, (before, now) in changes_of(self.folder, self.config).items():
             log.warning("resumed with a change: %s was %s, is %s", key, before, now)
         before = flat(OmegaConf.to_container(load_config(self.folder)))
-        if before.get("max_steps") != self.config.max_steps:
+        if self.config.trainer.budget_minutes is None and before.get("max_steps") != self.config.max_steps:
             log.warning(
                 "max_steps was %s, is %s: from here on the learning rate follows the schedule of %s steps",
                 *(before.get("max_steps"), self.config.max_steps, self.config.max_steps),

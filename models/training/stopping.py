@@ -62,6 +62,14 @@ class Stopping:
             self.signal = int(state[0])
         return bool(state[0]), bool(state[1])
 
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values. Called by all of them, at the same step."""
+        if self._group is None:
+            return value
+        values = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._group)
+        return values.item()
+
     def _take_over(self) -> None:
         for signum in SIGNALS:
             signal.signal(signum, self._handle)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from models.training.checkpoint_files import CHECKPOINT_FOLDER
 from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import choose_precision, uses_cuda
+from models.training.length import Length
 from models.training.processes import Processes
 from models.training.stopping import Stopping
 
@@ -22,9 +23,9 @@ def check_trainer(options: DictConfig) -> None:
     for key, smallest in least.items():
         if options[key] is not None and options[key] < smallest:
             raise ValueError(f"trainer.{key} must be at least {smallest}, got {options[key]}")
-    minutes = options.checkpoint_minutes
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"trainer.checkpoint_minutes must be positive or null, got {minutes}")
+    for key in ("checkpoint_minutes", "budget_minutes"):
+        if options[key] is not None and not options[key] > 0:
+            raise ValueError(f"trainer.{key} must be positive or null, got {options[key]}")
     choose_precision(options.precision, cuda=uses_cuda(options.accelerator))
 
 
@@ -33,7 +34,7 @@ def build_trainer(
     run_dir: Path,
     loggers: list[Logger],
     callbacks: list[lightning.Callback],
-    max_steps: int,
+    length: Length,
     accumulate: int,
     options: DictConfig,
     processes: Processes,
@@ -46,7 +47,7 @@ def build_trainer(
         run_dir: the run's folder.
         loggers: where metrics go.
         callbacks: what is recorded.
-        max_steps: optimizer steps.
+        length: of the run.
         accumulate: micro-batches an optimizer step.
         options: conf/trainer/.
         processes: those that make up the run.
@@ -59,7 +60,7 @@ def build_trainer(
         run_dir / CHECKPOINT_FOLDER,
         stopping=stopping,
         val_every=options.val_every,
-        max_steps=max_steps,
+        length=length,
         every=options.checkpoint_every,
         minutes=options.checkpoint_minutes,
         keep=options.keep_checkpoints,
@@ -70,7 +71,7 @@ def build_trainer(
         num_nodes=options.num_nodes,
         strategy="auto" if processes.world_size == 1 else "ddp",
         precision=choose_precision(options.precision, cuda=cuda),
-        max_steps=max_steps,
+        max_steps=length.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         val_check_interval=options.val_every * accumulate,  # Lightning counts micro-batches
