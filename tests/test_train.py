@@ -16,7 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from support.configuration import configure
-from support.training import Popen, command, fit, losses, metrics, overrides, same, weights
+from support.training import KILL_IN, Popen, command, fit, killed_in, losses, metrics, overrides, same, weights
 
 from conf.registry import BUILDERS
 from conf.schema import validate
@@ -65,31 +65,6 @@ def test_every_combination_learns_and_records(text, tmp_path, attention, norm):
     assert record["versions"]["torch"] and "device" in record and "git_commit" in record
     assert (folder / "samples.txt").read_text().count("--- step ") == 8
     assert (folder / "loss_and_memory.png").read_bytes().startswith(b"\x89PNG")
-
-
-# Where a run is killed: between checkpoints, after a sample and before its checkpoint, while a checkpoint is written.
-KILL_IN = {
-    "step 7": ("callbacks.TrainingMetrics", "on_train_batch_end", "args[1].global_step == 7"),
-    "sample of step 8": ("callbacks.TextSample", "on_validation_end", "args[1].global_step == 8"),
-    "checkpoint of step 8": ("checkpoints.os", "fsync", "writes_step_8(args)"),
-}
-
-
-def killed_in(place):
-    """Code that kills the process, without any warning, after the named function did its work."""
-    owner, name, condition = KILL_IN[place]
-    return f"""
-import os, signal
-import models.training.callbacks as callbacks, models.training.checkpoints as checkpoints
-original = {owner}.{name}
-def writes_step_8(args):
-    return "step-8.ckpt" in os.readlink(f"/proc/self/fd/{{args[0]}}")
-def work_and_die(*args):
-    original(*args)
-    if {condition}:
-        os.kill(os.getpid(), signal.SIGKILL)
-{owner}.{name} = work_and_die
-"""
 
 
 # the checkpoint of step 4 falls inside the log interval of steps 4 to 6

@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.configuration import configure
 from support.optimizers import Momentum
-from support.training import command, fit, losses, metrics, overrides, weights
-from test_train import killed_in
+from support.training import command, fit, killed_in, losses, metrics, overrides, weights
 
 from conf.registry import BUILDERS
 from conf.schema import validate

@@ -77,3 +77,28 @@ def losses(folder):
 def same(found, expected):
     assert [(step, validated) for step, _, validated in found] == [(step, val) for step, _, val in expected]
     assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in expected], rel=1e-5)
+
+
+# Where a run is killed: between checkpoints, after a sample and before its checkpoint, while a checkpoint is written.
+KILL_IN = {
+    "step 7": ("callbacks.TrainingMetrics", "on_train_batch_end", "args[1].global_step == 7"),
+    "sample of step 8": ("callbacks.TextSample", "on_validation_end", "args[1].global_step == 8"),
+    "checkpoint of step 8": ("checkpoints.os", "fsync", "writes_step_8(args)"),
+}
+
+
+def killed_in(place):
+    """Code that kills the process, without any warning, after the named function did its work."""
+    owner, name, condition = KILL_IN[place]
+    return f"""
+import os, signal
+import models.training.callbacks as callbacks, models.training.checkpoints as checkpoints
+original = {owner}.{name}
+def writes_step_8(args):
+    return "step-8.ckpt" in os.readlink(f"/proc/self/fd/{{args[0]}}")
+def work_and_die(*args):
+    original(*args)
+    if {condition}:
+        os.kill(os.getpid(), signal.SIGKILL)
+{owner}.{name} = work_and_die
+"""
