@@ -28,7 +28,7 @@ from support.gates import GATES, assert_within_gate, attend, check, results, rms
 from support.packed import PACKED, WINDOWS, Packed, check_packed
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
-from flash_cosine_sim_attention.call import Call
+from flash_cosine_sim_attention.call import GRADIENTS, Call
 from flash_cosine_sim_attention.reference import reference_backward, reference_forward
 
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -125,14 +125,14 @@ def check_operators(case, rows_limit=1):
     tensors, options = case.tensors(case.dtype), case.options()
     q, k, v, bias, scale = (tensors.get(name) for name in ("q", "k", "v", "attn_bias", "scale"))
     scale_value, mask = options.pop("scale", 1.0), options.pop("mask", None)
-    settings = case.groups, case.causal, -1, 0 if case.causal else -1, case.l2norm_qk
+    settings = case.groups, case.causal, -1, 0 if case.causal else -1, 0, case.l2norm_qk
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
     exact_inputs = *(tensor.double() for tensor in (q, k, v)), mask, None if bias is None else bias.double()
-    call = Call(*exact_inputs, None if scale is None else scale.double(), None, None, scale_value, *settings)
+    call = Call(*exact_inputs, None if scale is None else scale.double(), *[None] * 4, scale_value, *settings)
     exact_o, exact_rows = reference_forward(call)
     operators = torch.ops.flash_cosine_sim_attention
-    o, rows = operators.forward(*inputs, scale, None, None, scale_value, *settings, False)
+    o, rows = operators.forward(*inputs, scale, *[None] * 4, scale_value, *settings, False)
     seen = exact_rows.isfinite()
     assert torch.equal(rows.isneginf(), ~seen) and (o[~seen] == 0).all()
     assert (rows[seen] - exact_rows[seen]).abs().max() <= rows_limit * GATES[case.dtype]
@@ -140,11 +140,11 @@ def check_operators(case, rows_limit=1):
     names = ["dq", "dk", "dv"] + ["dattn_bias"] * (bias is not None) + ["dscale"] * (scale is not None)
     # All gradients, then each alone.
     for wanted in [names, *([name] for name in names)]:
-        needs = [name in wanted for name in ("dq", "dk", "dv", "dattn_bias", "dscale")]
+        needs = [name in wanted for name in GRADIENTS]
         rows_exact = exact_o, exact_rows, drow.double()
         exact = reference_backward(do.double(), call, *rows_exact, needs)
         rows_ours = o, rows, drow
-        arguments = do, *inputs, scale, None, None, scale_value, *rows_ours, *settings, False, *needs, True
+        arguments = do, *inputs, scale, *[None] * 4, scale_value, *rows_ours, *settings, False, *needs, True
         ours = operators.backward(*arguments)
         for need, gradient, expected in zip(needs, ours, exact, strict=True):
             assert gradient.shape == expected.shape
@@ -282,7 +282,7 @@ def check_sm90(case, is_sm90=False, expand_v=False):
 
         operators = torch.ops.flash_cosine_sim_attention
         window = -1, 0 if case.causal else -1
-        settings = None, None, options.get("scale", 1.0), case.groups, case.causal, *window, case.l2norm_qk, False
+        settings = *[None] * 4, options.get("scale", 1.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
         before = multiplied_with_wgmma()
         (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
@@ -398,7 +398,7 @@ def check_wrong_cu_seqlens(dtype):
         tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(dtype).items()}
         wrong = torch.tensor(cu_seqlens, dtype=torch.int32)
         q, k, v = (tensor.unsqueeze(0).transpose(1, 2) for tensor in tensors.values())
-        arguments = q, k, v, None, None, None, wrong, wrong, 10.0, 1, True, 20, 0, True, False
+        arguments = q, k, v, None, None, None, wrong, wrong, None, None, 10.0, 1, True, 20, 0, 0, True, False
         o, _ = torch.ops.flash_cosine_sim_attention.forward(*arguments, True)
         for deterministic in (False, True):
             with determinism() if deterministic else contextlib.nullcontext():

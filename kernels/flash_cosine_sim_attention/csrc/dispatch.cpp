@@ -53,6 +53,17 @@ void with_forward_math(Math math, Function function) {
   with_math(math, function);
 }
 
+// Before the main kernel, which may write dk where k_hat is.
+void launch_bias_gradients(const BackwardParams& params, cudaStream_t stream) {
+  const bool sums_distances = params.ddistance_bias != nullptr && !params.plan.sums_distances;
+  if (params.dbias.data == nullptr && !sums_distances) return;
+  with_math(math_of(params), [&](auto math) {
+    with_head_dim(params.head_dim,
+                  [&](auto head_dim) { launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream); });
+  });
+  if (sums_distances) launch_distance_merge(params, stream);
+}
+
 #if FLASH_COSINE_SIM_HAS_SM90
 // The kernels of sm90/ have none for head dim 16.
 template <int kHeadDim>
@@ -127,6 +138,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
 #if FLASH_COSINE_SIM_HAS_SM90
   if (plan.sm90) {
     if (!plan.prepares_rows) launch_delta(params, stream);
+    launch_bias_gradients(params, stream);
     with_backward_sm90(params.head_dim, [&](auto head_dim) {
       if (plan.banded) return run_backward_sm90<head_dim.value, true>(params, stream);
       run_backward_sm90<head_dim.value, false>(params, stream);
@@ -138,10 +150,9 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   }
 #endif
   launch_delta(params, stream);
+  launch_bias_gradients(params, stream);
   with_math(math_of(params), [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {
-      // First, for the main kernel may write dk where k_hat is.
-      if (params.dbias.data != nullptr) launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream);
       if (!needs_main_kernel(params)) return;
       if (params.dq_accumulator != nullptr) {
         CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, params.plan.dq_accumulator * sizeof(float), stream));
