@@ -1,7 +1,7 @@
 """docs/api.md, made from the signatures and docstrings of the library's public functions.
 
-    python -m scripts.api            # checks that the page is what they say
-    python -m scripts.api --write    # writes it anew
+python -m scripts.api            # checks that the page is what they say
+python -m scripts.api --write    # writes it anew
 """
 
 import argparse

@@ -25,7 +25,7 @@ import torch
 from emulator.build import build
 from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
 from support.gates import GATES, assert_within_gate, attend, check, results, rms
-from support.packed import PACKED, WINDOWS, Packed, check_packed
+from support.packed import DISTANCES, PACKED, PACKED_DISTANCES, WINDOWS, Packed, check_packed
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from flash_cosine_sim_attention.call import GRADIENTS, Call
@@ -189,6 +189,9 @@ def portable_checks():
         }.items():
             checks[f"decoding-{label}-{name}"] = functools.partial(check_emulated, replace(query, **options))
         checks[f"decoding-partials-{name}"] = functools.partial(check_partials, replace(query, mask=True))
+        distances = replace(query, seq_len_q=5, distance_bias=True, alibi="heads")
+        checks[f"decoding-distances-{name}"] = functools.partial(check_emulated, distances)
+        checks[f"partials-distances-{name}"] = functools.partial(check_partials, replace(distances, seq_len_q=70))
         for kind in ("magnitudes", "zero vectors"):
             hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
             checks[f"decoding-{kind.replace(' ', '-')}-{name}"] = functools.partial(check_forward, hard)
@@ -200,6 +203,14 @@ def portable_checks():
         for index, (label, case) in list(enumerate(PACKED.items()))[len(name) % 2 :: 2]:
             case = replace(case, dtype=dtype, head_dim=(64, 128, 32)[index % 3])
             checks[f"packed-{label}-{name}"] = functools.partial(check_packed_emulated, case, index % 2 == 0)
+        # A third of them, and so on.
+        for index, (label, options) in list(enumerate(DISTANCES.items()))[len(name) % 3 :: 3]:
+            case = Case(dtype=dtype, head_dim=(64, 128, 32, 40)[index % 4], batch=1, num_heads=2, num_kv_heads=2)
+            case = replace(case, **options, bias="heads" if index % 4 == 1 else None)
+            checks[f"distances-{label}-{name}"] = functools.partial(check_emulated, case, index % 2 == 0)
+        for index, (label, case) in list(enumerate(PACKED_DISTANCES.items()))[len(name) % 3 :: 3]:
+            case = replace(case, dtype=dtype, head_dim=(128, 32, 256)[index % 3])
+            checks[f"packed-distances-{label}-{name}"] = functools.partial(check_packed_emulated, case, index % 2 == 0)
         for head_dim in (8, 16, 32, 96, 256):
             case = replace(query, seq_len_q=2, head_dim=head_dim, causal=True)
             case = replace(case, seq_len_k=max(300, 70_000 // head_dim))
@@ -343,6 +354,31 @@ def check_window_sm90(case, deterministic=False):
             assert torch.equal(own, tensors["v"].repeat_interleave(case.num_heads // case.num_kv_heads, 1))
 
 
+def check_distances_sm90(case, deterministic=False):
+    """The gate, o and gradients twice, and that the kernels of 9.0 made them: each where it can."""
+    check_emulated(case, deterministic)
+    tensors, options = case.tensors(case.dtype), case.options()
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    counts = [multiplied_with_wgmma()]
+    o = attend("operators", **tensors, **options)
+    counts.append(multiplied_with_wgmma())
+    assert torch.equal(o, attend("operators", **tensors, **options))
+    # Few queries have another kernel, and in float16 P might leave its range.
+    assert (counts[1] > counts[0]) == (case.dtype == torch.bfloat16 and case.seq_len_q > 1)
+    do = torch.randn(o.shape, dtype=o.dtype)
+    with determinism() if deterministic else contextlib.nullcontext():
+        counts = [multiplied_with_wgmma()]
+        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
+        counts.append(multiplied_with_wgmma())
+        again = torch.autograd.grad(o, tensors.values(), do)
+    assert (counts[1] > counts[0]) == (case.l2norm_qk and case.head_dim <= 128)
+    for name, one, other in zip(tensors, first, again, strict=True):
+        if name == "distance_bias" and not deterministic:  # warps add to it in any order
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, other), name
+
+
 # By head dim: queries, keys. With other tiles in the tables the check fails, and these follow.
 FORWARD_TILES = {64: (192, 96), 128: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 128: (64, 128)}
@@ -458,6 +494,16 @@ def sm90_checks():
             if place % 2 == index // 2 % 2:
                 packed = replace(packed, dtype=dtype, head_dim=head_dim)
                 add(f"packed-{name}", packed, check_packed_emulated, deterministic=place % 3 == 0)
+    kernels = [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16), (96, torch.bfloat16)]
+    kernels += [(32, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16), (96, torch.float16)]
+    for index, (head_dim, dtype) in enumerate(kernels):
+        case = Case(dtype=dtype, head_dim=head_dim, batch=1, num_heads=2, num_kv_heads=2)
+        for place, (name, options) in list(enumerate(DISTANCES.items()))[index % 4 :: 4]:
+            determined = (place + index) % 3 == 0
+            add(f"distances-{name}", replace(case, **options), check_distances_sm90, deterministic=determined)
+        for place, (name, packed) in list(enumerate(PACKED_DISTANCES.items()))[index % 4 :: 4]:
+            packed = replace(packed, dtype=dtype, head_dim=head_dim)
+            add(f"packed-distances-{name}", packed, check_packed_emulated, deterministic=(place + index) % 3 == 0)
     for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 128)):
         case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2, seq_len_q=600, seq_len_k=600)
         for name, options in {

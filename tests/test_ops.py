@@ -29,7 +29,16 @@ backward = torch.ops.flash_cosine_sim_attention.backward
 
 
 def attend(
-    q, k, v, mask=None, attn_bias=None, scale=8.0, distance_bias=None, alibi_slopes=None, return_partials=False, **options
+    q,
+    k,
+    v,
+    mask=None,
+    attn_bias=None,
+    scale=8.0,
+    distance_bias=None,
+    alibi_slopes=None,
+    return_partials=False,
+    **options,
 ):
     """The operators as the library calls them."""
     scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)

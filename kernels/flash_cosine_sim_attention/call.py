@@ -35,7 +35,9 @@ class Call(NamedTuple):
     cu_seqlens_q: Tensor | None  # int32 (num_sequences + 1,), contiguous; None: not packed
     cu_seqlens_k: Tensor | None  # the same; both or neither
     # Added to the score of a query at a distance t from a key, t = i + seq_len_k - seq_len_q - j, inside each sequence:
-    distance_bias: Tensor | None  # (num_heads, num_distances), entry t - first_distance; float32, or float64 for float64
+    distance_bias: (
+        Tensor | None
+    )  # (num_heads, num_distances), entry t - first_distance; float32, or float64 for float64
     alibi_slopes: Tensor | None  # (1 or batch, num_heads), in that dtype: -slope * |t|; it has no gradient
     scale_value: float  # ignored where scale is a tensor
     groups: int  # divides head_dim

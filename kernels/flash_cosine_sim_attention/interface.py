@@ -77,10 +77,11 @@ def flash_cosine_sim_attention(
             Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
             differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
-            above 60 are a ValueError, and the documented range is scale * groups + the largest bias <= 40, attn_bias and
-            distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees another key:
-            the CUDA kernels take a row whose logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
-            that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
+            above 60 are a ValueError, and the documented range is scale * groups + the largest bias <= 40, attn_bias
+            and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees another
+            key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values of a
+            CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile: keep
+            them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
@@ -486,9 +487,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     return attn_bias.to(q.dtype)
 
 
-def _as_vector_or_number(
-    scale: float | Tensor, groups: int, q: Tensor, merged: bool
-) -> tuple[Tensor | None, float]:
+def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> tuple[Tensor | None, float]:
     """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and 1; a number as None and it.
 
     A number stays one: no tensor is made for it, and no gradient.

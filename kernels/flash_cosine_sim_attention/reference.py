@@ -145,7 +145,7 @@ def reference_partials(call: Call) -> tuple[Tensor, Tensor]:
 def reference_backward(
     do: Tensor, call: Call, o: Tensor, row_sum_log2: Tensor, drow_sum_log2: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Return the gradients in the order of DIFFERENTIABLE, each in its input's dtype and layout, or (0,) if not in `needs`.
+    """Return the gradients in the order of DIFFERENTIABLE, each in its input's dtype and layout; (0,) if not needed.
 
     The row statistics replace the softmax's Jacobian as in Dao et al. 2022, "FlashAttention", appendix B,
     arXiv:2205.14135; the scores are computed again instead of being stored.

@@ -3,10 +3,10 @@
 It serves every argument, and its memory grows linearly with the sequence length. The scale is folded into q
 before q's only rounding to the input dtype. What SDPA's fused kernels take as it is goes there in one call:
 no mask, square causal, key mask. A bias, also one by distance, a window, or causal with a key mask or with a longer k,
-needs an explicit mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see and recomputed in
-the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are alive. The loop
-over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has one graph per
-number of blocks.
+needs an explicit mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see
+and recomputed in the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are
+alive. The loop over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has
+one graph per number of blocks.
 
 Packed sequences are attended to one after the other: cu_seqlens is read, and on a GPU that waits for it. Under
 torch.compile, where its values are not known, they are rows of one sequence under an explicit mask, of all keys.

@@ -13,7 +13,7 @@ def inputs(
     number=False,
     by_distance=False,
 ):
-    """Return q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, distance_bias, alibi_slopes and scale_value as
+    """Return q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, distance_bias, alibi_slopes, scale_value, as
     the operators take them; by_distance: with the two, of distances from 0 on.
     """
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def inputs(
 
 
 def settings(groups=1, causal=True, l2norm_qk=True, window_size=(-1, -1), first_distance=0):
-    """Return groups, causal, window_left, window_right, first_distance, l2norm_qk, allow_tf32 as the operators take them."""
+    """Return groups, causal, window_left, window_right, first_distance, l2norm_qk, allow_tf32."""
     left, right = window_size
     right = 0 if causal else right
     return groups, right == 0, left, right, first_distance, l2norm_qk, False

@@ -125,6 +125,14 @@ inline bool is_banded(const Attention& params) {
   return params.window_left >= 0 || (params.window_right >= 0 && !params.causal) || params.sequences.queries != nullptr;
 }
 
+// What a kernel of sm90/ can do; each also does what those before it do.
+enum class Variant : int {
+  kCausal,          // causality hides keys, and, backward, a mask
+  kBanded,          // so do windows and packed sequences, and masks by block
+  kScored,          // distances add to scores
+  kScoredGradient,  // backward: ddistance_bias, summed in any order
+};
+
 // Where q or k is normalised.
 enum class Norm : int {
   kNone,      // it comes as it is to be: without l2norm_qk
@@ -138,11 +146,9 @@ inline constexpr int kRowSumPlaces = 4;
 
 // Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
-  bool sm90 = false;  // sm90/forward.cuh, else one of the portable kernels
-  // sm90: its variant that skips what a window, packed sequences or a mask hide
-  bool banded = false;
-  bool scored = false;     // sm90: the one of these that also adds what the distance says
-  int64_t mask_words = 0;  // elements of workspace
+  bool sm90 = false;                   // sm90/forward.cuh, else one of the portable kernels
+  Variant variant = Variant::kCausal;  // sm90
+  int64_t mask_words = 0;              // elements of workspace
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
   // more; 0: sm80/forward.cuh
   int num_splits = 0;
@@ -180,11 +186,9 @@ struct DiagonalSums {
 
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
-  bool sm90 = false;                    // sm90/backward.cuh, else sm80/backward.cuh
-  bool banded = false, scored = false;  // sm90: as in ForwardPlan
-  // sm90: the main kernel also adds up ddistance_bias; else launch_bias_gradient_sm80 does, in one order always
-  bool sums_distances = false;
-  int num_splits = 0;  // of the walk over queries; 0: the main kernel writes dk and dv itself
+  bool sm90 = false;                   // sm90/backward.cuh, else sm80/backward.cuh
+  Variant variant = Variant::kCausal;  // sm90
+  int num_splits = 0;                  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
   int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has
@@ -281,10 +285,10 @@ template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias, distance_sums
 
 // sm90/forward.cuh, sm90/backward.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
-// bias, at least a key; backward with the norm only. Without kBanded causality alone hides keys, or, backward, a mask.
-template <Math kMath, int kHeadDim, bool kBanded>
+// attn_bias, at least a key; backward with the norm only.
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 
 }  // namespace flash_cosine_sim

@@ -89,6 +89,12 @@ void plan_distance_scores(Plan& plan, const Attention& params) {
 // of other lengths on the two sides shift them.
 bool has_whole_diagonals(const Attention& params) { return params.sequences.queries == params.sequences.keys; }
 
+// Of the kernels of sm90/.
+Variant variant_of(const Attention& params) {
+  if (params.by_distance.exists()) return Variant::kScored;
+  return is_banded(params) || params.mask.data != nullptr ? Variant::kBanded : Variant::kCausal;
+}
+
 Norm norm_of(const Attention& params, bool in_kernel) {
   return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
 }
@@ -101,7 +107,7 @@ bool takes_forward_sm90(const ForwardParams& params, const Gpu& gpu) {
   if (!gpu.runs_sm90 || params.bias.data != nullptr) return false;
   const Math math = forward_math_of(params);
   if (math != Math::kBf16 && math != Math::kFp16) return false;
-  if (params.by_distance.exists()) return false;
+  if (params.by_distance.exists() && !has_whole_diagonals(params)) return false;
   return keys_have_tensor_map(params, params.v) &&
          (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
          (params.l2norm_qk || (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
@@ -122,8 +128,7 @@ ForwardPlan plan_forward_sm90(const ForwardParams& params) {
   const ForwardSm90Tile& tile = forward_sm90_tile(params.head_dim);
   ForwardPlan plan;
   plan.sm90 = true;
-  plan.scored = params.by_distance.exists();
-  plan.banded = plan.scored || is_banded(params) || params.mask.data != nullptr;
+  plan.variant = variant_of(params);
   if (params.mask.data != nullptr) plan.mask_words = params.batch * divide_up(params.seq_len_k, 1024) * (32 + 1 + 1);
   plan.q_norm = norm_of(params, can_normalize_q_in_sm90(params, tile));
   plan.k_norm = norm_of(params, false);
@@ -206,7 +211,7 @@ bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
       params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
     return false;
   }
-  if (params.by_distance.exists()) return false;
+  if (params.by_distance.exists() && !has_whole_diagonals(params)) return false;
   const auto is_written = [](const Tensor& gradient) { return gradient.data != nullptr; };
   return keys_have_tensor_map(params, params.v) && queries_have_tensor_map(params, params.dout) &&
          (!is_written(params.dk) || keys_have_tensor_map(params, params.dk)) &&
@@ -247,10 +252,9 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
   BackwardPlan plan;
   plan.sm90 = true;
-  plan.scored = params.by_distance.exists();
-  plan.banded = plan.scored || is_banded(params) || params.mask.data != nullptr;
+  plan.variant = variant_of(params);
   // Its sums by distance are in any order.
-  plan.sums_distances = params.ddistance_bias != nullptr && !params.deterministic;
+  if (params.ddistance_bias != nullptr && !params.deterministic) plan.variant = Variant::kScoredGradient;
   plan.padded_rows = static_cast<int>(num_blocks_q * tile.block_q);
   plan.padded_dim = tile.head_dim;
   plan.block_q = tile.block_q;
@@ -261,7 +265,7 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
     if (params.deterministic) plan.dq_order = num_heads * num_blocks_q * (4 * BackwardSm90Tile::kConsumers);
   }
   // Where another kernel needs the rows before this one, a prologue makes them.
-  const bool needs_rows_before = params.ddistance_bias != nullptr && !plan.sums_distances;
+  const bool needs_rows_before = params.ddistance_bias != nullptr && plan.variant != Variant::kScoredGradient;
   plan.prepares_rows = can_prepare_rows_in_sm90(params) && !needs_rows_before;
   plan.num_counters = plan.prepares_rows
                           ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
@@ -361,7 +365,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu) {
     plan = takes_backward_sm90(params, gpu) ? plan_backward_sm90(params, gpu) : plan_backward_sm80(params, gpu);
   }
   plan_distance_scores(plan, params);
-  if (params.ddistance_bias != nullptr && !plan.sums_distances) plan_diagonal_sums(plan, params);
+  if (params.ddistance_bias != nullptr && plan.variant != Variant::kScoredGradient) plan_diagonal_sums(plan, params);
   return plan;
 }
 

@@ -17,15 +17,19 @@
 //
 // row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: statistics.cuh.
 //
+// Variant::kScoredGradient adds dS up along its diagonals while the products are under way: distances.cuh.
+//
 // A warp's part of dQ is added to dq_accumulator by a bulk copy, in the order of the accumulators' registers. Blocks of
 // other keys add to the same rows, in any order; or, deterministic, in the order of the keys.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "sm90/backward_rows.cuh"
 #include "device.h"
 #include "launch.h"
+#include "sm90/distances.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/statistics.cuh"
 #include "common/band.cuh"
@@ -41,8 +45,10 @@ struct BackwardTensorMaps {
   CUtensorMap q, dout, k, v, dk, dv;
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
+template <Math kMath, int kHeadDim, bool kDeterministic, Variant kVariant>
 struct BackwardSm90 {
+  static constexpr bool kBanded = kVariant != Variant::kCausal, kScored = kVariant >= Variant::kScored;
+  static constexpr bool kSumsDistances = kVariant == Variant::kScoredGradient;
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   using Statistics = RowStatistics<T>;
@@ -55,6 +61,7 @@ struct BackwardSm90 {
   static constexpr bool kPrefetchScores = Traits::kPrefetchScores && !kDeterministic;
   static constexpr bool kStaggered = Traits::kStaggered && !kDeterministic;
   static constexpr int kSteps = kHeadDim / 16;  // of the contraction over the head dim
+  using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
     int batch, kv_head, block_k, split;
@@ -134,6 +141,9 @@ struct BackwardSm90 {
       return base + Traits::kOffsetStatistics + stage * (kBlockQ * kRowStatisticsBytes);
     }
     __device__ __forceinline__ uint32_t factors() const { return base + Traits::kOffsetFactors; }
+    __device__ __forceinline__ uint32_t distances(int stage) const {
+      return base + Traits::kOffsetDistances + stage * Traits::kDistanceBytes;
+    }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     __device__ __forceinline__ uint32_t rows(int warp) const {
       return base + Traits::kOffsetRows + warp * (Traits::kRowBuffers * Traits::kRowBufferBytes);
@@ -250,10 +260,17 @@ struct BackwardSm90 {
       const RowNumbers numbers = load_row_numbers(head, walk.block_q);
       mbarrier_wait(shared.q_empty(stage.index), stage.parity ^ 1);
       if (is_leader()) {
-        mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ);
+        mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ + (kScored ? Distances::kBytes : 0));
         load<kBlockQ, kPanelDim>(maps.q, shared.q(stage.index), full, walk.block_q * kBlockQ, walk.head, work.batch);
       }
       write_statistics(numbers);
+      // Last, when the numbers are no longer in registers. Opaque: what is the same for the whole walk is not worth
+      // any.
+      if constexpr (kScored) {
+        if (!is_leader()) return;
+        Distances::load(params, shared.distances(stage.index), full, opaque(work.batch), walk.head,
+                        walk.block_q * kBlockQ, opaque(work.block_k) * kBlockK);
+      }
     }
 
     __device__ __forceinline__ void load_dout(const Work& work, const Walk& walk) {
@@ -359,6 +376,8 @@ struct BackwardSm90 {
     float scores[kBlockQ / 8][4], dp[kBlockQ / 8][4];
     uint32_t p[kSlices][4], ds[kSlices][4];
     float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+    struct Nothing {};
+    std::conditional_t<kSumsDistances, DiagonalReducer<kBlockQ / 8>, Nothing> diagonals;  // of dS
 
     // Opaque, or it would be two registers instead of one.
     __device__ __forceinline__ Consumer(const BackwardParams& params, const BackwardSchedule& schedule,
@@ -537,6 +556,7 @@ struct BackwardSm90 {
         for (int n = 2 * slice; n < 2 * slice + 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) dp[n][i] *= scores[n][i];
+          if constexpr (kSumsDistances) diagonals.take(dp[n], n);
         }
         accumulator_to_a<kMath>(p[slice], scores, slice);
         accumulator_to_a<kMath>(ds[slice], dp, slice);
@@ -640,6 +660,19 @@ struct BackwardSm90 {
       }
     }
 
+    // kSumsDistances: adds the warp's dS to ddistance_bias.
+    __device__ __forceinline__ void add_by_distance(const Work& work, const Walk& walk) const {
+      const ByDistance& by_distance = params.by_distance;
+      const int diagonal = params.sequences.queries != nullptr ? 0 : params.seq_len_k - params.seq_len_q;
+      const int first_key = work.block_k * kBlockK + 16 * warp;
+      const int place = walk.block_q * kBlockQ + diagonal - first_key - by_distance.first_distance;
+      float* target = params.ddistance_bias + int64_t{walk.head} * by_distance.num_distances;
+      diagonals.finish([&](int number, float sum) {
+        const unsigned own = place + number;
+        if (own < static_cast<unsigned>(by_distance.num_distances)) red_add_f32(target + own, sum);
+      });
+    }
+
     // One pair of the walk. With kPrefetchScores its S is there. Ends with dK under way.
     template <bool kLast>
     __device__ __forceinline__ void step(const Work& work, const Walk& walk) {
@@ -649,6 +682,7 @@ struct BackwardSm90 {
         wgmma_wait<1>();
         pin(scores);
       }
+      if constexpr (kScored) Distances::add_transposed(scores, shared.distances(stage.index), 16 * warp);
       if constexpr (kBanded) {
         if (is_on_edge(work, walk)) mask_band(work, walk);
       } else {
@@ -672,10 +706,13 @@ struct BackwardSm90 {
       start_gradient(dv, p, shared.dout(stage.index));
       wait_for_warpgroup();
       if (threadIdx.x % 128 == 0) mbarrier_arrive(shared.ds_full(stage.index, warpgroup));
+      // Beside dV, for dQ takes the registers; the other warpgroup keeps the tensor cores busy.
+      if constexpr (kSumsDistances && kStaggered) add_by_distance(work, walk);
       GradientQ dq;
       // A tile's first pair has none before it: whatever is there is multiplied, for products must not be conditional.
       start_dq(dq, pair_of_dq);
       start_gradient(dk, ds, shared.q(stage.index));
+      if constexpr (kSumsDistances && !kStaggered) add_by_distance(work, walk);
       wgmma_wait<kStaggered ? 2 : 3>();
       release(shared.dout_empty(stage.index));
       wgmma_wait<1>();
@@ -813,7 +850,9 @@ struct BackwardSm90 {
       for (int half = 0; half < 2; ++half) {
         const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
         if (key >= params.seq_len_k) continue;
-        float* row = params.dkv_partials + (head * params.seq_len_k + key) * params.head_dim + 2 * (lane & 3);
+        // Opaque: the halves of their signs would occupy registers through the walk.
+        const int num_keys = opaque(params.seq_len_k), head_dim = opaque(params.head_dim);
+        float* row = params.dkv_partials + (head * num_keys + key) * head_dim + 2 * (lane & 3);
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           if (8 * n >= params.head_dim) continue;
@@ -846,11 +885,11 @@ struct BackwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
+template <Math kMath, int kHeadDim, bool kDeterministic, Variant kVariant>
 __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     backward_sm90_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardTensorMaps maps,
                          const __grid_constant__ BackwardSchedule schedule) {
-  using B = BackwardSm90<kMath, kHeadDim, kDeterministic, kBanded>;
+  using B = BackwardSm90<kMath, kHeadDim, kDeterministic, kVariant>;
   extern __shared__ __align__(1024) char memory[];
   const typename B::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -879,7 +918,7 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
   }
 }
 
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of Q, dO and dq_accumulator
@@ -924,12 +963,15 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
                                          (params.plan.padded_rows / Traits::kChunkRows);
   schedule.num_chunks = static_cast<int>(num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
-    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic, kBanded>;
-    allow_shared_memory<kKernel, Traits::kSharedBytes>();
-    kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
+    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic, kVariant>;
+    constexpr int kBytes = kVariant >= Variant::kScored ? Traits::kSharedBytesScored : Traits::kSharedBytes;
+    allow_shared_memory<kKernel, kBytes>();
+    kKernel<<<num_blocks, Traits::kThreads, kBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());
   };
-  if (params.dq_order == nullptr) {
+  if constexpr (kVariant == Variant::kScoredGradient) {
+    launch.template operator()<false>();
+  } else if (params.dq_order == nullptr) {
     launch.template operator()<false>();
   } else {
     launch.template operator()<true>();

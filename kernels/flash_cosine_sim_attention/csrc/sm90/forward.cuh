@@ -15,8 +15,8 @@
 //   else      start the next S = q k^T and O += P V | S is there: P' = 2^S, in place | P is free: P = P' rounded
 //
 // Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
-// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Without, nothing of it is
-// there.
+// asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Scored, what distances add
+// comes with K and is added as soon as S is there. Without, nothing of it is there.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +29,7 @@
 #include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
+#include "sm90/distances.cuh"
 #include "sm90/sections.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tiles/forward.h"
@@ -54,14 +55,16 @@ struct ForwardSchedule {
 
 // kExactSum: the backward pass will need the sum of P itself. It costs an addition a score, measured as 3.6 % of the
 // time at head dim 64.
-template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
+template <Math kMath, int kHeadDim, bool kExactSum, Variant kVariant>
 struct ForwardSm90 {
+  static constexpr bool kBanded = kVariant != Variant::kCausal, kScored = kVariant == Variant::kScored;
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kStages = Traits::kStages;
   static constexpr int kPanelBytes = Traits::kPanelBytes, kPanels = Traits::kPanels, kPanelDim = Traits::kPanelDim;
   static constexpr bool kOnes = Traits::kOnes;
   static constexpr int kSlices = kBlockK / 16;
+  using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
     int batch, head, kv_head, first_query;
@@ -170,6 +173,13 @@ struct ForwardSm90 {
     __device__ __forceinline__ uint32_t ones(int stage) const {
       return base + Traits::kOffsetOnes + stage * Traits::kTileBytesV;  // stage 0's only, if they are shared
     }
+    __device__ __forceinline__ uint32_t distances(int stage) const {
+      return base + Traits::kOffsetDistances + stage * Traits::kDistanceBytes;
+    }
+    // kScored: what a warp multiplies scores by, 1, or c if q_hat does not contain it. A register would spill.
+    __device__ __forceinline__ uint32_t scale(int first_row) const {
+      return base + Traits::kOffsetScales + first_row / 16 * 4;
+    }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     __device__ __forceinline__ uint32_t barrier(int index) const { return base + Traits::kOffsetBarriers + 8 * index; }
     __device__ __forceinline__ uint32_t q_full() const { return barrier(0); }
@@ -216,10 +226,11 @@ struct ForwardSm90 {
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
 
-    template <int kRows>
+    // kMore bytes beside the tile's count towards the barrier's phase, too.
+    template <int kRows, int kMore = 0>
     __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t tile, uint32_t full, int row, int head,
                                          int batch) {
-      mbarrier_arrive_expect_tx(full, kRows * 2 * kHeadDim);
+      mbarrier_arrive_expect_tx(full, kRows * 2 * kHeadDim + kMore);
       load_panels<kRows, kPanelDim, kPanels>(&map, tile, full, row, head, batch);
     }
 
@@ -244,8 +255,13 @@ struct ForwardSm90 {
     __device__ __forceinline__ void load_k(const Work& work, int block) {
       await_k_hat(work, block);
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
-      load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), block * kBlockK, work.kv_head,
-                    work.batch);
+      const uint32_t full = shared.k_full(k_stage.index);
+      load<kBlockK, kScored ? Distances::kBytes : 0>(maps.k, shared.k(k_stage.index), full, block * kBlockK,
+                                                     work.kv_head, work.batch);
+      if constexpr (kScored) {
+        Distances::load(params, shared.distances(k_stage.index), full, work.batch, work.head, work.first_query,
+                        block * kBlockK);
+      }
       k_stage.advance();
     }
 
@@ -436,7 +452,7 @@ struct ForwardSm90 {
         columns[half].first -= first_column;
         columns[half].end -= first_column;
       }
-      score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
+      score_scale = params.l2norm_qk || kScored ? 1.f : scale_log2(params, work.head);
     }
 
     __device__ __forceinline__ void operator()(float (&scores)[kBlockK / 8][4]) const {
@@ -507,6 +523,11 @@ struct ForwardSm90 {
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) exact_sums[half] = rounded_sums[half] = 0.f;
+      if constexpr (kScored) {
+        const float scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
+        if ((threadIdx.x & 31) == 0) store_shared_b32(shared.scale(first_row), __float_as_uint(scale));
+        __syncwarp();
+      }
       if constexpr (Traits::kQInRegisters) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -552,11 +573,16 @@ struct ForwardSm90 {
       wgmma_commit();
     }
 
-    // Waits for S; kPending groups of products started later may go on.
+    // Waits for S, and scores it; kPending groups of products started later may go on.
     template <int kPending>
     __device__ __forceinline__ void finish_qk() {
       wgmma_wait<kPending>();
       pin(scores);
+      if constexpr (kScored) {
+        const float scale = load_shared_f32(shared.scale(first_row));
+        Distances::add(scores, scale, shared.distances(k_stage.index), first_row);
+        __syncwarp();  // all lanes have read it before the first releases it
+      }
       release(shared.k_empty(k_stage.index));
       k_stage.advance();
     }
@@ -668,11 +694,12 @@ struct ForwardSm90 {
       Walk walk(params, work);
       const Band band = keys_of_rows(params, work.first_query + first_row / 64 * 64, 64);
       const auto is_plain = [&](int block) {
-        if constexpr (kHeadDim > 128) {  // no registers are left for `band`
+        const bool finished = params.l2norm_qk || kScored;
+        if constexpr (kHeadDim > (kScored ? 96 : 128)) {  // no registers are left for `band`
           const Band again = keys_of_rows(params, opaque(work.first_query + first_row / 64 * 64), 64);
-          return params.l2norm_qk && again.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
+          return finished && again.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
         }
-        return params.l2norm_qk && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
+        return finished && band.sees_all(block * kBlockK, (block + 1) * kBlockK) && walk.is_whole(block);
       };
       const Range own = blocks_of(band.any, kBlockK);  // of the walk's blocks, if there are any
       // Blocks that only warpgroups with later queries see.
@@ -841,11 +868,11 @@ struct ForwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
+template <Math kMath, int kHeadDim, bool kExactSum, Variant kVariant>
 __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                         const __grid_constant__ ForwardSchedule schedule) {
-  using F = ForwardSm90<kMath, kHeadDim, kExactSum, kBanded>;
+  using F = ForwardSm90<kMath, kHeadDim, kExactSum, kVariant>;
   extern __shared__ __align__(1024) char memory[];
   const typename F::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -879,7 +906,7 @@ __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 
   }
 }
 
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of keys and values: measured, 7 to 13 % faster than all heads at once
@@ -917,9 +944,10 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   schedule.chunks_per_kv_head = (params.seq_len_k + Traits::kChunkRows - 1) / Traits::kChunkRows;
   schedule.num_chunks = num_kv_heads * schedule.chunks_per_kv_head;
   const auto launch = [&]<bool kExactSum>() {
-    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum, kBanded>;
-    allow_shared_memory<kKernel, Traits::kSharedBytes>();
-    kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
+    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum, kVariant>;
+    constexpr int kBytes = kVariant == Variant::kScored ? Traits::kSharedBytesScored : Traits::kSharedBytes;
+    allow_shared_memory<kKernel, kBytes>();
+    kKernel<<<num_blocks, Traits::kThreads, kBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());
   };
   if (params.row_sum_log2 == nullptr) {

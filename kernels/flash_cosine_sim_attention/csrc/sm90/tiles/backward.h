@@ -101,7 +101,12 @@ struct BackwardSm90Traits {
   static constexpr int kNumBarriers = 4 + 6 * kStages;
   static constexpr int kOffsetRows = (kOffsetBarriers + 8 * kNumBarriers + 127) / 128 * 128;
   static constexpr int kSharedBytes = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
+  // From Variant::kScored on: pieces of DistanceScores, beside Q.
+  static constexpr int kOffsetDistances = kSharedBytes;
+  static constexpr int kDistanceBytes = (kBlockQ + kBlockK) * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytesScored = kOffsetDistances + kStages * kDistanceBytes;
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kSharedBytesScored <= kMaxSharedBytesSm90 && kOffsetDistances % 16 == 0);
   static_assert(kTileBytesK % 1024 == 0 && kTileBytesQ % 1024 == 0, "a swizzle's pattern begins at a multiple of it");
 };
 

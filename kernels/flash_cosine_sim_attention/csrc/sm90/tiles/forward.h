@@ -100,7 +100,13 @@ struct ForwardSm90Traits {
   static constexpr int kOffsetWork = kOffsetV + kStages * kTileBytesV + (kSharedOnes ? kBytesOnes : 0);
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
   static constexpr int kSharedBytes = kOffsetBarriers + 2 * (1 + 2 * kStages) * 8;
+  // Variant::kScored: pieces of DistanceScores, beside K.
+  static constexpr int kOffsetDistances = kSharedBytes;
+  static constexpr int kDistanceBytes = (kBlockQ + kBlockK) * static_cast<int>(sizeof(float));
+  static constexpr int kOffsetScales = kOffsetDistances + kStages * kDistanceBytes;  // a number a warp
+  static constexpr int kSharedBytesScored = kOffsetScales + 4 * kConsumers * static_cast<int>(sizeof(float));
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kSharedBytesScored <= kMaxSharedBytesSm90 && kOffsetDistances % 16 == 0);
   static_assert(kOffsetK % 1024 == 0 && kTileBytesK % 1024 == 0 && kTileBytesV % 1024 == 0,
                 "a swizzle's pattern begins at a multiple of it");
 };
