@@ -109,7 +109,7 @@ INSTANTIATIONS = (
         "ForwardParams",
         PORTABLE[:2],
         {"": HEAD_DIMS[1:]},
-        {"bf16": ("_banded", "_scored"), "fp16": ("_banded",)},  # in float16 P might leave its range
+        {"bf16": ("_banded", "_scored"), "fp16": ("_banded",)},
     ),
     Instantiations(
         "sm90/backward",
@@ -117,7 +117,7 @@ INSTANTIATIONS = (
         "BackwardParams",
         PORTABLE[:2],
         {"": HEAD_DIMS[1:-1]},
-        dict.fromkeys(PORTABLE[:2], tuple(VARIANTS)[1:]),
+        {"bf16": ("_banded", "_scored", "_scored_gradient"), "fp16": ("_banded",)},
     ),
 )
 

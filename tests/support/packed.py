@@ -144,7 +144,7 @@ DISTANCES = {
     "mask": {"seq_len_q": 200, "seq_len_k": 300, "mask": True, "distance_bias": True, "batch": 2},
     "empty-rows": {"seq_len_q": 270, "seq_len_k": 130, "causal": True, "distance_bias": True, "learned_scale": True},
     "one-query": {"seq_len_q": 1, "seq_len_k": 400, "causal": True, "distance_bias": True},
-    "one-key": {"seq_len_q": 200, "seq_len_k": 1, "distance_bias": True},
+    "few-keys": {"seq_len_q": 200, "seq_len_k": 17, "distance_bias": True},
     "groups": {"seq_len_q": 140, "seq_len_k": 190, "distance_bias": True, "groups": 2, "batch": 2},
     "raw": {"seq_len_q": 200, "seq_len_k": 230, "distance_bias": True, "l2norm_qk": False, "strided": True},
 }

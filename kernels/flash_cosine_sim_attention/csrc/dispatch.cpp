@@ -80,8 +80,10 @@ void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   switch (params.plan.variant) {
     case Variant::kCausal: return run_backward_sm90<kHeadDim, Variant::kCausal>(params, stream);
     case Variant::kBanded: return run_backward_sm90<kHeadDim, Variant::kBanded>(params, stream);
-    case Variant::kScored: return run_backward_sm90<kHeadDim, Variant::kScored>(params, stream);
-    case Variant::kScoredGradient: return run_backward_sm90<kHeadDim, Variant::kScoredGradient>(params, stream);
+    // These two in bfloat16 alone: plan.cpp.
+    case Variant::kScored: return launch_backward_sm90<Math::kBf16, kHeadDim, Variant::kScored>(params, stream);
+    case Variant::kScoredGradient:
+      return launch_backward_sm90<Math::kBf16, kHeadDim, Variant::kScoredGradient>(params, stream);
   }
 }
 
@@ -104,7 +106,6 @@ void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   switch (params.plan.variant) {
     case Variant::kCausal: return run_forward_sm90<kHeadDim, Variant::kCausal>(params, stream);
     case Variant::kBanded: return run_forward_sm90<kHeadDim, Variant::kBanded>(params, stream);
-    // Not in float16, in which P might leave its range.
     default: return launch_forward_sm90<Math::kBf16, kHeadDim, Variant::kScored>(params, stream);
   }
 }

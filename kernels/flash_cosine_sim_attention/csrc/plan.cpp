@@ -85,9 +85,12 @@ void plan_distance_scores(Plan& plan, const Attention& params) {
   if (params.sequences.queries != nullptr) plan.num_diagonals = params.seq_len_q;
 }
 
-// Whether every query of a tile is at the same distance from a key as its neighbours are, but for one each: sequences
-// of other lengths on the two sides shift them.
-bool has_whole_diagonals(const Attention& params) { return params.sequences.queries == params.sequences.keys; }
+// They are there for bfloat16 alone: float16's forward pass, in which P might leave its range, is the portable
+// kernel's, and two more files to compile are too many for its backward pass. A step from a query of a tile to the next
+// has to be a step in distance, too: where packed sequences have other lengths on the two sides it need not be.
+bool adds_distances_in_sm90(const Attention& params) {
+  return params.dtype == DType::kBFloat16 && params.sequences.queries == params.sequences.keys;
+}
 
 // Of the kernels of sm90/.
 Variant variant_of(const Attention& params) {
@@ -107,7 +110,7 @@ bool takes_forward_sm90(const ForwardParams& params, const Gpu& gpu) {
   if (!gpu.runs_sm90 || params.bias.data != nullptr) return false;
   const Math math = forward_math_of(params);
   if (math != Math::kBf16 && math != Math::kFp16) return false;
-  if (params.by_distance.exists() && !has_whole_diagonals(params)) return false;
+  if (params.by_distance.exists() && !adds_distances_in_sm90(params)) return false;
   return keys_have_tensor_map(params, params.v) &&
          (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
          (params.l2norm_qk || (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
@@ -211,7 +214,7 @@ bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
       params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
     return false;
   }
-  if (params.by_distance.exists() && !has_whole_diagonals(params)) return false;
+  if (params.by_distance.exists() && !adds_distances_in_sm90(params)) return false;
   const auto is_written = [](const Tensor& gradient) { return gradient.data != nullptr; };
   return keys_have_tensor_map(params, params.v) && queries_have_tensor_map(params, params.dout) &&
          (!is_written(params.dk) || keys_have_tensor_map(params, params.dk)) &&
