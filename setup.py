@@ -62,17 +62,18 @@ class Instantiations:
     parameters: str
     maths: tuple[str, ...]  # keys of MATHS
     head_dims: dict[str, tuple[int, ...]]  # by key of MATHS; "": of those that are not named
-    variants: tuple[tuple[str, str], ...] = (("", ""),)  # ends of file names, and further template arguments
+    variants: dict[str, tuple[str, ...]] | None = None  # keys of VARIANTS beside "", by key of MATHS; None: no Variant
 
     def sources(self) -> dict[str, str]:
         """The text of each file, by its path in csrc/ if it were there."""
         return {
-            f"{self.header}_{math}{suffix}.cu": self.source(math, arguments)
+            f"{self.header}_{math}{variant}.cu": self.source(math, variant)
             for math in self.maths
-            for suffix, arguments in self.variants
+            for variant in ("",) + (() if self.variants is None else self.variants[math])
         }
 
-    def source(self, math: str, arguments: str) -> str:
+    def source(self, math: str, variant: str) -> str:
+        arguments = "" if self.variants is None else f", Variant::{VARIANTS[variant]}"
         head_dims = self.head_dims.get(math, self.head_dims[""])
         instances = [
             f"template void {self.launch}<Math::{MATHS[math]}, {head_dim}{arguments}>"
@@ -88,7 +89,8 @@ class Instantiations:
 MATHS = {"bf16": "kBf16", "fp16": "kFp16", "fp16_wide": "kFp16WideP", "fp32": "kFp32", "tf32": "kTf32"}
 PORTABLE = ("bf16", "fp16", "fp32", "tf32")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
-BANDED = (("", ", false"), ("_banded", ", true"))
+# Names of files, and what attention.h calls a Variant of the kernels of sm90/.
+VARIANTS = {"": "kCausal", "_banded": "kBanded", "_scored": "kScored", "_scored_gradient": "kScoredGradient"}
 # Every kernel template of csrc/ that dispatch.cpp launches.
 INSTANTIATIONS = (
     Instantiations("sm80/forward", "launch_forward_sm80", "ForwardParams", tuple(MATHS), {"": HEAD_DIMS}),
@@ -101,9 +103,21 @@ INSTANTIATIONS = (
     ),
     Instantiations("sm80/backward", "launch_backward_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
     Instantiations("sm80/bias_gradient", "launch_bias_gradient_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
-    Instantiations("sm90/forward", "launch_forward_sm90", "ForwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:]}, BANDED),
     Instantiations(
-        "sm90/backward", "launch_backward_sm90", "BackwardParams", PORTABLE[:2], {"": HEAD_DIMS[1:-1]}, BANDED
+        "sm90/forward",
+        "launch_forward_sm90",
+        "ForwardParams",
+        PORTABLE[:2],
+        {"": HEAD_DIMS[1:]},
+        {"bf16": ("_banded", "_scored"), "fp16": ("_banded",)},
+    ),
+    Instantiations(
+        "sm90/backward",
+        "launch_backward_sm90",
+        "BackwardParams",
+        PORTABLE[:2],
+        {"": HEAD_DIMS[1:-1]},
+        {"bf16": ("_banded", "_scored", "_scored_gradient"), "fp16": ("_banded",)},
     ),
 )
 

@@ -5,6 +5,7 @@
     python -m scripts.benchmark --preset hidden2048 --seq-len 8192 --causal --window 1024
     python -m scripts.benchmark --preset hidden2048 --causal --packed docs/results/packed/lengths.json
     python -m scripts.benchmark --preset hidden2048 --seq-len 8192 --padding last 0.25 --each-direction
+    python -m scripts.benchmark --preset hidden2048 --seq-len 8192 --causal --distance-bias
 
 Contenders: ours by each --backend; naive einsum; l2norm + SDPA, with the norms as they are and compiled into one kernel
 each way, and SDPA without norm, by PyTorch's flash, cuDNN and memory-efficient kernels; with --seq-len-q also ours and
@@ -14,8 +15,10 @@ own: see --predecessor. --contenders picks some of them.
 
 --window and --packed add, on a GPU, compiled l2norm + FlashAttention. --window adds flex_attention there, alone and
 compiled with the l2norm, its mask made before it is timed; those to which a window is a mask over all pairs are timed
-with --dense-mask only. --packed adds PyTorch's varlen_attn, and ours of the same tokens as a batch where all lengths
-are equal. --padding adds ours without the mask, which sees every key.
+with --dense-mask only. --distance-bias and --alibi add flex_attention with the same score, ours without it, and ours
+with the dense bias that it stands for, made in every call, as for naive einsum and SDPA. --packed adds PyTorch's
+varlen_attn, and ours of the same tokens as a batch where all lengths are equal. --padding adds ours without the mask,
+which sees every key.
 
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, a window shrinking with it, and a batch of two) or the first list of
@@ -88,6 +91,8 @@ APART = {
     "packed": ("seq_len", "seq_len_q", "batch", "mask_prob", "bias", "padding", "plot"),
     "window": ("seq_len_q", "padding"),  # few queries: contenders disagree about which keys the first one sees
     "padding": ("mask_prob",),
+    "distance_bias": ("alibi", "bias", "padding", "packed"),
+    "alibi": ("bias", "padding", "packed"),
 }
 
 
@@ -214,7 +219,7 @@ def _errors(contender: Contender, case: Case, inputs: Inputs, expected: list[Ten
     with contender.setting():
         o = contender.attend(contender.prepared(inputs), case)
         results = [o.detach(), *torch.autograd.grad(o, inputs.leaves(), inputs.do)]
-    names = ("o", "dq", "dk", "dv", "dbias")[: len(results)]
+    names = ("o", *inputs.gradients())
     differences = [result.double() - right for result, right in zip(results, expected, strict=True)]
     return {
         name: (difference.square().mean() / right.square().mean()).sqrt().item()
@@ -395,6 +400,7 @@ def cases(arguments: argparse.Namespace, dtype: str) -> list[Case]:
         options = (arguments.causal, arguments.mask_prob, arguments.bias, arguments.seq_len_q)
         case = Case(batch, heads, kv_heads, seq_len, arguments.head_dim, dtype, *options, window=window)
         case = replace(case, batch=1, lengths=lengths) if lists else replace(case, padding=padding)
+        case = replace(case, by_distance="table" if arguments.distance_bias else "alibi" if arguments.alibi else None)
         if case.padding and not 0 < case.hidden_keys < seq_len:
             hidden = f"{case.hidden_keys} of {seq_len} keys"
             raise ValueError(f"--padding must hide some keys, not all: {padding[1]:g} hides {hidden}")
@@ -408,7 +414,7 @@ def _check_together(arguments: argparse.Namespace) -> None:
     for name, others in APART.items():
         for other in others:
             if getattr(arguments, name) and getattr(arguments, other):
-                raise ValueError(f"--{name} takes no --{other.replace('_', '-')}")
+                raise ValueError(f"--{name.replace('_', '-')} takes no --{other.replace('_', '-')}")
     if arguments.dense_mask and not arguments.window:
         raise ValueError("--dense-mask needs --window: it is how some contenders get one")
 
@@ -592,6 +598,8 @@ def _shapes(listed: list[Case]) -> str:
     heads = f"{case.heads}" if case.kv_heads == case.heads else f"{case.heads}/{case.kv_heads}"
     batch = f"batch {case.batch}" if len({c.batch for c in listed}) == 1 else f"batch x seq_len {TOKENS}"
     options = ("causal",) * case.causal + (f"mask {case.mask_prob:g}",) * bool(case.mask_prob) + ("bias",) * case.bias
+    if case.by_distance is not None:
+        options += ({"table": "distance_bias", "alibi": "ALiBi"}[case.by_distance],)
     if case.window is not None:
         options += (f"window {case.window}",)
     if case.padding is not None:
@@ -779,6 +787,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask-prob", type=_probability, default=0.0, help="share of keys that a key mask hides")
     parser.add_argument("--bias", action="store_true", help="a bias a head, with gradient")
+    parser.add_argument("--distance-bias", action="store_true", help="a table by distance a head, with gradient")
+    parser.add_argument("--alibi", action="store_true", help="ALiBi's slopes a head")
     parser.add_argument(
         "--window",
         type=integer(-1),

@@ -56,6 +56,7 @@ class Case:
     window: tuple[int, int] | None = None  # keys that a query sees to its left and right; -1 is all
     lengths: tuple[int, ...] | None = None  # of packed sequences
     padding: tuple[str, float] | None = None  # "last" or "first", and the share of keys there that a mask hides
+    by_distance: str | None = None  # what distances add: "table", with gradient, or "alibi"
 
     @property
     def queries(self) -> int:
@@ -97,7 +98,8 @@ def case_of(row: dict[str, Any]) -> Case:
 
 @dataclass
 class Inputs:
-    """q (batch, heads, i, head_dim); k, v (batch, kv_heads, j, head_dim); mask (batch, j); bias (heads, i, j); do.
+    """q (batch, heads, i, head_dim); k, v (batch, kv_heads, j, head_dim); mask (batch, j); bias (heads, i, j); do;
+    table (heads, distances) and slopes (heads,), float32, as distance_bias and alibi_slopes.
 
     Packed sequences have batch 1 and lie in memory as (total, heads, head_dim); cu_seqlens is int32 (sequences + 1,).
     """
@@ -109,28 +111,35 @@ class Inputs:
     bias: Tensor | None
     do: Tensor
     cu_seqlens: Tensor | None = None
+    table: Tensor | None = None
+    slopes: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
         """What gradients are taken of."""
-        return [tensor for tensor in (self.q, self.k, self.v, self.bias) if tensor is not None]
+        return [tensor for tensor in (self.q, self.k, self.v, self.bias, self.table) if tensor is not None]
+
+    def gradients(self) -> list[str]:
+        """Their names."""
+        names = {"dq": self.q, "dk": self.k, "dv": self.v, "dbias": self.bias, "dtable": self.table}
+        return [name for name, tensor in names.items() if tensor is not None]
 
     def detached(self) -> "Inputs":
         """The same tensors, of which no gradient can be taken."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), bias=bias)
+        bias, table = (None if tensor is None else tensor.detach() for tensor in (self.bias, self.table))
+        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), bias=bias, table=table)
 
     def leaf(self) -> "Inputs":
         """The same tensors as leaves, of which gradients can be taken."""
-        bias = None if self.bias is None else self.bias.detach().requires_grad_()
+        bias, table = (None if x is None else x.detach().requires_grad_() for x in (self.bias, self.table))
         q, k, v = (tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, bias=bias)
+        return replace(self, q=q, k=k, v=v, bias=bias, table=table)
 
     def double(self) -> "Inputs":
         """The same numbers in float64, for what is exact."""
         q, k, v, do = (tensor.detach().double() for tensor in (self.q, self.k, self.v, self.do))
-        bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
+        bias, table = (None if x is None else x.detach().double().requires_grad_() for x in (self.bias, self.table))
         q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
-        return replace(self, q=q, k=k, v=v, bias=bias, do=do)
+        return replace(self, q=q, k=k, v=v, bias=bias, do=do, table=table)
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -157,7 +166,13 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         bias = random((case.heads, case.queries, case.seq_len)).requires_grad_()
     if case.lengths is not None:
         cu_seqlens = F.pad(torch.tensor(case.lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-    return Inputs(q, k, v, mask, bias, rows(case.heads, case.queries), cu_seqlens)
+    inputs = Inputs(q, k, v, mask, bias, rows(case.heads, case.queries), cu_seqlens)
+    if case.by_distance == "table":
+        distances = case.seq_len if case.causal else case.queries + case.seq_len - 1
+        inputs.table = torch.randn(case.heads, distances, device=device, generator=generator).requires_grad_()
+    elif case.by_distance == "alibi":
+        inputs.slopes = torch.exp2(-8 * torch.arange(1, case.heads + 1, device=device) / case.heads)
+    return inputs
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -191,9 +206,8 @@ def exact(inputs: Inputs, case: Case, cosine: bool) -> list[Tensor]:
 
 
 def _exact_cosine(inputs: Inputs, case: Case) -> Tensor:
-    return plain_cosine_sim_attention(
-        inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, window_size=case.window
-    )
+    options = {"causal": case.causal, "window_size": case.window, **_by_distance(inputs)}
+    return plain_cosine_sim_attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, **options)
 
 
 def _exact_regular(inputs: Inputs, case: Case) -> Tensor:
@@ -204,6 +218,7 @@ def _exact_regular(inputs: Inputs, case: Case) -> Tensor:
 def ours(inputs: Inputs, case: Case, backend: str) -> Tensor:
     """flash_cosine_sim_attention, or flash_cosine_sim_attention_varlen of packed sequences."""
     options = {"scale": SCALE, "causal": case.causal, "window_size": case.window, "backend": backend}
+    options |= _by_distance(inputs)
     if case.lengths is None:
         return flash_cosine_sim_attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, **options)
     q, k, v = map(_packed, (inputs.q, inputs.k, inputs.v))
@@ -220,6 +235,27 @@ def ours_as_batch(inputs: Inputs, case: Case, backend: str) -> Tensor:
     return o.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
+def _by_distance(inputs: Inputs) -> dict[str, Tensor | None]:
+    return {"distance_bias": inputs.table, "alibi_slopes": inputs.slopes}
+
+
+def ours_with_dense_bias(inputs: Inputs, case: Case, backend: str) -> Tensor:
+    """flash_cosine_sim_attention with what distances add as an attn_bias of every pair."""
+    return ours(replace(inputs, bias=dense_bias(inputs, case), table=None, slopes=None), case, backend)
+
+
+def dense_bias(inputs: Inputs, case: Case) -> Tensor | None:
+    """The bias of every pair, (heads, i, j) in q's dtype: that of the inputs, or what distances add."""
+    if case.by_distance is None:
+        return inputs.bias
+    query, key = (torch.arange(size, device=inputs.q.device) for size in (case.queries, case.seq_len))
+    distance = query.unsqueeze(1) + case.seq_len - case.queries - key
+    if inputs.table is None:
+        return (-inputs.slopes.view(-1, 1, 1) * distance.abs()).to(inputs.q.dtype)
+    first = 0 if case.causal else case.queries - 1
+    return inputs.table.to(inputs.q.dtype)[:, (distance + first).clamp(min=0)]
+
+
 def naive(inputs: Inputs, case: Case) -> Tensor:
     """Normalise, multiply, mask, softmax, multiply: every score in memory, as one writes it first."""
     _refuse_packed(case)
@@ -227,9 +263,9 @@ def naive(inputs: Inputs, case: Case) -> Tensor:
     if case.kv_heads != case.heads:
         k, v = (tensor.repeat_interleave(case.heads // case.kv_heads, dim=1) for tensor in (k, v))
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * SCALE
-    hidden = _hidden(inputs, case)
-    if inputs.bias is not None:
-        scores = scores + inputs.bias
+    hidden, bias = _hidden(inputs, case), dense_bias(inputs, case)
+    if bias is not None:
+        scores = scores + bias
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
@@ -260,8 +296,8 @@ def sdpa(inputs: Inputs, case: Case, normalise: bool, norm: Callable[..., list[T
     """PyTorch's scaled_dot_product_attention, with or without l2norm before it."""
     _refuse_packed(case)
     q, k = norm(inputs.q, inputs.k) if normalise else (inputs.q, inputs.k)
-    attn_mask, is_causal = inputs.bias, case.causal
-    if inputs.mask is not None or inputs.bias is not None or case.window is not None:
+    attn_mask, is_causal = dense_bias(inputs, case), case.causal
+    if inputs.mask is not None or attn_mask is not None or case.window is not None:
         hidden, is_causal = _hidden(inputs, case), False
         if attn_mask is None:
             attn_mask = ~hidden
@@ -312,7 +348,7 @@ def flash_attention(
 
     With ``norm`` q and k are normalised before, and the scale is ours.
     """
-    if inputs.q.dtype == torch.float32 or inputs.mask is not None or inputs.bias is not None:
+    if inputs.q.dtype == torch.float32 or inputs.mask is not None or inputs.bias is not None or case.by_distance:
         raise ValueError("it takes float16 and bfloat16, no mask and no bias")
     q, k, v = inputs.q, inputs.k, inputs.v
     options: dict[str, Any] = {"causal": case.causal}
@@ -354,21 +390,35 @@ def flex(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
     if inputs.mask is not None or inputs.bias is not None or case.lengths is not None:
         raise ValueError("here it takes no mask, no bias and no packed sequences")
     attend = compiled_flex(normalise, case.kv_heads != case.heads)
-    return attend(inputs.q, inputs.k, inputs.v, block_mask(case.queries, case.seq_len, case.limits(), inputs.q.device))
+    blocks = block_mask(case.queries, case.seq_len, case.limits(), inputs.q.device)
+    first = 0 if case.causal else case.queries - 1
+    return attend(inputs.q, inputs.k, inputs.v, blocks, inputs.table, inputs.slopes, first)
 
 
 @cache
 def compiled_flex(normalise: bool, grouped: bool) -> Callable[..., Tensor]:
-    """flex_attention of (q, k, v, block_mask) as torch.compile makes it for each shape, l2norm with it."""
+    """flex_attention of (q, k, v, block_mask, table, slopes, entry of distance 0) as torch.compile makes it for each
+    shape, l2norm and the score of a distance with it.
+    """
     # Each length compiles twice, with and without gradients; beyond torch's limit of 8 it would raise.
     torch._dynamo.config.recompile_limit = 64
 
     @torch.compile(fullgraph=True, dynamic=False)
-    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
-        scale = None
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, table: Tensor | None, slopes: Tensor | None, first: int
+    ) -> Tensor:
+        scale, diagonal = None, k.shape[-2] - q.shape[-2]
+
+        def score(value: Tensor, _batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = query + diagonal - key
+            if table is not None:
+                value = value + table[head, (distance + first).clamp(min=0)]
+            return value if slopes is None else value - slopes[head] * distance.abs()
+
+        score_mod = None if table is None and slopes is None else score
         if normalise:
             (q, k), scale = l2norm(q, k), SCALE
-        return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+        return flex_attention(q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped)
 
     return attend
 
@@ -391,8 +441,8 @@ def _within(distance: Tensor, limits: tuple[int, int], queries: int, keys: int) 
 
 def predecessor(inputs: Inputs, case: Case, attend: Callable) -> Tensor:
     """The predecessor's function; 0.2 has no argument for a bias."""
-    if case.window is not None or case.lengths is not None:
-        raise ValueError("it takes no window and no packed sequences")
+    if case.window is not None or case.lengths is not None or case.by_distance:
+        raise ValueError("it takes no window, no packed sequences and nothing by distance")
     bias = {} if inputs.bias is None else {"attn_bias": inputs.bias}
     return attend(inputs.q, inputs.k, inputs.v, mask=inputs.mask, scale=SCALE, causal=case.causal, **bias)
 
@@ -432,7 +482,7 @@ class Contender:
     ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to; ``folder``: the predecessor's, whose
     calls can crash the process, so that another one tries them first; ``prepare``: what is made of the inputs once,
     before its calls and outside their time; ``dense_mask``: a window is a mask over all pairs to it; ``unmasked``: it
-    solves the problem without its padding, which says what a mask costs.
+    solves the problem without its padding, which says what a mask costs; ``unscored``: without what distances add.
     """
 
     name: str
@@ -443,9 +493,12 @@ class Contender:
     prepare: Callable[[Inputs], Inputs] | None = None
     dense_mask: bool = False
     unmasked: bool = False
+    unscored: bool = False
 
     def problem(self, case: Case) -> Case:
         """The problem that it solves where the others solve this one."""
+        if self.unscored:
+            return replace(case, by_distance=None)
         return replace(case, padding=None) if self.unmasked else case
 
     def prepared(self, inputs: Inputs) -> Inputs:
@@ -459,6 +512,7 @@ class Contender:
 
 CACHED = ", keys normalised when cached"
 AS_BATCH, UNMASKED = ", as a batch", ", unmasked"
+DENSE_BIAS, UNSCORED = ", a dense bias", ", without it"
 
 
 def contenders(
@@ -471,7 +525,7 @@ def contenders(
     """Ours first, by each back end asked for, then all that is installed; and the names of what is not installed.
 
     ``decoding`` adds those that find their keys normalised: a query comes after the keys of many others. ``problems``
-    adds those that only windows, packed sequences or padding need.
+    adds those that only windows, packed sequences, padding or what distances add need.
     """
     windows, packed = any(case.window for case in problems), any(case.lengths for case in problems)
     found = _ours(backends, decoding, problems)
@@ -483,7 +537,7 @@ def contenders(
         found += predecessors(predecessor_folder)
     found += _sdpas(device, decoding)
     compiles = device.type == "cuda"
-    if windows and compiles:  # flex_attention has no gradient on a CPU
+    if (windows or any(case.by_distance for case in problems)) and compiles:  # flex_attention has no gradient on a CPU
         found.append(Contender("compiled l2norm + flex_attention", partial(flex, normalise=True), True))
         found.append(Contender("flex_attention, no norm", partial(flex, normalise=False), False))
     packages = []
@@ -513,6 +567,11 @@ def _ours(backends: Sequence[str], decoding: bool, problems: Sequence[Case]) -> 
         if any(case.padding for case in problems):
             attend = partial(ours, backend=backend)
             found.append(Contender(f"ours ({backend}){UNMASKED}", attend, True, unmasked=True))
+        if any(case.by_distance for case in problems):
+            attend = partial(ours, backend=backend)
+            found.append(Contender(f"ours ({backend}){UNSCORED}", attend, True, unscored=True))
+            attend = partial(ours_with_dense_bias, backend=backend)
+            found.append(Contender(f"ours ({backend}){DENSE_BIAS}", attend, True))
     return found
 
 

@@ -22,7 +22,7 @@ FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 # Generous: test_kernels.py judges accuracy. Here a result is right or it is not.
 LIMITS = {FLOAT32: 1e-4, FLOAT16: 1e-2, BFLOAT16: 5e-2}
 TF32_LIMIT = 1e-2
-ALL = ("dq", "dk", "dv", "dbias", "dscale")
+ALL = ("dq", "dk", "dv", "dbias", "dscale", "ddistance_bias")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 SM90_HEAD_DIMS = (32, 64, 96, 128, 256, 40, 136)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -54,6 +54,7 @@ class Launch:
     needs: tuple[str, ...] = ALL
     window: tuple[int, int] = (-1, -1)
     packed: tuple[int, ...] = ()  # cu_seqlens of queries and keys; batch is 1
+    distances: str = ""  # "table", "alibi" or "both"
     layout: str = "heads"  # "seq_first": (batch, seq_len, heads, head_dim); "offset": rows that are not aligned
 
     def lies(self) -> bool:
@@ -110,6 +111,16 @@ def launches(quick: bool) -> list[Launch]:
         replace(everything, bias=None, mask=False, dtype=FLOAT32, packed=(0, 90, 40, 1000)),
         replace(everything, dtype=FLOAT32, window=(30, -1)),
     ]
+    # What distances add, with the table's gradient in any order and in one.
+    scored = replace(banded, distances="both", needs=ALL)
+    found += [
+        replace(scored, distances="table"),
+        replace(scored, head_dim=128, deterministic=True),
+        replace(scored, packed=(0, 200, 200, 470), head_dim=96),
+        replace(scored, packed=(0, 900, -50, 300), num_heads=4, num_kv_heads=2),
+        replace(everything, distances="both"),
+        replace(everything, dtype=FLOAT32, distances="table", causal=False, num_kv_heads=1),
+    ]
     if quick:
         return [*found, sm90_backward, replace(sm90_backward, head_dim=128, deterministic=True)]
     for dtype in (BFLOAT16, FLOAT16):
@@ -143,7 +154,7 @@ def launches(quick: bool) -> list[Launch]:
 
 
 def make_inputs(launch: Launch) -> list:
-    """q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k and scale_value, on the CPU."""
+    """q, k, v, mask, attn_bias, scale, both cu_seqlens, distance_bias, alibi_slopes and scale_value, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -170,7 +181,12 @@ def make_inputs(launch: Launch) -> list:
     if scale is not None:
         scale = scale / launch.groups
     cu_seqlens = torch.tensor(launch.packed, dtype=torch.int32) if launch.packed else None
-    return [q, k, v, mask, bias, scale, cu_seqlens, cu_seqlens, 8.0 / launch.groups]
+    table = slopes = None
+    if launch.distances in ("table", "both"):
+        table = torch.randn(num_heads, seq_len_k if launch.causal else seq_len_q + seq_len_k - 1, generator=generator)
+    if launch.distances in ("alibi", "both"):
+        slopes = 0.1 * torch.rand(1 if launch.packed else batch, num_heads, generator=generator)
+    return [q, k, v, mask, bias, scale, cu_seqlens, cu_seqlens, table, slopes, 8.0 / launch.groups]
 
 
 def on_device(tensor, device: str, layout: str = "heads"):
@@ -194,10 +210,12 @@ def run(launch: Launch, device: str, tool: str | None) -> list[str]:
     """Returns what is wrong."""
     inputs = make_inputs(launch)
     window = launch.window[0], 0 if launch.causal else launch.window[1]
-    options = launch.groups, launch.causal, *window, launch.l2norm_qk, launch.tf32
+    first_distance = 0 if launch.causal else 1 - launch.seq_len_q
+    options = launch.groups, launch.causal, *window, first_distance, launch.l2norm_qk, launch.tf32
     needs = [name in launch.needs for name in ALL]
     needs[3] &= inputs[4] is not None
     needs[4] &= inputs[5] is not None
+    needs[5] &= inputs[8] is not None
     generator = torch.Generator().manual_seed(1)
     do = torch.randn(inputs[0].shape, generator=generator).to(launch.dtype)
     drow_sum_log2 = torch.randn(do.shape[:-1], generator=generator) if launch.row_sum_gradient else None
@@ -210,6 +228,8 @@ def run(launch: Launch, device: str, tool: str | None) -> list[str]:
         unseen = unseen_outputs(launch) if tool == "initcheck" and where != "cpu" else ()
         tensors = [on_device(tensor, where, layout) for tensor in inputs[:3]]
         tensors += [on_device(tensor, where) for tensor in inputs[3:]]
+        if launch.packed:
+            tensors[7] = tensors[6]  # one tensor: Hopper's kernels ask for that
         if launch.partials:
             outputs = operators.partials(*tensors, *options)
         else:

@@ -22,9 +22,9 @@ class Numbers {
 
 void* data(bool exists) { return exists ? &something : nullptr; }
 
-void* ints() {
-  static int some[1];
-  return some;
+int* ints(int which) {
+  static int some[2];
+  return some + which;
 }
 
 Tensor tensor(Numbers& numbers, int num_heads, int num_rows, int head_dim) {
@@ -50,7 +50,18 @@ void fill(Attention& params, Gpu& gpu, Numbers& numbers) {
   params.window_left = numbers.take();
   params.window_right = numbers.take();
   params.sequences.num = numbers.take();
-  if (params.sequences.num >= 0) params.sequences.queries = params.sequences.keys = static_cast<int*>(ints());
+  const bool one_cu_seqlens = numbers.take();
+  if (params.sequences.num >= 0) {
+    params.sequences.queries = ints(0);
+    params.sequences.keys = ints(one_cu_seqlens ? 0 : 1);
+  }
+  ByDistance& by_distance = params.by_distance;
+  by_distance.num_distances = numbers.take();
+  by_distance.bias = static_cast<float*>(data(by_distance.num_distances >= 0));
+  by_distance.first_distance = numbers.take();
+  const int64_t slopes = numbers.take();  // 0: none, 1: a number a head, 2: a number a head of each batch
+  by_distance.slopes = static_cast<float*>(data(slopes > 0));
+  by_distance.slopes_stride_batch = slopes == 2 ? params.num_heads : 0;
   params.q = tensor(numbers, params.num_heads, params.seq_len_q, params.head_dim);
   params.k = tensor(numbers, params.num_kv_heads, params.seq_len_k, params.head_dim);
   params.v = tensor(numbers, params.num_kv_heads, params.seq_len_k, params.head_dim);
@@ -71,7 +82,8 @@ void plan_forward_call(const int64_t* call, int64_t* plan) {
   for (int64_t x :
        {int64_t(found.sm90), int64_t(found.num_splits), found.split_sums, int64_t(found.q_norm), int64_t(found.k_norm),
         found.num_counters, int64_t(forward_math_of(params)), int64_t(padded_head_dim(params.head_dim)),
-        int64_t(found.banded), found.mask_words}) {
+        int64_t(found.variant), found.mask_words, found.num_distance_scores, found.num_diagonals,
+        int64_t(found.distance_scores.first), int64_t(found.distance_scores.num), found.distance_scores.stride_batch}) {
     plan[i++] = x;
   }
 }
@@ -87,13 +99,18 @@ void plan_backward_call(const int64_t* call, int64_t* plan) {
   params.dv = tensor(numbers, params.num_kv_heads, params.seq_len_k, params.head_dim);
   params.dscale = static_cast<float*>(data(numbers.take()));
   params.deterministic = numbers.take();
+  params.ddistance_bias = static_cast<float*>(data(numbers.take() && params.by_distance.bias != nullptr));
   const BackwardPlan found = plan_backward(params, gpu);
   int i = 0;
   for (int64_t x :
        {int64_t(found.sm90), int64_t(found.num_splits), int64_t(found.padded_rows), int64_t(found.padded_dim),
         int64_t(found.block_q), int64_t(found.block_k), found.dq_accumulator, found.dq_order, found.dkv_partials,
         int64_t(found.prepares_rows), found.num_counters, int64_t(math_of(params)),
-        int64_t(padded_head_dim(params.head_dim)), int64_t(needs_main_kernel(params)), int64_t(found.banded)}) {
+        int64_t(padded_head_dim(params.head_dim)), int64_t(needs_main_kernel(params)), int64_t(found.variant),
+        found.num_distance_scores, found.num_diagonals, int64_t(found.distance_scores.first),
+        int64_t(found.distance_scores.num), found.distance_scores.stride_batch, int64_t(found.diagonals.first),
+        int64_t(found.diagonals.num), int64_t(found.diagonals.block_q), int64_t(found.diagonals.block_k),
+        found.distance_sums}) {
     plan[i++] = x;
   }
 }

@@ -255,9 +255,10 @@ def test_a_torch_without_varlen_attn_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("problem", [case(seq_len=300, **options) for options in (
-    {"causal": True, "window": (20, 0)}, {"window": (5, 140)}, {"window": (-1, 3)})], ids=shortly)  # fmt: skip
+    {"causal": True, "window": (20, 0)}, {"window": (5, 140)}, {"window": (-1, 3)},
+    {"causal": True, "by_distance": "table"}, {"by_distance": "alibi"})], ids=shortly)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_has_the_mask_of_the_window(monkeypatch, problem):
+def test_flex_attention_has_the_mask_of_the_window_and_the_score_of_the_distance(monkeypatch, problem):
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda function: function))
     contenders.compiled_flex.cache_clear()
     inputs = make_inputs(problem, CPU)
@@ -275,12 +276,47 @@ def test_flex_attention_has_the_mask_of_the_window(monkeypatch, problem):
             contenders.flex(make_inputs(refused, CPU), refused, True)
 
 
+@pytest.mark.parametrize("changes", [{"causal": True}, {}, {"window": (5, 2)}], ids=str)
+@pytest.mark.parametrize("by_distance", ["table", "alibi"])
+def test_contenders_of_what_distances_add(by_distance, changes):
+    """Ours, the dense bias that it stands for, and ours of the problem without it."""
+    problem = case(by_distance=by_distance, kv_heads=4, **changes)
+    found = by_name(contenders.contenders(["sdpa"], CPU, problems=[problem])[0])
+    errors, refused = check(list(found.values()), problem, CPU)
+    right = {"ours (sdpa)", "ours (sdpa), a dense bias", "ours (sdpa), without it", "naive einsum"}
+    assert right <= errors.keys() - refused.keys()
+    assert max(error for name in right for error in errors[name].values()) < 1e-5
+    assert ("dtable" in errors["ours (sdpa)"]) == (by_distance == "table")
+    assert found["ours (sdpa), without it"].problem(problem) == case(kv_heads=4, **changes)
+    inputs = make_inputs(problem, CPU)
+    bias = contenders.dense_bias(inputs, problem)
+    t = torch.arange(24)[:, None] - torch.arange(24)
+    if by_distance == "alibi":
+        assert torch.equal(bias, -inputs.slopes.view(-1, 1, 1) * t.abs()) and inputs.slopes.tolist() == [
+            0.25, 0.0625, 0.015625, 0.00390625,
+        ]  # fmt: skip
+    else:
+        seen = t >= 0 if problem.causal else t > -24
+        expected = inputs.table[:, (t + (0 if problem.causal else 23)).clamp(min=0)]
+        assert torch.equal(bias[:, seen], expected[:, seen])
+    with pytest.raises(ValueError, match="it takes float16 and bfloat16, no mask and no bias"):
+        flash_attention(inputs, problem, flash_package([]), None)
+
+
+@pytest.mark.parametrize("options", [["--distance-bias", "--alibi"], ["--alibi", "--padding", "last", "0.25"]])
+def test_what_distances_add_goes_with_some_options_only(capsys, options):
+    assert main([*SMALL, *options]) == 2
+    assert "takes no --" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("problem", [
     case(seq_len=512, window=(100, 0), causal=True, head_dim=64, dtype="bfloat16"),
     packed(300, 1, 211, causal=True, head_dim=64, dtype="bfloat16", kv_heads=4),
     packed(256, 256, head_dim=64, dtype="bfloat16", kv_heads=4),
     case(seq_len=512, padding=("last", 0.25), head_dim=64, dtype="bfloat16"),
+    case(seq_len=512, by_distance="table", causal=True, head_dim=64, dtype="bfloat16"),
+    case(seq_len=512, by_distance="alibi", head_dim=64, dtype="bfloat16"),
 ], ids=shortly)  # fmt: skip
 def test_on_a_gpu_contenders_are_right(problem):
     device = torch.device("cuda")

@@ -43,6 +43,7 @@ def arguments_of(operator, **given):
     bias, scale = torch.randn(1, 4, 5, 5), torch.linspace(1, 8, 4)
     values = {"q": q, "k": k, "v": v, "mask": torch.rand(2, 5) > 0.3, "attn_bias": bias, "scale": scale}
     values |= {"cu_seqlens_q": None, "cu_seqlens_k": None, "scale_value": 1.0, "groups": 2, "causal": True}
+    values |= {"distance_bias": torch.randn(4, 6), "alibi_slopes": torch.rand(2, 4), "first_distance": 0}
     values |= {"window_left": 3, "window_right": 0, "l2norm_qk": True, "allow_tf32": False}
     values |= {"need_row_sum_log2": True, "do": torch.randn_like(q), "o": torch.randn_like(q)}
     values |= {"row_sum_log2": torch.randn(2, 4, 5), "drow_sum_log2": None, "deterministic": False}
@@ -134,8 +135,10 @@ def test_cpu_and_fake_agree_with_the_fields(operator):
     call = operator.call(arguments)
     assert call == Call(**{name: operator.decode(arguments)._asdict()[name] for name in Call._fields})
     others = {"window_left": 1, "window_right": 1, "groups": 1, "l2norm_qk": False, "mask": None, "attn_bias": None}
+    others |= {"distance_bias": None, "alibi_slopes": None, "first_distance": -1}
     for name, other in others.items():
-        changed = overload(operator)(*arguments_of(operator, **{name: other}, need_dattn_bias=name != "attn_bias"))
+        needs = {f"need_d{bias}": name != bias for bias in ("attn_bias", "distance_bias")}
+        changed = overload(operator)(*arguments_of(operator, **{name: other}, **needs))
         assert not torch.equal(changed[0], results[0]), name
     number = arguments_of(operator, scale=None, scale_value=1.5, need_dscale=False)
     tensor = arguments_of(operator, scale=torch.tensor([1.5]), scale_value=7.0, need_dscale=False)

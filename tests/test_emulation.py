@@ -25,10 +25,10 @@ import torch
 from emulator.build import build
 from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
 from support.gates import GATES, assert_within_gate, attend, check, results, rms
-from support.packed import PACKED, WINDOWS, Packed, check_packed
+from support.packed import DISTANCES, PACKED, PACKED_DISTANCES, WINDOWS, Packed, check_packed
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
-from flash_cosine_sim_attention.call import Call
+from flash_cosine_sim_attention.call import GRADIENTS, Call
 from flash_cosine_sim_attention.reference import reference_backward, reference_forward
 
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -125,14 +125,14 @@ def check_operators(case, rows_limit=1):
     tensors, options = case.tensors(case.dtype), case.options()
     q, k, v, bias, scale = (tensors.get(name) for name in ("q", "k", "v", "attn_bias", "scale"))
     scale_value, mask = options.pop("scale", 1.0), options.pop("mask", None)
-    settings = case.groups, case.causal, -1, 0 if case.causal else -1, case.l2norm_qk
+    settings = case.groups, case.causal, -1, 0 if case.causal else -1, 0, case.l2norm_qk
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
     exact_inputs = *(tensor.double() for tensor in (q, k, v)), mask, None if bias is None else bias.double()
-    call = Call(*exact_inputs, None if scale is None else scale.double(), None, None, scale_value, *settings)
+    call = Call(*exact_inputs, None if scale is None else scale.double(), *[None] * 4, scale_value, *settings)
     exact_o, exact_rows = reference_forward(call)
     operators = torch.ops.flash_cosine_sim_attention
-    o, rows = operators.forward(*inputs, scale, None, None, scale_value, *settings, False)
+    o, rows = operators.forward(*inputs, scale, *[None] * 4, scale_value, *settings, False)
     seen = exact_rows.isfinite()
     assert torch.equal(rows.isneginf(), ~seen) and (o[~seen] == 0).all()
     assert (rows[seen] - exact_rows[seen]).abs().max() <= rows_limit * GATES[case.dtype]
@@ -140,11 +140,11 @@ def check_operators(case, rows_limit=1):
     names = ["dq", "dk", "dv"] + ["dattn_bias"] * (bias is not None) + ["dscale"] * (scale is not None)
     # All gradients, then each alone.
     for wanted in [names, *([name] for name in names)]:
-        needs = [name in wanted for name in ("dq", "dk", "dv", "dattn_bias", "dscale")]
+        needs = [name in wanted for name in GRADIENTS]
         rows_exact = exact_o, exact_rows, drow.double()
         exact = reference_backward(do.double(), call, *rows_exact, needs)
         rows_ours = o, rows, drow
-        arguments = do, *inputs, scale, None, None, scale_value, *rows_ours, *settings, False, *needs, True
+        arguments = do, *inputs, scale, *[None] * 4, scale_value, *rows_ours, *settings, False, *needs, True
         ours = operators.backward(*arguments)
         for need, gradient, expected in zip(needs, ours, exact, strict=True):
             assert gradient.shape == expected.shape
@@ -189,6 +189,9 @@ def portable_checks():
         }.items():
             checks[f"decoding-{label}-{name}"] = functools.partial(check_emulated, replace(query, **options))
         checks[f"decoding-partials-{name}"] = functools.partial(check_partials, replace(query, mask=True))
+        distances = replace(query, seq_len_q=5, distance_bias=True, alibi="heads")
+        checks[f"decoding-distances-{name}"] = functools.partial(check_emulated, distances)
+        checks[f"partials-distances-{name}"] = functools.partial(check_partials, replace(distances, seq_len_q=70))
         for kind in ("magnitudes", "zero vectors"):
             hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
             checks[f"decoding-{kind.replace(' ', '-')}-{name}"] = functools.partial(check_forward, hard)
@@ -200,6 +203,14 @@ def portable_checks():
         for index, (label, case) in list(enumerate(PACKED.items()))[len(name) % 2 :: 2]:
             case = replace(case, dtype=dtype, head_dim=(64, 128, 32)[index % 3])
             checks[f"packed-{label}-{name}"] = functools.partial(check_packed_emulated, case, index % 2 == 0)
+        # A third of them, and so on.
+        for index, (label, options) in list(enumerate(DISTANCES.items()))[len(name) % 3 :: 3]:
+            case = Case(dtype=dtype, head_dim=(64, 128, 32, 40)[index % 4], batch=1, num_heads=2, num_kv_heads=2)
+            case = replace(case, **options, bias="heads" if index % 4 == 1 else None)
+            checks[f"distances-{label}-{name}"] = functools.partial(check_emulated, case, index % 2 == 0)
+        for index, (label, case) in list(enumerate(PACKED_DISTANCES.items()))[len(name) % 3 :: 3]:
+            case = replace(case, dtype=dtype, head_dim=(128, 32, 256)[index % 3])
+            checks[f"packed-distances-{label}-{name}"] = functools.partial(check_packed_emulated, case, index % 2 == 0)
         for head_dim in (8, 16, 32, 96, 256):
             case = replace(query, seq_len_q=2, head_dim=head_dim, causal=True)
             case = replace(case, seq_len_k=max(300, 70_000 // head_dim))
@@ -282,7 +293,7 @@ def check_sm90(case, is_sm90=False, expand_v=False):
 
         operators = torch.ops.flash_cosine_sim_attention
         window = -1, 0 if case.causal else -1
-        settings = None, None, options.get("scale", 1.0), case.groups, case.causal, *window, case.l2norm_qk, False
+        settings = *[None] * 4, options.get("scale", 1.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
         before = multiplied_with_wgmma()
         (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
@@ -341,6 +352,30 @@ def check_window_sm90(case, deterministic=False):
         if case.seq_len_q == case.seq_len_k and not case.mask:
             own = attend("operators", **tensors, **{**options, "window_size": (0, 0)})
             assert torch.equal(own, tensors["v"].repeat_interleave(case.num_heads // case.num_kv_heads, 1))
+
+
+def check_distances_sm90(case, deterministic=False):
+    """The gate, o and gradients twice, and that the kernels of 9.0 made them: each where it can."""
+    check_emulated(case, deterministic)
+    tensors, options = case.tensors(case.dtype), case.options()
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    counts = [multiplied_with_wgmma()]
+    o = attend("operators", **tensors, **options)
+    counts.append(multiplied_with_wgmma())
+    assert torch.equal(o, attend("operators", **tensors, **options))
+    assert (counts[1] > counts[0]) == (case.seq_len_q > 1)  # few queries have another kernel
+    do = torch.randn(o.shape, dtype=o.dtype)
+    with determinism() if deterministic else contextlib.nullcontext():
+        counts = [multiplied_with_wgmma()]
+        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
+        counts.append(multiplied_with_wgmma())
+        again = torch.autograd.grad(o, tensors.values(), do)
+    assert (counts[1] > counts[0]) == (case.l2norm_qk and case.head_dim <= 128)
+    for name, one, other in zip(tensors, first, again, strict=True):
+        if name == "distance_bias" and not deterministic:  # warps add to it in any order
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, other), name
 
 
 # By head dim: queries, keys. With other tiles in the tables the check fails, and these follow.
@@ -403,7 +438,7 @@ def check_wrong_cu_seqlens(dtype):
         tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(dtype).items()}
         wrong = torch.tensor(cu_seqlens, dtype=torch.int32)
         q, k, v = (tensor.unsqueeze(0).transpose(1, 2) for tensor in tensors.values())
-        arguments = q, k, v, None, None, None, wrong, wrong, 10.0, 1, True, 20, 0, True, False
+        arguments = q, k, v, None, None, None, wrong, wrong, None, None, 10.0, 1, True, 20, 0, 0, True, False
         o, _ = torch.ops.flash_cosine_sim_attention.forward(*arguments, True)
         for deterministic in (False, True):
             with determinism() if deterministic else contextlib.nullcontext():
@@ -463,6 +498,14 @@ def sm90_checks():
             if place % 2 == index // 2 % 2:
                 packed = replace(packed, dtype=dtype, head_dim=head_dim)
                 add(f"packed-{name}", packed, check_packed_emulated, deterministic=place % 3 == 0)
+    for index, head_dim in enumerate((64, 128, 96, 32, 256, 64, 128, 40)):
+        case = Case(dtype=torch.bfloat16, head_dim=head_dim, batch=1, num_heads=2, num_kv_heads=2)
+        for place, (name, options) in list(enumerate(DISTANCES.items()))[index // 2 % 4 :: 4]:
+            determined = (place + index) % 3 == 0
+            add(f"distances-{name}", replace(case, **options), check_distances_sm90, deterministic=determined)
+        for place, (name, packed) in list(enumerate(PACKED_DISTANCES.items()))[index // 2 % 4 :: 4]:
+            packed = replace(packed, head_dim=head_dim)
+            add(f"packed-distances-{name}", packed, check_packed_emulated, deterministic=(place + index) % 3 == 0)
     for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 128)):
         case = Case(dtype=dtype, head_dim=head_dim, num_heads=2, num_kv_heads=2, seq_len_q=600, seq_len_k=600)
         for name, options in {

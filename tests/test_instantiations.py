@@ -16,7 +16,7 @@ def write(csrc, folder):
 
 def test_every_template_that_attention_h_declares_is_instantiated(tmp_path):
     declared = re.findall(
-        r"template <Math kMath, int kHeadDim(?:, bool kBanded)?>.*\n"
+        r"template <Math kMath, int kHeadDim(?:, Variant kVariant)?>.*\n"
         r"void (\w+)\(const (\w+)& params, cudaStream_t stream\);",
         (CSRC / "attention.h").read_text(),
     )
@@ -30,7 +30,7 @@ def test_every_template_that_attention_h_declares_is_instantiated(tmp_path):
 
 def test_an_instance_is_written_once(tmp_path):
     instances = re.findall(r"^template void (.+?)\(", "".join(write(CSRC, tmp_path).values()), re.MULTILINE)
-    assert len(instances) == len(set(instances)) == 142
+    assert len(instances) == len(set(instances)) == 155
     assert {instance for instance in instances if "forward_split" in instance and ", 256>" in instance} == {
         f"launch_forward_split_sm80<Math::{math}, 256>" for math in ("kBf16", "kFp16", "kFp16WideP")
     }
@@ -73,7 +73,7 @@ def test_a_tree_without_a_header_has_no_instances_of_it(tmp_path):
     (tmp_path / "csrc" / "sm90").mkdir(parents=True)
     (tmp_path / "csrc" / "sm90" / "forward.cuh").touch()
     assert list(write(tmp_path / "csrc", tmp_path / "build")) == [
-        f"sm90/forward_{name}.cu" for name in ("bf16", "bf16_banded", "fp16", "fp16_banded")
+        f"sm90/forward_{name}.cu" for name in ("bf16", "bf16_banded", "bf16_scored", "fp16", "fp16_banded")
     ]
 
 

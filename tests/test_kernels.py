@@ -181,7 +181,7 @@ def test_many_tiles(dtype, head_dim, options):
         tensors, options = case.tensors(dtype), case.options()
         exact = plain_cosine_sim_attention(**case.tensors(), **options)
         sdpa = attend("sdpa", **tensors, **options).double()
-        inputs = *tensors.values(), options.get("mask"), *[None] * 4, case.scale, *operator_settings(causal=case.causal)
+        inputs = *tensors.values(), options.get("mask"), *[None] * 6, case.scale, *operator_settings(causal=case.causal)
         first = forward(*inputs)
         ours = first[0].double()
         assert_within_gate(case, "cuda", {"o": exact}, {"o": sdpa}, {"o": ours})
@@ -319,7 +319,7 @@ def test_row_sums(dtype, head_dim, options):
     _, row_sum = plain_cosine_sim_attention(**tensors, **options, return_partials=True)
     q, k, v, bias = (tensors[name].to(dtype) if name in tensors else None for name in ("q", "k", "v", "attn_bias"))
     arguments = case.scale / case.groups, *operator_settings(case.groups, case.causal, case.l2norm_qk)
-    o, row_sum_log2 = forward(q, k, v, options.get("mask"), bias, None, None, None, *arguments)
+    o, row_sum_log2 = forward(q, k, v, options.get("mask"), bias, *[None] * 5, *arguments)
     assert row_sum_log2.dtype == torch.float32 and row_sum_log2.is_contiguous()
     empty = row_sum == 0
     assert torch.equal(row_sum_log2 == -torch.inf, empty) and (o[empty] == 0).all()
@@ -761,7 +761,7 @@ def test_rows_without_a_visible_key(dtype, head_dim, bias):
     mask = torch.ones(3, 70, dtype=torch.bool, device=DEVICE)
     mask[1] = False
     attn_bias = torch.randn(1, 4, 150, 70, device=DEVICE, dtype=dtype) if bias else None
-    o, row_sum_log2 = forward(q, k, v, mask, attn_bias, *[None] * 3, 8.0, *operator_settings())
+    o, row_sum_log2 = forward(q, k, v, mask, attn_bias, *[None] * 5, 8.0, *operator_settings())
     empty = torch.zeros(3, 4, 150, dtype=torch.bool, device=DEVICE)
     empty[1] = True
     empty[:, :, :80] = True
@@ -797,7 +797,7 @@ def test_nothing_to_attend_to(dtype, sizes, num_kv_heads):
             numerator, denominator = cuda_attention(**tensors, **options, return_partials=True)
             assert numerator.shape == q.shape and (numerator == 0).all()
             assert denominator.shape == q.shape[:-1] and (denominator == 0).all()
-    _, row_sum_log2 = forward(q, k, v, *[None] * 5, 8.0, *operator_settings())
+    _, row_sum_log2 = forward(q, k, v, *[None] * 7, 8.0, *operator_settings())
     assert row_sum_log2.shape == q.shape[:-1] and (row_sum_log2 == -torch.inf).all()
 
 
@@ -1101,13 +1101,14 @@ def test_every_subset_of_the_gradients(dtype, num_kv_heads, l2norm_qk):
     if not l2norm_qk:
         q, k = (torch.nn.functional.normalize(tensor, dim=-1) for tensor in (q, k))
     bias = torch.randn(1, 4, 130, 200, device=DEVICE, dtype=dtype)
-    inputs = q, k, v, None, bias, torch.full((4,), 8.0, device=DEVICE), None, None, 1.0
-    options = operator_settings(l2norm_qk=l2norm_qk)
+    table = torch.randn(4, 130 + 200 - 1, device=DEVICE)
+    inputs = q, k, v, None, bias, torch.full((4,), 8.0, device=DEVICE), None, None, table, None, 1.0
+    options = operator_settings(causal=False, l2norm_qk=l2norm_qk, first_distance=-129)
     o, row_sum_log2 = forward(*inputs, *options)
     do, drow_sum_log2 = torch.randn_like(o), torch.randn_like(row_sum_log2)
-    every = backward(do, *inputs, o, row_sum_log2, drow_sum_log2, *options, *[True] * 5, True)
-    for subset in range(2**5):
-        needs = [bool(subset >> index & 1) for index in range(5)]
+    every = backward(do, *inputs, o, row_sum_log2, drow_sum_log2, *options, *[True] * 6, True)
+    for subset in range(2**6):
+        needs = [bool(subset >> index & 1) for index in range(6)]
         grads = backward(do, *inputs, o, row_sum_log2, drow_sum_log2, *options, *needs, True)
         for index, (grad, needed) in enumerate(zip(grads, needs, strict=True)):
             assert grad.dtype == every[index].dtype
@@ -1131,7 +1132,7 @@ def test_gradient_of_the_row_sums(dtype, options):
     is_empty = denominator == 0
     assert is_empty.any()
     expected = quotient(numerator, denominator, torch.float64), denominator.masked_fill(is_empty, 1).log2()
-    found = forward(*tensors, mask, *[None] * 4, case.scale, *operator_settings(causal=case.causal))
+    found = forward(*tensors, mask, *[None] * 6, case.scale, *operator_settings(causal=case.causal))
     do = torch.randn_like(found[0]), 3 * torch.randn_like(found[1])
     expected_grads = torch.autograd.grad(expected, exact, [part.double() for part in do])
     limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]

@@ -28,16 +28,27 @@ partials = torch.ops.flash_cosine_sim_attention.partials
 backward = torch.ops.flash_cosine_sim_attention.backward
 
 
-def attend(q, k, v, mask=None, attn_bias=None, scale=8.0, return_partials=False, **options):
+def attend(
+    q,
+    k,
+    v,
+    mask=None,
+    attn_bias=None,
+    scale=8.0,
+    distance_bias=None,
+    alibi_slopes=None,
+    return_partials=False,
+    **options,
+):
     """The operators as the library calls them."""
     scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
-    groups, causal, left, right, l2norm_qk, _ = settings(**options)
-    call = Call(q, k, v, mask, attn_bias, scale, None, None, scale_value, groups, causal, left, right, l2norm_qk)
+    *decided, _ = settings(**options)
+    call = Call(q, k, v, mask, attn_bias, scale, *[None] * 2, distance_bias, alibi_slopes, scale_value, *decided)
     return ops.kernel_attention(tuple(call), return_partials)
 
 
 def gradients(*names):
-    """need_dq, need_dk, need_dv, need_dattn_bias, need_dscale; all of them without names."""
+    """need_dq, need_dk, need_dv, need_dattn_bias and so on, in their order; all of them without names."""
     return tuple(not names or name in names for name in GRADIENTS)
 
 
@@ -46,7 +57,7 @@ def gradients(*names):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask, bias, number", [(True, True, False), (False, False, False), (False, True, True)])
 def test_opcheck(operator, dtype, mask, bias, number):
-    tensors = inputs(dtype, mask=mask, bias=bias, number=number)
+    tensors = inputs(dtype, mask=mask, bias=bias, number=number, by_distance=not bias or number)
     torch.library.opcheck(operator.default, (*tensors, *settings(2)))
 
 
@@ -87,11 +98,11 @@ def test_row_sums_are_made_only_for_a_backward_pass(requires_grad):
 @pytest.mark.parametrize("with_row_sum_grad", [False, True])
 @pytest.mark.parametrize("number", [False, True])
 def test_opcheck_backward(bias, with_row_sum_grad, number):
-    q, k, v, *rest = inputs(requires_grad=False, bias=bias, number=number)
+    q, k, v, *rest = inputs(requires_grad=False, bias=bias, number=number, by_distance=not bias)
     tensors = seq_first(q), k, seq_first(v), *rest
     o, row_sum_log2 = forward(*tensors, *settings(2))
     drow_sum_log2 = torch.randn_like(row_sum_log2) if with_row_sum_grad else None
-    names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else set()) | (set() if number else {"dscale"})
+    names = {"dq", "dv"} | ({"dk", "dattn_bias"} if bias else {"ddistance_bias"}) | (set() if number else {"dscale"})
     options = *settings(2), *gradients(*names), False
     arguments = torch.randn_like(o), *tensors, o, row_sum_log2, drow_sum_log2, *options
     torch.library.opcheck(backward.default, arguments)
@@ -109,8 +120,8 @@ def test_opcheck_backward_of_packed_sequences():
 @pytest.mark.parametrize("number", [False, True])
 def test_gradients_that_are_not_needed_are_not_made(number):
     """The operator returns (0,) for them, asked for by what requires a gradient; the others stay the same."""
-    tensors = inputs(requires_grad=False, number=number)
-    names = ["dq", "dk", "dv", "dattn_bias"] + ([] if number else ["dscale"])
+    tensors = inputs(requires_grad=False, number=number, by_distance=True)
+    names = ["dq", "dk", "dv", "dattn_bias", "ddistance_bias"] + ([] if number else ["dscale"])
     o, row_sum_log2 = forward(*tensors, *settings(2))
     do = torch.randn_like(o)
 
@@ -132,7 +143,7 @@ def test_gradients_that_are_not_needed_are_not_made(number):
                 asked.append(tuple(getattr(BACKWARD.decode(args), f"need_{name}") for name in GRADIENTS))
             return function(*args, **(kwargs or {}))
 
-    differentiable = dict(zip(GRADIENTS, (*tensors[:3], *tensors[4:6]), strict=True))
+    differentiable = dict(zip(GRADIENTS, (*tensors[:3], *tensors[4:6], tensors[8]), strict=True))
     for name in names:
         differentiable[name].requires_grad_()
         with Record():
@@ -144,8 +155,8 @@ def test_gradients_that_are_not_needed_are_not_made(number):
 
 def test_a_number_equals_a_tensor_as_scale():
     q, k, v, mask, attn_bias, *_ = inputs(requires_grad=False)
-    number = forward(q, k, v, mask, attn_bias, *[None] * 3, 1.5, *settings(2))
-    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), None, None, 7.0, *settings(2))
+    number = forward(q, k, v, mask, attn_bias, *[None] * 5, 1.5, *settings(2))
+    tensor = forward(q, k, v, mask, attn_bias, torch.tensor([1.5]), *[None] * 4, 7.0, *settings(2))
     torch.testing.assert_close(number, tensor)
 
 
@@ -163,11 +174,13 @@ def test_a_number_equals_a_tensor_as_scale():
 def test_equals_plain_autograd(groups, causal, l2norm_qk, window_size, return_partials):
     """The closed-form backward against autograd through the specification, in float64."""
     q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64)
-    differentiable = (q, k, v, attn_bias, scale)
+    table = torch.randn(4, 7 + 9 - 1, dtype=torch.float64, requires_grad=True)
+    differentiable = (q, k, v, attn_bias, scale, table)
     options = {"groups": groups, "causal": causal, "l2norm_qk": l2norm_qk, "window_size": window_size}
-    options |= {"return_partials": return_partials}
-    ours = attend(q, k, v, mask, attn_bias, scale, **options)
-    plain = plain_cosine_sim_attention(q, k, v, mask, attn_bias, scale, **options)
+    options |= {"return_partials": return_partials, "alibi_slopes": torch.rand(4)}
+    plain = plain_cosine_sim_attention(q, k, v, mask, attn_bias, scale, **options, distance_bias=table)
+    options |= {"alibi_slopes": options["alibi_slopes"].double()[None], "first_distance": 0 if causal else -6}
+    ours = attend(q, k, v, mask, attn_bias, scale, table, **options)
     if not return_partials:
         ours, plain = (ours,), (plain,)
     grad_outputs = [torch.randn_like(part) for part in plain]
@@ -180,13 +193,15 @@ def test_equals_plain_autograd(groups, causal, l2norm_qk, window_size, return_pa
 
 def test_gradcheck_with_row_sum():
     """row_sum_log2 is differentiable too; -inf, in a row without a visible key, has gradient 0."""
-    q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
+    tensors = inputs(torch.float64, seq_len_q=3, seq_len_k=4, by_distance=True)
+    q, k, v, mask, attn_bias, scale, _, _, table, slopes, _ = tensors
 
-    def attend(q, k, v, attn_bias, scale):
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings(2))
+    def attend(q, k, v, attn_bias, scale, table):
+        by_distance = None, None, table, slopes
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, *by_distance, 1.0, *settings(2))
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale))
+    assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale, table))
 
 
 def test_row_sum_is_not_shifted():
@@ -202,7 +217,7 @@ def test_scale_of_one_element_gets_one_gradient():
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, *[None] * 4, 1.0, *settings())[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
@@ -249,7 +264,7 @@ def test_gradient_of_partials_in_any_dtype(dtype, peaked):
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
 def test_outputs_keep_the_layout_of_the_inputs(device):
-    *tensors, scale_value = inputs(torch.bfloat16)
+    *tensors, scale_value = inputs(torch.bfloat16, by_distance=True)
     tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
     tensors[:3] = map(seq_first, tensors[:3])
     tensors[4] = tensors[4].mT.contiguous().mT
@@ -267,10 +282,10 @@ def test_outputs_keep_the_layout_of_the_inputs(device):
     do = torch.empty_like(o[..., :1]).expand_as(o)
     rows = o, row_sum_log2, None
     grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients(), False)
-    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:6]), strict=True):
+    for grad, tensor in zip(grads, (*tensors[:3], *tensors[4:6], tensors[8]), strict=True):
         assert same_layout(grad, tensor)
     grads = backward(do, *tensors, scale_value, *rows, *settings(), *gradients("dv"), False)
-    assert [grad.shape == (0,) for grad in grads] == [True, True, False, True, True]
+    assert [grad.shape == (0,) for grad in grads] == [True, True, False, True, True, True]
     numerator, denominator = partials(*tensors, scale_value, *settings())
     assert numerator.shape == o.shape and denominator.shape == row_sum_log2.shape
     assert numerator.dtype == denominator.dtype == torch.float32
@@ -386,9 +401,9 @@ def test_autocast_keeps_the_scale_in_float32(operator):
     q, k, v, mask, attn_bias, *_ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())
+        result = operator(q, k, v, mask, attn_bias, scale, *[None] * 4, 1.0, *settings())
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, None, None, 1.0, *settings())
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, *[None] * 4, 1.0, *settings())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))
@@ -534,7 +549,7 @@ def test_cu_seqlens_have_no_gradient():
             return function(*args, **(kwargs or {}))
 
     with Record(), torch.autocast("cpu", dtype=torch.bfloat16):
-        o, _ = forward(q, k, v, None, None, None, *bounds, 1.5, *settings())
+        o, _ = forward(q, k, v, None, None, None, *bounds, None, None, 1.5, *settings())
         o.float().sum().backward()
     assert len(seen) == 4 and all(map(torch.equal, seen, bounds * 2))
     assert q.grad.dtype == torch.float32 and k.grad.any()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ o
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # attention.h's DType
 NONE, PROLOGUE, KERNEL, AHEAD = range(4)  # its Norm
+CAUSAL, BANDED, SCORED, SCORED_GRADIENT = range(4)  # its Variant
 MATHS = ("bf16", "fp16", "fp16_wide", "fp32", "tf32")  # its Math, as setup.py names them
 ROW_SUM_PLACES = 4
 SETUP = load_setup()
@@ -58,9 +59,26 @@ class Call:
     window_left: int = -1
     window_right: int = -1  # 0 where causal
     num_sequences: int = -1  # packed, in one batch; -1: not
+    one_cu_seqlens: bool = True  # that queries and keys share
+    num_distances: int = -1  # of distance_bias; -1: none
+    first_distance: int = 0
+    slopes: int = 0  # of ALiBi; 1: a number a head, 2: a number a head of each batch
     q: Operand = field(default_factory=Operand)
     k: Operand = field(default_factory=Operand)
     v: Operand = field(default_factory=Operand)
+
+    @property
+    def is_scored(self):
+        return self.num_distances >= 0 or self.slopes > 0
+
+    @property
+    def distances(self):
+        """The least and the most that occur; most is less than least where none does."""
+        least = 1 - self.seq_len_q if self.window_right < 0 else max(1 - self.seq_len_q, -self.window_right)
+        most = self.seq_len_k - 1 if self.window_left < 0 else min(self.seq_len_k - 1, self.window_left)
+        if self.num_distances >= 0:
+            least, most = max(least, self.first_distance), min(most, self.first_distance + self.num_distances - 1)
+        return least, most
 
     @property
     def group(self):
@@ -88,6 +106,7 @@ class Backward(Call):
     dv: Operand = field(default_factory=Operand)
     dscale: bool = False
     deterministic: bool = False
+    ddistance_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,13 @@ class ForwardPlan:
     num_counters: int
     math: int
     padded_head_dim: int
-    banded: int
+    variant: int
     mask_words: int
+    num_distance_scores: int
+    num_diagonals: int
+    first_score: int
+    num_scores: int
+    scores_stride_batch: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +144,17 @@ class BackwardPlan:
     math: int
     padded_head_dim: int
     needs_main_kernel: int
-    banded: int
+    variant: int
+    num_distance_scores: int
+    num_diagonals: int
+    first_score: int
+    num_scores: int
+    scores_stride_batch: int
+    first_diagonal: int
+    num_diagonal_sums: int
+    diagonal_q: int
+    diagonal_k: int
+    distance_sums: int
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +206,11 @@ def calls(draw, kind, **extra):
     on_device, causal = draw(st.booleans()), draw(st.booleans())
     num_sequences = draw(st.sampled_from([-1, -1, -1, 0, 1, 3, 100]))
     windows = st.sampled_from([-1, -1, 0, 1, 100, 1023, 40_000])
+    seq_len_q, seq_len_k = draw(lengths), draw(lengths)
+    num_distances, first_distance = -1, 0
+    if draw(st.sampled_from([False, False, True])):
+        first_distance = 0 if causal else 1 - seq_len_q
+        num_distances = max(seq_len_k - first_distance + (draw(st.integers(0, 9)) if causal else 0), 0)
     return kind(
         num_multiprocessors=draw(st.sampled_from([3, 40, 108, 132])),
         runs_sm90=draw(st.booleans()),
@@ -179,8 +218,8 @@ def calls(draw, kind, **extra):
         batch=draw(st.integers(0, 9)) if num_sequences < 0 else 1,
         num_heads=num_kv_heads * draw(st.sampled_from([1, 1, 2, 4, 16])),
         num_kv_heads=num_kv_heads,
-        seq_len_q=draw(lengths),
-        seq_len_k=draw(lengths),
+        seq_len_q=seq_len_q,
+        seq_len_k=seq_len_k,
         head_dim=8 * groups * draw(st.integers(1, 32 // groups)),
         groups=groups,
         causal=causal,
@@ -194,6 +233,10 @@ def calls(draw, kind, **extra):
         window_left=draw(windows),
         window_right=0 if causal else draw(windows),
         num_sequences=num_sequences,
+        one_cu_seqlens=draw(st.booleans()),
+        num_distances=num_distances,
+        first_distance=first_distance,
+        slopes=draw(st.sampled_from([0, 0, 0, 1, 2])) if num_sequences < 0 else draw(st.sampled_from([0, 0, 1])),
         q=draw(operands),
         k=draw(operands),
         v=draw(operands),
@@ -203,8 +246,9 @@ def calls(draw, kind, **extra):
 
 forward_calls = calls(Forward, o=maybe)
 backward_calls = calls(
-    Backward, o=operands, dq=maybe, dk=maybe, dv=maybe, dscale=st.booleans(), deterministic=st.booleans()
-)
+    Backward, o=operands, dq=maybe, dk=maybe, dv=maybe, dscale=st.booleans(), deterministic=st.booleans(),
+    ddistance_bias=st.booleans(),
+)  # fmt: skip
 many = settings(max_examples=200, deadline=None)
 
 
@@ -229,6 +273,13 @@ def assert_one_kernel(call, plan):
     assert min(dim for dim in SETUP.HEAD_DIMS if dim >= call.head_dim) == plan.padded_head_dim
     assert {FLOAT32: ("fp32", "tf32"), FLOAT16: ("fp16", "fp16_wide"), BFLOAT16: ("bf16",)}[call.dtype].count(math)
     assert not plan.sm90 or (call.runs_sm90 and call.dtype != FLOAT32 and not call.bias)
+    if plan.sm90:
+        variant = list(SETUP.VARIANTS)[plan.variant]
+        assert variant == "" or variant in kernel.variants[math], (header, math, variant)
+        assert (plan.variant >= SCORED) == call.is_scored
+        assert not call.is_scored or (call.dtype == BFLOAT16 and (call.num_sequences < 0 or call.one_cu_seqlens))
+    else:
+        assert plan.variant == CAUSAL
 
 
 def assert_norms(call, plan):
@@ -260,6 +311,9 @@ def test_backward_takes_one_kernel_that_exists(library, call):
     assert plan.needs_main_kernel == (call.dq.exists or call.dk.exists or call.dv.exists or call.dscale)
     if not plan.needs_main_kernel or call.batch == 0:
         assert astuple(plan)[:11] == (0,) * 11
+    if plan.sm90 and call.ddistance_bias and call.num_distances >= 0:  # in any order, or by the portable kernel
+        assert plan.variant == (SCORED if call.deterministic else SCORED_GRADIENT)
+        assert not (call.deterministic and plan.prepares_rows)
 
 
 def test_hopper_takes_what_the_examples_have(library):
@@ -275,7 +329,7 @@ def test_hopper_takes_what_the_examples_have(library):
     assert (decoding.sm90, decoding.num_splits > 1, decoding.q_norm, decoding.k_norm) == (0, True, KERNEL, KERNEL)
 
 
-BANDED = {
+BANDED_CALLS = {
     "window": {"window_left": 100, "causal": True, "window_right": 0},
     "right": {"window_right": 100},
     "packed": {"num_sequences": 3},
@@ -283,15 +337,44 @@ BANDED = {
 }
 
 
-@pytest.mark.parametrize("name", BANDED)
+@pytest.mark.parametrize("name", BANDED_CALLS)
 def test_hopper_takes_windows_packed_sequences_and_masks(library, name):
-    options = {"num_heads": 16, "num_kv_heads": 16, "seq_len_q": 8192, "seq_len_k": 8192, **BANDED[name]}
+    options = {"num_heads": 16, "num_kv_heads": 16, "seq_len_q": 8192, "seq_len_k": 8192, **BANDED_CALLS[name]}
     for kind in (Forward, Backward):
         plan = plan_of(library, kind(**options))
-        assert (plan.sm90, plan.banded) == (1, 1)
+        assert (plan.sm90, plan.variant) == (1, BANDED)
         plain = plan_of(library, kind(**{**options, **dict.fromkeys(("window_left", "num_sequences"), -1)}, bias=True))
-        assert (plain.sm90, plain.banded) == (0, 0)  # the portable kernels have no variants
-    assert plan_of(library, Forward(causal=True, window_right=0, num_heads=16, num_kv_heads=16)).banded == 0
+        assert (plain.sm90, plain.variant) == (0, CAUSAL)  # the portable kernels have no variants
+    assert plan_of(library, Forward(causal=True, window_right=0, num_heads=16, num_kv_heads=16)).variant == CAUSAL
+
+
+SCORED_CALLS = {
+    "causal": {"causal": True, "window_right": 0, "num_distances": 8192},
+    "dense": {"num_distances": 16383, "first_distance": -8191},
+    "alibi": {"slopes": 2, "causal": True, "window_right": 0},
+    "window": {"slopes": 1, "num_distances": 8192, "causal": True, "window_right": 0, "window_left": 500},
+    "mask": {"num_distances": 8192, "mask": True, "causal": True, "window_right": 0},
+    "packed": {"num_distances": 8192, "num_sequences": 3, "causal": True, "window_right": 0},
+}
+
+
+@pytest.mark.parametrize("name", SCORED_CALLS)
+def test_hopper_takes_what_distances_add(library, name):
+    options = {"num_heads": 16, "num_kv_heads": 16, "seq_len_q": 8192, "seq_len_k": 8192, **SCORED_CALLS[name]}
+    forward, backward = (plan_of(library, kind(**options)) for kind in (Forward, Backward))
+    assert (forward.sm90, forward.variant, forward.k_norm) == (1, SCORED, AHEAD)
+    assert (backward.sm90, backward.variant, backward.prepares_rows) == (1, SCORED, 1)
+    if "num_distances" in options:
+        gradient = plan_of(library, Backward(**options, ddistance_bias=True))
+        assert (gradient.variant, gradient.prepares_rows, gradient.distance_sums) == (SCORED_GRADIENT, 1, 0)
+        ordered = plan_of(library, Backward(**options, ddistance_bias=True, deterministic=True))
+        assert (ordered.variant, ordered.prepares_rows) == (SCORED, 0)
+        assert 0 < 4 * ordered.distance_sums <= 2**26  # bytes
+    # Not in float16, nor where sequences of other lengths on the two sides shift distances within a tile.
+    for kind in (Forward, Backward):
+        assert plan_of(library, kind(**options, dtype=FLOAT16)).sm90 == 0
+        if "num_sequences" in options:
+            assert plan_of(library, kind(**options, one_cu_seqlens=False)).sm90 == 0
 
 
 def test_a_short_walk_is_not_cut_into_shares_without_work(library):
@@ -363,6 +446,51 @@ def test_backward_workspace_covers_what_is_written(library, call):
         assert last < plan.num_counters
     else:
         assert plan.num_counters == 0 and not plan.prepares_rows
+
+
+@many
+@given(call=st.one_of(forward_calls, backward_calls))
+def test_the_table_has_every_distance_and_every_piece_that_is_copied(library, call):
+    plan = plan_of(library, call)
+    if not call.is_scored or call.batch == 0:
+        if call.batch > 0:
+            assert plan.num_distance_scores == plan.num_diagonals == 0
+        return
+    assert plan.num_diagonals == (call.seq_len_q if call.num_sequences >= 0 else 0)
+    rows = call.num_heads * (call.batch if call.slopes == 2 else 1)
+    assert plan.num_distance_scores == rows * plan.num_scores
+    assert plan.scores_stride_batch == (call.num_heads * plan.num_scores if call.slopes == 2 else 0)
+    least, most = call.distances
+    if most < least:
+        return
+    assert plan.first_score <= least and most < plan.first_score + plan.num_scores
+    if not plan.sm90:
+        return
+    kernel = "forward_sm90" if isinstance(call, Forward) else "backward_sm90"
+    block_q, block_k, *_ = tile_sizes(library, kernel, call.head_dim)
+    # distances.cuh: as many entries, of 4 bytes, from the distance of a tile's first query from its last key on
+    diagonal = 0 if call.num_sequences >= 0 else call.seq_len_k - call.seq_len_q
+    assert (diagonal - (block_k - 1) - plan.first_score) % 4 == plan.num_scores % 4 == 0
+    assert plan.first_score <= least - (block_q + block_k) + 1
+    assert most + block_q + block_k <= plan.first_score + plan.num_scores
+
+
+@many
+@given(call=backward_calls)
+def test_every_distance_is_on_a_diagonal_of_tiles(library, call):
+    plan = plan_of(library, call)
+    least, most = call.distances
+    is_summed = call.ddistance_bias and call.num_distances >= 0 and call.batch > 0 and plan.variant != SCORED_GRADIENT
+    width = plan.diagonal_q + plan.diagonal_k - 1
+    assert plan.distance_sums == call.num_heads * plan.num_diagonal_sums * width * is_summed
+    if not is_summed or most < least:
+        return
+    # attention.h's DiagonalSums: those that a distance is on, of a tile's element in row r and column c
+    for t in (least, most, (least + most) // 2):
+        first, last = -((plan.diagonal_q - 1 - t) // plan.diagonal_k), (t + plan.diagonal_k - 1) // plan.diagonal_k
+        assert plan.first_diagonal <= first <= last < plan.first_diagonal + plan.num_diagonal_sums
+    # postprocess.cu's distance_merge_kernel counts from the first
+    assert least + plan.diagonal_k - 1 - plan.first_diagonal * plan.diagonal_k >= 0
 
 
 # Shares of a split

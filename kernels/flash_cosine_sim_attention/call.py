@@ -34,16 +34,22 @@ class Call(NamedTuple):
     scale: Tensor | None  # float32, or float64 for float64, (1,) or (num_heads,); None: it is scale_value
     cu_seqlens_q: Tensor | None  # int32 (num_sequences + 1,), contiguous; None: not packed
     cu_seqlens_k: Tensor | None  # the same; both or neither
+    # Added to the score of a query at a distance t from a key, t = i + seq_len_k - seq_len_q - j, inside each sequence:
+    distance_bias: (
+        Tensor | None
+    )  # (num_heads, num_distances), entry t - first_distance; float32, or float64 for float64
+    alibi_slopes: Tensor | None  # (1 or batch, num_heads), in that dtype: -slope * |t|; it has no gradient
     scale_value: float  # ignored where scale is a tensor
     groups: int  # divides head_dim
     causal: bool  # True where window_right is 0, and nowhere else
     window_left: int  # query i sees key j iff i + seq_len_k - seq_len_q - j <= window_left, or it is -1: unlimited;
     window_right: int  # and j - (i + seq_len_k - seq_len_q) <= window_right, or -1. Packed: inside each sequence
+    first_distance: int  # of distance_bias: 0 if it is causal, else 1 - seq_len_q; packed, 1 - max_seqlen_q
     l2norm_qk: bool
 
 
 # What has a gradient, in the order in which the backward operator returns them.
-DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "scale")
+DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "scale", "distance_bias")
 # What is in q's dtype, and autocast casts.
 IN_DTYPE_OF_Q = ("q", "k", "v", "attn_bias")
 

@@ -32,15 +32,15 @@ _gpu_reasons: dict[int, str | None] = {}  # by device index: asking a GPU in eve
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
-    return_partials: Literal[False] = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., backend: str = ..., return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
-    return_partials: Literal[True],
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., backend: str = ..., return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_cosine_sim_attention(
     q: Tensor,
@@ -55,10 +55,12 @@ def flash_cosine_sim_attention(
     attn_bias_batch_dim: bool = False,
     *,
     window_size: Sequence[int] | None = None,
+    distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     backend: str = "auto",
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * l2norm(q) l2norm(k)^T + attn_bias) v per head, without materialising the scores.
+    """softmax(scale * l2norm(q) l2norm(k)^T + bias) v per head, without materialising the scores.
 
     Cosine-similarity attention after Henry et al. 2020 (arXiv:2010.04245), in float32, float16 and bfloat16. A row
     that sees no key yields zeros, with zero gradients.
@@ -76,10 +78,11 @@ def flash_cosine_sim_attention(
             Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
             differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
-            above 60 are a ValueError, and with a bias scale * groups + max attn_bias must stay at 60 or below (a bias
-            may be as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
-            logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
-            that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
+            above 60 are a ValueError, and with a bias scale * groups + the largest bias must stay at 60 or below, attn_bias
+            and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees another
+            key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values of a
+            CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile: keep
+            them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
@@ -89,6 +92,14 @@ def flash_cosine_sim_attention(
             both included, where off = seq_len_k - seq_len_q. -1 is unlimited, and None is (-1, -1). With causal,
             right counts as 0. By "cuda" and "sdpa" the time goes with the window. Under torch.compile, other
             numbers may compile anew.
+        distance_bias: a table that is added to the logits by the distance t = i + off - j of query i from key j, with
+            off as above, in memory that grows with the length and not with its square. With causal it is
+            (num_heads, at least seq_len_k), entry t; else (num_heads, seq_len_q + seq_len_k - 1), entry
+            t + seq_len_q - 1. float32, or in q's dtype, and read in float32. Differentiable: its gradient, of shape
+            and dtype of the table, is summed in float32. Merged heads share one table, (1, ...).
+        alibi_slopes: float32 (num_heads,) or (batch, num_heads); -slope * |t| is added to the logits, as by
+            FlashAttention. It has no gradient, and one that requires it is a ValueError; slopes that are learned are a
+            distance_bias, -slopes[:, None] * t.abs().
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once. A named
             back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
@@ -126,13 +137,19 @@ def flash_cosine_sim_attention(
     mask = _as_2d_mask(mask, q, k)
     attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
     scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged)
+    first_distance = 0
+    if distance_bias is not None or alibi_slopes is not None:
+        lengths = ("seq_len_q", q.shape[-2]), ("seq_len_k", k.shape[-2])
+        distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths)
+        alibi_slopes = _as_slopes(alibi_slopes, q)
     if window_size is None:
         left, right = -1, 0 if causal else -1
     else:
         causal, left, right = _as_limits(window_size, causal, q, k)
     # A Call's values in its order, but no Call: see call.py.
     call = (
-        q, k, v, mask, attn_bias, scale_tensor, None, None, scale_value, groups, causal, left, right, l2norm_qk
+        q, k, v, mask, attn_bias, scale_tensor, None, None, distance_bias, alibi_slopes, scale_value, groups, causal,
+        left, right, first_distance, l2norm_qk,
     )  # fmt: skip
     if leave_autocast:
         with torch.autocast(q.device.type, enabled=False):
@@ -146,13 +163,15 @@ def flash_cosine_sim_attention(
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[False] = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[True],
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
@@ -167,6 +186,8 @@ def plain_cosine_sim_attention(
     attn_bias_batch_dim: bool = False,
     *,
     window_size: Sequence[int] | None = None,
+    distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Like flash_cosine_sim_attention with backend="reference": plain PyTorch, the specification.
@@ -176,7 +197,8 @@ def plain_cosine_sim_attention(
     """
     return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return]  # mypy takes a bool for no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
-        window_size=window_size, backend="reference", return_partials=return_partials,
+        window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, backend="reference",
+        return_partials=return_partials,
     )  # fmt: skip
 
 
@@ -194,6 +216,8 @@ def flash_cosine_sim_attention_varlen(
     causal: bool = False,
     l2norm_qk: bool = True,
     window_size: Sequence[int] | None = None,
+    distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Like flash_cosine_sim_attention, of sequences of different lengths, packed one behind the other.
@@ -215,9 +239,13 @@ def flash_cosine_sim_attention_varlen(
             after the other, for which it reads the values on a GPU, too, and checks them; under torch.compile it
             does not, and takes the time of total_q x total_k scores.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length, and checked like cu_seqlens; nothing else
-            depends on it.
+            depends on them but distance_bias.
         causal: in a sequence of n queries and m keys, its query i sees its key j iff j <= i + m - n.
         window_size: (left, right), as there, with off = m - n in each sequence.
+        distance_bias: as there, with off = m - n in each sequence, and of a length that the longest sequences decide:
+            with causal (num_heads, at least max_seqlen_k), entry t; else (num_heads, max_seqlen_q + max_seqlen_k - 1),
+            entry t + max_seqlen_q - 1. All sequences share it. Here max_seqlen_q decides where t = 0 is.
+        alibi_slopes: float32 (num_heads,), the same for all sequences.
 
     Returns:
         The output, contiguous, in q's shape, (total_q, num_heads, head_dim), and in q's dtype, or autocast's.
@@ -235,11 +263,15 @@ def flash_cosine_sim_attention_varlen(
     check_groups(groups, q.shape[-1], "head_dim")
     cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged=False)
+    lengths = ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)
+    distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths)
+    alibi_slopes = _as_slopes(alibi_slopes, q)
     causal, left, right = _as_limits((-1, -1) if window_size is None else window_size, causal, q, k)
     call = Call(
         q=q, k=k, v=v, mask=None, attn_bias=None, scale=scale_tensor, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, scale_value=scale_value, groups=groups, causal=causal, window_left=left,
-        window_right=right, l2norm_qk=l2norm_qk,
+        cu_seqlens_k=cu_seqlens_k, distance_bias=distance_bias, alibi_slopes=alibi_slopes, scale_value=scale_value,
+        groups=groups, causal=causal, window_left=left, window_right=right, first_distance=first_distance,
+        l2norm_qk=l2norm_qk,
     )  # fmt: skip
     if leave_autocast:
         with torch.autocast(q.device.type, enabled=False):
@@ -482,6 +514,60 @@ def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: 
             _check_range(value, groups)
     scale = scale.to(compute_dtype(q.dtype))
     return scale if scale.ndim == 1 else scale.reshape(1), 1.0
+
+
+def _as_table(
+    distance_bias: Tensor | None, causal: bool, q: Tensor, lengths: tuple[tuple[str, int], tuple[str, int]]
+) -> tuple[Tensor | None, int]:
+    """Return distance_bias in float32 (float64 for float64), and the distance of its first entry.
+
+    lengths are the names and numbers of queries and keys that decide how many distances there are.
+    """
+    if distance_bias is None:
+        return None, 0
+    wide = compute_dtype(q.dtype)
+    if not isinstance(distance_bias, Tensor) or distance_bias.dtype not in (torch.float32, wide, q.dtype):
+        got = distance_bias.dtype if isinstance(distance_bias, Tensor) else type(distance_bias).__name__
+        raise TypeError(f"distance_bias must be a float32 tensor, or in q's dtype {q.dtype}; got {got}")
+    (name_q, num_queries), (name_k, num_keys) = lengths
+    shape, num_heads = tuple(distance_bias.shape), q.shape[1]
+    if causal:
+        fits = len(shape) == 2 and shape[0] == num_heads and shape[1] >= num_keys
+        accepted = f"(num_heads, at least {name_k}) = ({num_heads}, at least {num_keys}) with causal"
+    else:
+        num_distances = max(num_queries + num_keys - 1, 0)
+        fits = len(shape) == 2 and shape[0] == num_heads and shape[1] == num_distances
+        accepted = f"(num_heads, {name_q} + {name_k} - 1) = {(num_heads, num_distances)} without causal"
+    if not fits:
+        raise ValueError(f"distance_bias must be {accepted}; got {shape}")
+    if distance_bias.device != q.device:
+        raise ValueError(f"distance_bias must be on q's device {q.device}, got {distance_bias.device}")
+    return distance_bias.to(wide).contiguous(), 0 if causal else 1 - num_queries
+
+
+def _as_slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return alibi_slopes as (1 or batch, num_heads), in float32 (float64 for float64)."""
+    if alibi_slopes is None:
+        return None
+    if not isinstance(alibi_slopes, Tensor) or alibi_slopes.dtype not in (torch.float32, compute_dtype(q.dtype)):
+        got = alibi_slopes.dtype if isinstance(alibi_slopes, Tensor) else type(alibi_slopes).__name__
+        raise TypeError(f"alibi_slopes must be a float32 tensor, got {got}")
+    batch, num_heads = q.shape[:2]
+    shape = tuple(alibi_slopes.shape)
+    if shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"alibi_slopes must be (num_heads,) = {(num_heads,)} or (batch, num_heads) = {(batch, num_heads)}; "
+            f"got {shape}"
+        )
+    if alibi_slopes.device != q.device:
+        raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {alibi_slopes.device}")
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "alibi_slopes has no gradient, got a tensor that requires one: detach it, or, to learn slopes, pass "
+            "distance_bias=-alibi_slopes[:, None] * distances.abs() instead"
+        )
+    slopes = alibi_slopes.to(compute_dtype(q.dtype)).contiguous()
+    return slopes if slopes.ndim == 2 else slopes.unsqueeze(0)
 
 
 def _as_limits(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -> tuple[bool, int, int]:

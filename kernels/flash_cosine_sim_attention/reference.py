@@ -1,7 +1,8 @@
 """The specification in plain PyTorch: it materialises the scores, and favours clarity over speed.
 
     q^ = q / |q|,  k^ = k / |k|                   per group of head_dim / groups channels
-    S  = scale * q^ k^T + attn_bias               -inf where the mask, the window or another sequence hides the key
+    S  = scale * q^ k^T + attn_bias + distance_bias[t] - alibi_slope * |t|
+                                                  -inf where the mask, the window or another sequence hides the key
     o  = exp(S) v / rowsum(exp(S))                0 where no key is visible
 
 `reference_attention` is differentiable by autograd. `reference_forward`, `reference_partials` and
@@ -143,8 +144,8 @@ def reference_partials(call: Call) -> tuple[Tensor, Tensor]:
 
 def reference_backward(
     do: Tensor, call: Call, o: Tensor, row_sum_log2: Tensor, drow_sum_log2: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, dattn_bias and dscale, each in its input's dtype and layout, or (0,) if not in `needs`.
+) -> tuple[Tensor, ...]:
+    """Return the gradients in the order of DIFFERENTIABLE, each in its input's dtype and layout; (0,) if not needed.
 
     The row statistics replace the softmax's Jacobian as in Dao et al. 2022, "FlashAttention", appendix B,
     arXiv:2205.14135; the scores are computed again instead of being stored.
@@ -164,12 +165,13 @@ def reference_backward(
         delta = delta - LOG2_E * drow_sum_log2.unsqueeze(-1)
     dlogits = probabilities * (do @ value.mT - delta)
 
-    # S = scale * cos + bias:  dq^ = scale * dS k^;  dk^ = scale * dS^T q^;  dbias = dS;  dscale = sum(dS cos)
-    need_dq, need_dk, need_dv, need_dattn_bias, need_dscale = needs
+    # S = scale * cos + bias:  dq^ = scale * dS k^;  dk^ = scale * dS^T q^;  dbias = dS;  dscale = sum(dS cos);
+    # ddistance_bias[t] = sum of dS at the distance t
+    need_dq, need_dk, need_dv, need_dattn_bias, need_dscale, need_ddistance_bias = needs
     dcos = dlogits * _per_head(scale_of(call))
     # Each its own tensor: an operator's outputs must not share memory.
     dq, dk, dv, dattn_bias = (call.q.new_empty(0) for _ in range(4))
-    dscale = call.q.new_empty(0, dtype=q_hat.dtype)
+    dscale, ddistance_bias = (call.q.new_empty(0, dtype=q_hat.dtype) for _ in range(2))
     if need_dq:
         dq = _laid_out_like(call.q, _unnormalised_grad(dcos @ k_hat, call.q, call))
     if need_dk:
@@ -184,7 +186,9 @@ def reference_backward(
     if need_dscale:
         dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
         dscale = (dscale.sum(0, keepdim=True) if call.scale.numel() == 1 else dscale).to(call.scale.dtype)
-    return dq, dk, dv, dattn_bias, dscale
+    if need_ddistance_bias:
+        ddistance_bias = _sum_by_distance(dlogits, call)
+    return dq, dk, dv, dattn_bias, dscale, ddistance_bias
 
 
 def expand_kv_heads(kv: Tensor, num_heads: int) -> Tensor:
@@ -210,6 +214,29 @@ def key_ranges(
     """
     if window_left < 0 and window_right < 0 and cu_seqlens_q is None:
         return None
+    first, end, diagonal = _sequence_of_queries(seq_len_q, seq_len_k, device, cu_seqlens_q, cu_seqlens_k)
+    if window_left >= 0:
+        first = torch.maximum(first, diagonal - window_left)
+    if window_right >= 0:
+        end = torch.minimum(end, diagonal + window_right + 1)
+    return first, end
+
+
+def keys_at_distance_0(
+    seq_len_q: int,
+    seq_len_k: int,
+    device: torch.device,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """The key at the distance 0 of each query, int64 (seq_len_q,); it may lie outside of the sequence."""
+    return _sequence_of_queries(seq_len_q, seq_len_k, device, cu_seqlens_q, cu_seqlens_k)[2]
+
+
+def _sequence_of_queries(
+    seq_len_q: int, seq_len_k: int, device: torch.device, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first key and the end of the keys of each query's sequence, and the key at its distance 0."""
     query = torch.arange(seq_len_q, device=device)
     if cu_seqlens_q is None:
         first, end = torch.zeros_like(query), torch.full_like(query, seq_len_k)
@@ -222,12 +249,24 @@ def key_ranges(
         first, end = bounds_k[sequence], bounds_k[following]
         last_query = ends_q[following - 1]
     # Bottom-right aligned: the last query is at the last key, as key/value caches need.
-    diagonal = query + end - last_query
-    if window_left >= 0:
-        first = torch.maximum(first, diagonal - window_left)
-    if window_right >= 0:
-        end = torch.minimum(end, diagonal + window_right + 1)
-    return first, end
+    return first, end, query + end - last_query
+
+
+def distance_scores(
+    distance_bias: Tensor | None, alibi_slopes: Tensor | None, first_distance: int, distance: Tensor
+) -> Tensor:
+    """What is added to the scores at `distance`, int64 (rows, keys): (1 or batch, num_heads, rows, keys).
+
+    distance_bias, alibi_slopes and first_distance are those of a Call; one of the two is there.
+    """
+    scores = None
+    if distance_bias is not None:  # only hidden keys are at distances that it does not have
+        scores = distance_bias[:, (distance - first_distance).clamp(0, distance_bias.shape[1] - 1)][None]
+    if alibi_slopes is not None:
+        alibi = -alibi_slopes[:, :, None, None] * distance.abs()
+        scores = alibi if scores is None else scores + alibi
+    assert scores is not None
+    return scores
 
 
 def visible_keys(mask: Tensor | None, ranges: tuple[Tensor, Tensor] | None, seq_len_k: int) -> Tensor | None:
@@ -258,10 +297,29 @@ def _logits(cos: Tensor, call: Call) -> Tensor:
     logits = cos * _per_head(scale_of(call))
     if call.attn_bias is not None:
         logits = logits + call.attn_bias.to(cos.dtype)
+    if call.distance_bias is not None or call.alibi_slopes is not None:
+        by_distance = call.distance_bias, call.alibi_slopes, call.first_distance
+        logits = logits + distance_scores(*by_distance, _distances(call))
     window, packing = (call.window_left, call.window_right), (call.cu_seqlens_q, call.cu_seqlens_k)
     ranges = key_ranges(seq_len_q, seq_len_k, *window, cos.device, *packing)
     visible = visible_keys(call.mask, ranges, seq_len_k)
     return logits if visible is None else logits.masked_fill(~visible, -math.inf)
+
+
+def _distances(call: Call) -> Tensor:
+    """int64 (seq_len_q, seq_len_k)"""
+    lengths = call.q.shape[-2], call.k.shape[-2]
+    diagonal = keys_at_distance_0(*lengths, call.q.device, call.cu_seqlens_q, call.cu_seqlens_k)
+    return diagonal[:, None] - torch.arange(call.k.shape[-2], device=call.q.device)
+
+
+def _sum_by_distance(dlogits: Tensor, call: Call) -> Tensor:
+    """Sums (batch, num_heads, seq_len_q, seq_len_k) to the shape of call.distance_bias."""
+    assert call.distance_bias is not None
+    num_heads, num_distances = call.distance_bias.shape
+    place = (_distances(call) - call.first_distance).clamp(0, num_distances - 1)  # hidden keys, at others, have zeros
+    sums = dlogits.new_zeros(num_heads, num_distances)
+    return sums.index_add_(1, place.flatten(), dlogits.sum(0).flatten(1))
 
 
 def _per_head(scale: float | Tensor) -> float | Tensor:

@@ -2,11 +2,11 @@
 
 It serves every argument, and its memory grows linearly with the sequence length. The scale is folded into q
 before q's only rounding to the input dtype. What SDPA's fused kernels take as it is goes there in one call:
-no mask, square causal, key mask. A bias, a window, or causal with a key mask or with a longer k, needs an explicit
-mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see and recomputed in
-the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are alive. The loop
-over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has one graph per
-number of blocks.
+no mask, square causal, key mask. A bias, also one by distance, a window, or causal with a key mask or with a longer k,
+needs an explicit mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see
+and recomputed in the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are
+alive. The loop over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has
+one graph per number of blocks.
 
 Packed sequences are attended to one after the other: cu_seqlens is read, and on a GPU that waits for it. Under
 torch.compile, where its values are not known, they are rows of one sequence under an explicit mask, of all keys.
@@ -16,7 +16,7 @@ PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,12 @@ from .call import Call, limits, scale_of
 from .reference import (
     check_cu_seqlens,
     compute_dtype,
+    distance_scores,
     expand_kv_heads,
     has_readable_values,
     has_values,
     key_ranges,
+    keys_at_distance_0,
     l2norm,
     reference_attention,
     visible_keys,
@@ -60,7 +62,8 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
     q, k = _scaled_and_normalised(call, dtype)
-    if not return_partials and not packed and attn_bias is None:
+    has_bias = attn_bias is not None or call.distance_bias is not None or call.alibi_slopes is not None
+    if not return_partials and not packed and not has_bias:
         if window == (-1, -1):
             return _attend_with_key_mask(q, k, v, mask)
         if window == (-1, 0) and mask is None and seq_len_q >= seq_len_k:
@@ -68,9 +71,50 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     ranges = key_ranges(seq_len_q, seq_len_k, *window, q.device, call.cu_seqlens_q, call.cu_seqlens_k)
     if packed:  # which keys a block of rows can see is not known
         window = -1, -1
+    by_distance = _by_distance(call)
     if return_partials:
-        return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, ranges, window)
-    return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, ranges, window)[0]
+        return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, by_distance, ranges, window)
+    return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, by_distance, ranges, window)[0]
+
+
+class ByDistance(NamedTuple):
+    """What is added to the scores by distance, in the names of a Call, and where distance 0 is."""
+
+    distance_bias: Tensor | None
+    alibi_slopes: Tensor | None
+    first_distance: int
+    # The distance of the first row from the first key, where each row is at one more than the row before it; packed,
+    # int64 (rows,), the key at each row's distance 0.
+    diagonal: int | Tensor
+
+    def of(self, first_row: int, end_row: int, first_key: int) -> "ByDistance":
+        """The same for some of the rows, and keys from first_key on."""
+        rows = self.diagonal[first_row:end_row] if isinstance(self.diagonal, Tensor) else self.diagonal + first_row
+        return self._replace(diagonal=rows - first_key)
+
+
+def _by_distance(call: Call) -> ByDistance | None:
+    if call.distance_bias is None and call.alibi_slopes is None:
+        return None
+    lengths = call.q.shape[-2], call.k.shape[-2]
+    diagonal: int | Tensor = lengths[1] - lengths[0]
+    if call.cu_seqlens_q is not None:
+        diagonal = keys_at_distance_0(*lengths, call.q.device, call.cu_seqlens_q, call.cu_seqlens_k)
+    return ByDistance(call.distance_bias, call.alibi_slopes, call.first_distance, diagonal)
+
+
+def _scores_by_distance(by_distance: ByDistance, num_rows: int, num_keys: int) -> Tensor:
+    """(1 or batch, num_heads, num_rows, num_keys), of as many rows and keys as by_distance begins with."""
+    bias, slopes, first_distance, diagonal = by_distance
+    if isinstance(diagonal, Tensor):
+        key = torch.arange(num_keys, device=diagonal.device)
+        return distance_scores(bias, slopes, first_distance, diagonal[:, None] - key)
+    # All that the rows need, the last row's distance from the first key first: a row's are num_keys neighbours, and a
+    # gradient adds those up faster than it would add to places of the table.
+    device = bias.device if bias is not None else slopes.device
+    distance = diagonal + num_rows - 1 - torch.arange(num_rows + num_keys - 1, device=device)
+    scores = distance_scores(bias, slopes, first_distance, distance[None]).squeeze(-2)  # (1 or batch, num_heads, all)
+    return scores.unfold(-1, num_keys, 1).flip(-2)
 
 
 def _each_sequence(call: Call, return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -83,8 +127,8 @@ def _each_sequence(call: Call, return_partials: bool) -> Tensor | tuple[Tensor, 
     results = []
     for sequence in zip(q, k, v, strict=True):
         one = (
-            *sequence, None, None, call.scale, None, None, call.scale_value, call.groups, call.causal,
-            call.window_left, call.window_right, call.l2norm_qk,
+            *sequence, None, None, call.scale, None, None, call.distance_bias, call.alibi_slopes, call.scale_value,
+            call.groups, call.causal, call.window_left, call.window_right, call.first_distance, call.l2norm_qk,
         )  # fmt: skip
         results.append(sdpa_attention(one, return_partials))
     if return_partials:
@@ -195,15 +239,18 @@ def _in_row_blocks(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
+    by_distance: ByDistance | None,
     ranges: tuple[Tensor, Tensor] | None,
     window: tuple[int, int],
 ) -> tuple[Tensor, ...]:
-    """Concatenate `attend(q_rows, k, v, mask, attn_bias_rows, ranges_of_rows)` over blocks of query rows.
+    """Concatenate `attend(q_rows, k, v, mask, attn_bias_rows, by_distance_of_rows, ranges_of_rows)` over blocks of
+    query rows.
 
     ranges are those of key_ranges; window says which keys a block gets, that is, can see at all.
     """
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
-    differentiable = [t for t in (q, k, v, attn_bias) if t is not None and t.requires_grad]
+    table = None if by_distance is None else by_distance.distance_bias
+    differentiable = [t for t in (q, k, v, attn_bias, table) if t is not None and t.requires_grad]
     recompute = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
     if recompute:
         # The blocks' dk and dv add up; in float32 the number of blocks costs no accuracy.
@@ -223,6 +270,7 @@ def _in_row_blocks(
             v[..., first:end, :],
             None if mask is None else mask[:, first:end],
             _keys_of_bias(bias_block, first, end),
+            None if by_distance is None else by_distance.of(*rows, first),
             None if ranges is None else tuple(bound[slice(*rows)] - first for bound in ranges),
         )
         if recompute and end > first:
@@ -263,6 +311,7 @@ def _attend_rows(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
+    by_distance: ByDistance | None,
     ranges: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor]:
     """One block of query rows under an explicit mask; a row without a visible key yields zeros."""
@@ -270,6 +319,9 @@ def _attend_rows(
     if seq_len_k == 0:
         return (torch.zeros_like(q),)
     visible = visible_keys(mask, ranges, seq_len_k)
+    if by_distance is not None:  # rounded once, to what SDPA takes
+        scores = _scores_by_distance(by_distance, q.shape[-2], seq_len_k)
+        attn_bias = (scores if attn_bias is None else scores + attn_bias).to(q.dtype)
     if attn_bias is None:  # then one of mask and ranges is given
         empty = ~visible.any(-1, keepdim=True)
         attn_mask = visible | empty
@@ -292,6 +344,7 @@ def _partials_of_rows(
     v: Tensor,
     mask: Tensor | None,
     attn_bias: Tensor | None,
+    by_distance: ByDistance | None,
     ranges: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of one block of query rows; SDPA does not return the sum of a row."""
@@ -300,6 +353,8 @@ def _partials_of_rows(
     logits = q @ k.mT  # (batch, num_heads, rows, seq_len_k)
     if attn_bias is not None:
         logits = logits + attn_bias.to(q.dtype)
+    if by_distance is not None:
+        logits = logits + _scores_by_distance(by_distance, *logits.shape[-2:])
     visible = visible_keys(mask, ranges, logits.shape[-1])
     if visible is not None:
         logits = logits.masked_fill(~visible, -math.inf)

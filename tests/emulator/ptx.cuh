@@ -8,6 +8,7 @@ namespace flash_cosine_sim {
 
 inline int64_t opaque(int64_t value) { return value; }
 inline int opaque(int value) { return value; }
+inline float opaque(float value) { return value; }
 
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::shared);
@@ -213,6 +214,8 @@ inline void red_add_v2_f32(float* address, float x, float y) {
   address[1] += y;
 }
 
+inline void red_add_f32(float* address, float x) { *address += x; }
+
 inline int load_acquire(const int* address) { return *address; }
 inline uint32_t load_acquire(const uint32_t* address) {
   emulator::fibers[emulator::current].acquired = true;
@@ -348,6 +351,20 @@ inline void check_bulk(const void* global, uint32_t shared, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || shared % 16 != 0 || bytes % 16 != 0 || bytes <= 0) {
     throw std::logic_error("a bulk copy of an unaligned address or size");
   }
+}
+
+inline void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier_address) {
+  check_bulk(source, destination, bytes);
+  check_acquired();
+  emulator::Barrier& barrier = barrier_at(barrier_address);
+  for (int byte = 0; byte < bytes; byte += 16) emulator::poison(overwritten_by_tma(destination + byte), 16);
+  barrier.loads.push_back([=, &barrier] {
+    for (int byte = 0; byte < bytes; byte += 16) {
+      std::memcpy(shared_memory_at(destination + byte, 16), static_cast<const char*>(source) + byte, 16);
+    }
+    barrier.missing_bytes -= bytes;
+  });
+  if (!barrier.waiting.threads.empty()) make_loads(barrier);
 }
 
 inline void bulk_add_f32(float* destination, uint32_t source, int bytes) {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flash_cosine_sim_attention import l2norm_tensors
 from flash_cosine_sim_attention.reference import compute_dtype
 
+WIDE = ("scale", "distance_bias")  # float32 beside 16-bit q, k and v
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BIASES = ["heads", "batch", "full", "shared", "per_key", "per_query", "plane", "number"]
 MAX_SCORES = 2_500_000  # per case: a float64 forward and backward of that many takes a fraction of a second
@@ -59,6 +60,8 @@ class Case:
     window_size: tuple[int, int] | None = None
     mask: bool = False
     bias: str | None = None  # a key of bias_shape
+    distance_bias: bool = False  # float32, and a few entries more than needed if causal
+    alibi: str | None = None  # slopes, "heads" or "batch"
     scale: float = 10.0  # times groups, so a bound on the logits; of learned ones, the largest
     learned_scale: bool | str = False  # True: one for each head, "scalar": one for all
     l2norm_qk: bool = True
@@ -85,7 +88,7 @@ class Case:
         A learned temperature is a float32 parameter beside low-precision activations.
         """
         wide = compute_dtype(dtype)
-        return {name: tensor.to(wide if name == "scale" else dtype) for name, tensor in self.make_tensors().items()}
+        return {name: tensor.to(wide if name in WIDE else dtype) for name, tensor in self.make_tensors().items()}
 
     def make_tensors(self):
         generator = self.generator(0)
@@ -112,7 +115,12 @@ class Case:
             num_scales = 1 if self.layout == "merged" or self.learned_scale == "scalar" else self.num_heads
             uniform = torch.rand(num_scales, generator=generator, device=self.device)
             tensors["scale"] = self.scale / self.groups * uniform.double()
+        if self.distance_bias:
+            tensors["distance_bias"] = randn(self.num_heads, self.num_distances()).float().double()
         return tensors
+
+    def num_distances(self):
+        return self.seq_len_k + 3 if self.causal else self.seq_len_q + self.seq_len_k - 1
 
     def generator(self, offset):
         """A generator of its own for each `offset`, on the case's device: there, nothing waits for a copy."""
@@ -128,6 +136,9 @@ class Case:
         }
         if not self.learned_scale:
             options["scale"] = self.scale / self.groups
+        if self.alibi is not None:
+            shape = (self.num_heads,) if self.alibi == "heads" else (self.batch, self.num_heads)
+            options["alibi_slopes"] = 0.2 * torch.rand(shape, generator=self.generator(3), device=self.device)
         if self.mask:
             batch = self.batch * self.num_heads if self.layout == "merged" else self.batch
             mask = torch.rand(batch, self.seq_len_k, generator=self.generator(1), device=self.device) < 0.7
@@ -176,6 +187,8 @@ def cases(draw):
         window_size=draw(st.sampled_from([None, None, (40, -1), (-1, 30), (17, 9), (130, 64)])),
         mask=draw(st.booleans()),
         bias=bias,
+        distance_bias=draw(st.sampled_from([False, False, True])),
+        alibi=draw(st.sampled_from([None, None, None, "heads", "batch"])),
         learned_scale=draw(st.sampled_from([False, True, "scalar"])),
         l2norm_qk=draw(st.sampled_from([True, True, False])),
         strided=draw(st.booleans()),
@@ -224,7 +237,7 @@ class Hard(Case):
             bias.masked_fill_(bias > 0.5, -1e4)
         else:
             assert self.kind in ("", "one visible key")
-        return {name: tensor if name == "scale" else tensor.to(self.dtype).double() for name, tensor in tensors.items()}
+        return {name: tensor if name in WIDE else tensor.to(self.dtype).double() for name, tensor in tensors.items()}
 
     def magnitudes(self, name):
         """A factor for each row of q or k: around 1e-20, 1 and 1e20 where the dtype has such numbers."""

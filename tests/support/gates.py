@@ -32,7 +32,8 @@ def attend(backend, *args, **kwargs):
 
 
 def low_precision_attention(q, k, v, mask=None, attn_bias=None, scale=8, groups=1, causal=False,
-                            l2norm_qk=True, attn_bias_batch_dim=False, window_size=None):  # fmt: skip
+                            l2norm_qk=True, attn_bias_batch_dim=False, window_size=None, distance_bias=None,
+                            alibi_slopes=None):  # fmt: skip
     """What one writes without a library, every operation rounded to the inputs' dtype: the tolerance."""
     merged = q.ndim == 3
     q, k, v = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (q, k, v))
@@ -43,6 +44,12 @@ def low_precision_attention(q, k, v, mask=None, attn_bias=None, scale=8, groups=
     if attn_bias is not None:
         dim = 1 if attn_bias_batch_dim or merged else 0
         sim = sim + (attn_bias.unsqueeze(dim) if attn_bias.ndim == 3 else attn_bias)
+    distance = torch.arange(sim.shape[-2], device=q.device)[:, None] - torch.arange(sim.shape[-1], device=q.device)
+    distance = distance + sim.shape[-1] - sim.shape[-2]
+    if distance_bias is not None:
+        sim = sim + distance_bias[:, (distance + (0 if causal else sim.shape[-2] - 1)).clamp(min=0)].to(sim.dtype)
+    if alibi_slopes is not None:
+        sim = sim - (alibi_slopes.view(-1, q.shape[1], 1, 1) * distance.abs()).to(sim.dtype)
     left, right = window_size or (-1, -1)
     diagonal = sim.shape[-1] - sim.shape[-2]
     visible = torch.ones(sim.shape[-2:], dtype=torch.bool, device=q.device)
@@ -82,9 +89,11 @@ def cancelling(case, name, o):
     delta = case.head_dim**0.5 * rms(seen) if seen.numel() else 0.0
     if name == "dscale":
         return delta * (case.batch * case.seq_len_q) ** 0.5  # a sum over rows, of errors of random sign
+    num_scores = case.batch * case.num_heads * case.seq_len_q * case.seq_len_k
     if name == "dattn_bias":
-        num_scores = case.batch * case.num_heads * case.seq_len_q * case.seq_len_k
         return delta * (num_scores / math.prod(case.bias_shape())) ** 0.5
+    if name == "ddistance_bias":
+        return delta * (num_scores / (case.num_heads * (case.seq_len_q + case.seq_len_k))) ** 0.5
     norm = case.head_dim**0.5 if case.l2norm_qk else 1.0
     return abs(case.scale) * delta * case.head_dim**-0.5 / norm  # scale * dS k^ / |q|, element by element
 

@@ -7,6 +7,7 @@ import torch
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention_varlen, l2norm_tensors
 from flash_cosine_sim_attention.reference import compute_dtype
+from support.cases import WIDE
 from support.gates import assert_within_gate, backend_name, results
 
 
@@ -27,6 +28,8 @@ class Packed:
     scale: float = 10.0
     learned_scale: bool = False
     l2norm_qk: bool = True
+    distance_bias: bool = False
+    alibi: bool = False
     seed: int = 0
     device: str = "cpu"
     batch: int = 1
@@ -59,13 +62,19 @@ class Packed:
         if self.learned_scale:
             uniform = torch.rand(self.num_heads, generator=generator, device=self.device)
             tensors["scale"] = self.scale / self.groups * (0.5 + uniform.double() / 2)
+        if self.distance_bias:
+            longest_q, longest_k = map(max, self.lengths)
+            num_distances = longest_k + 2 if self.causal else max(longest_q + longest_k - 1, 0)
+            table = torch.randn(self.num_heads, num_distances, generator=generator, device=self.device)
+            tensors["distance_bias"] = table.double()
         wide = compute_dtype(dtype)
-        return {name: tensor.to(wide if name == "scale" else dtype) for name, tensor in tensors.items()}
+        return {name: tensor.to(wide if name in WIDE else dtype) for name, tensor in tensors.items()}
 
     def options(self):
         q, k = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device) for lengths in self.lengths
         )
+        k = q if self.lengths_k is None else k  # as models have it: by_distance takes Hopper's kernels for that alone
         options = {
             "cu_seqlens_q": q,
             "cu_seqlens_k": k,
@@ -76,6 +85,9 @@ class Packed:
             "window_size": self.window_size,
             "l2norm_qk": self.l2norm_qk,
         }
+        if self.alibi:
+            slopes = torch.rand(self.num_heads, generator=self.generator(3), device=self.device)
+            options["alibi_slopes"] = 0.2 * slopes
         return options if self.learned_scale else {**options, "scale": self.scale / self.groups}
 
 
@@ -119,4 +131,28 @@ PACKED = {
     "rows-behind": Packed((90, 61), behind=140, causal=True),
     "both-windows": Packed((129, 65, 191), (190, 65, 128), window_size=(31, 17), l2norm_qk=False),
     "empty": Packed((0, 0), behind=70),
+}
+# What distances add: at, below and above the edges of tiles, with all that it goes together with.
+DISTANCES = {
+    "causal": {"seq_len_q": 300, "seq_len_k": 300, "causal": True, "distance_bias": True},
+    "dense": {"seq_len_q": 193, "seq_len_k": 257, "distance_bias": True, "num_kv_heads": 1},
+    "alibi": {"seq_len_q": 260, "seq_len_k": 260, "causal": True, "alibi": "heads"},
+    "alibi-dense": {"seq_len_q": 129, "seq_len_k": 200, "alibi": "batch", "batch": 2},
+    "both": {"seq_len_q": 150, "seq_len_k": 331, "causal": True, "distance_bias": True, "alibi": "batch", "batch": 2},
+    "window": {"seq_len_q": 330, "seq_len_k": 330, "causal": True, "distance_bias": True, "window_size": (95, -1)},
+    "right": {"seq_len_q": 200, "seq_len_k": 127, "window_size": (-1, 33), "distance_bias": True, "alibi": "heads"},
+    "mask": {"seq_len_q": 200, "seq_len_k": 300, "mask": True, "distance_bias": True, "batch": 2},
+    "empty-rows": {"seq_len_q": 270, "seq_len_k": 130, "causal": True, "distance_bias": True, "learned_scale": True},
+    "one-query": {"seq_len_q": 1, "seq_len_k": 400, "causal": True, "distance_bias": True},
+    "few-keys": {"seq_len_q": 200, "seq_len_k": 17, "distance_bias": True},
+    "groups": {"seq_len_q": 140, "seq_len_k": 190, "distance_bias": True, "groups": 2, "batch": 2},
+    "raw": {"seq_len_q": 200, "seq_len_k": 230, "distance_bias": True, "l2norm_qk": False, "strided": True},
+}
+PACKED_DISTANCES = {
+    "training": Packed((100, 1, 260, 64, 128), causal=True, distance_bias=True),
+    "dense": Packed((33, 200, 0, 90), num_kv_heads=1, distance_bias=True, alibi=True),
+    "window": Packed((300, 70, 150), window_size=(64, -1), causal=True, distance_bias=True, behind=40),
+    "alibi": Packed((90, 61, 200), causal=True, alibi=True, groups=2),
+    "other-keys": Packed((50, 0, 130, 7), (120, 40, 0, 200), causal=True, distance_bias=True, alibi=True),
+    "empty": Packed((0, 0), behind=70, alibi=True),
 }

@@ -2,7 +2,7 @@
 // files (no torch). Plain C++, so that plan.cpp needs no CUDA.
 //
 //   q^ = q / |q|,  k^ = k / |k|          per group of head_dim / groups channels
-//   S  = scale * q^ k^T + attn_bias      -inf where masked
+//   S  = scale * q^ k^T + attn_bias + what the distance adds      -inf where masked
 //   O  = exp(S) V / rowsum(exp(S))       0 where no key is visible
 //
 // The kernels work in base 2: c = scale * log2(e), P = 2^(c q^ k^T + log2(e) attn_bias). With unit vectors
@@ -63,6 +63,31 @@ struct MaskWords {
   int keys_per_batch = 0, blocks_per_batch = 0;  // blocks of 1024 keys
 };
 
+// What is added to a score by the distance t = query + seq_len_k - seq_len_q - key, inside each sequence: scores.cuh
+// has the function. All of it is float32, contiguous and on the device; without a pointer it adds nothing.
+struct ByDistance {
+  const float* bias = nullptr;  // (num_heads, num_distances), entry t - first_distance
+  int num_distances = 0, first_distance = 0;
+  const float* slopes = nullptr;  // of ALiBi: (num_heads,) each batch stride_batch after the one before, or 0
+  int slopes_stride_batch = 0;
+
+  bool exists() const { return bias != nullptr || slopes != nullptr; }
+};
+
+// The same as a table in base 2, for every (batch, head): of the distances [least, most], which are all that occur, and
+// 0 at others. Entry t - first. The kernels of sm90/ copy pieces of up to kMargin entries, which the table has more at
+// both ends, 16 bytes at a time: that is why `first` goes with where tiles begin.
+struct DistanceScores {
+  static constexpr int kMargin = 320;
+
+  float* data = nullptr;
+  int first = 0, num = 0;  // num is a multiple of 4
+  int least = 0, most = -1;
+  int64_t stride_batch = 0, stride_head = 0;
+  // Of packed sequences, (seq_len_q,): the key at the distance 0 of each query.
+  int* diagonal = nullptr;
+};
+
 // What forward and backward share.
 struct Attention {
   DType dtype = DType::kBFloat16;
@@ -87,6 +112,8 @@ struct Attention {
   Tensor q_hat, k_hat;
   Mask mask;
   Bias bias;
+  ByDistance by_distance;
+  DistanceScores distance_scores;  // by_distance as the kernels read it: workspace, which launch_visibility fills
   // Workspace, which launch_visibility fills. Of packed sequences, the keys that each query sees, (seq_len_q,), and,
   // for the backward pass, the queries that see each key, (seq_len_k,).
   Range *key_ranges = nullptr, *query_ranges = nullptr;
@@ -97,6 +124,14 @@ struct Attention {
 inline bool is_banded(const Attention& params) {
   return params.window_left >= 0 || (params.window_right >= 0 && !params.causal) || params.sequences.queries != nullptr;
 }
+
+// What a kernel of sm90/ can do; each also does what those before it do.
+enum class Variant : int {
+  kCausal,          // causality hides keys, and, backward, a mask
+  kBanded,          // so do windows and packed sequences, and masks by block
+  kScored,          // distances add to scores
+  kScoredGradient,  // backward: ddistance_bias, summed in any order
+};
 
 // Where q or k is normalised.
 enum class Norm : int {
@@ -111,14 +146,15 @@ inline constexpr int kRowSumPlaces = 4;
 
 // Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
-  bool sm90 = false;  // sm90/forward.cuh, else one of the portable kernels
-  // sm90: its variant that skips what a window, packed sequences or a mask hide
-  bool banded = false;
-  int64_t mask_words = 0;  // elements of workspace
+  bool sm90 = false;                   // sm90/forward.cuh, else one of the portable kernels
+  Variant variant = Variant::kCausal;  // sm90
+  int64_t mask_words = 0;              // elements of workspace
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
   // more; 0: sm80/forward.cuh
   int num_splits = 0;
-  int64_t split_sums = 0;  // elements of workspace
+  int64_t split_sums = 0;                              // elements of workspace
+  DistanceScores distance_scores;                      // without its pointers
+  int64_t num_distance_scores = 0, num_diagonals = 0;  // elements of workspace
   Norm q_norm = Norm::kNone, k_norm = Norm::kNone;
   int64_t num_counters = 0;
 };
@@ -138,15 +174,29 @@ struct ForwardParams : Attention {
   float* denominator = nullptr;
 };
 
+// Tiles of dS along a diagonal have their elements at the same distances, so that sums of such tiles are sums by
+// distance. Diagonal `first` + i has its upper right element at the distance block_k * (first + i) - (block_k - 1), and
+// so many distances from there on as block_q rows and block_k columns have; each is on several diagonals.
+struct DiagonalSums {
+  int first = 0, num = 0;  // of a head
+  int block_q = 0, block_k = 0;
+
+  constexpr int distances() const { return block_q + block_k - 1; }
+};
+
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
-  bool sm90 = false;    // sm90/backward.cuh, else sm80/backward.cuh
-  bool banded = false;  // sm90: as in ForwardPlan
-  int num_splits = 0;   // of the walk over queries; 0: the main kernel writes dk and dv itself
+  bool sm90 = false;                   // sm90/backward.cuh, else sm80/backward.cuh
+  Variant variant = Variant::kCausal;  // sm90
+  int num_splits = 0;                  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
   int block_q = 0, block_k = 0;  // sm90: how many queries and keys a tile has
   int64_t dq_accumulator = 0, dq_order = 0, dkv_partials = 0;
+  DistanceScores distance_scores;                      // without its pointers
+  int64_t num_distance_scores = 0, num_diagonals = 0;  // elements of workspace
+  DiagonalSums diagonals;      // ddistance_bias by launch_bias_gradient_sm80 and launch_distance_merge
+  int64_t distance_sums = 0;   // elements of workspace
   bool prepares_rows = false;  // sm90: the main kernel makes q_hat, k_hat, delta and the accumulator's zeros
   int64_t num_counters = 0;
 };
@@ -159,8 +209,9 @@ struct BackwardParams : Attention {
   // Outputs; data == nullptr: not needed. q_hat may be the memory of dq and k_hat that of dk: each is read for
   // the last time before the gradient is written.
   Tensor dq, dk, dv;
-  Bias dbias;               // its own memory; stride 0 in the dimensions along which attn_bias is broadcast
-  float* dscale = nullptr;  // (1,) or (num_heads,), as scale
+  Bias dbias;                       // its own memory; stride 0 in the dimensions along which attn_bias is broadcast
+  float* ddistance_bias = nullptr;  // as by_distance.bias
+  float* dscale = nullptr;          // (1,) or (num_heads,), as scale
   bool deterministic = false;
   // Workspace, in the sizes that plan_backward gives; contiguous.
   float* delta = nullptr;  // (batch, num_heads, seq_len_q): rowsum(dO * O) - log2(e) * drow_sum_log2
@@ -174,6 +225,8 @@ struct BackwardParams : Attention {
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;
+  // What launch_bias_gradient_sm80 leaves for launch_distance_merge: bias_gradient.cuh.
+  float* distance_sums = nullptr;
 };
 
 // dispatch.cpp: all that binding.cpp calls; the plans are plan.cpp's for the current device. With l2norm_qk a backward
@@ -190,7 +243,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream);
 // for the launch that follows.
 void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
-// visibility.cu: key_ranges, query_ranges and mask_words, where they have memory.
+// visibility.cu: key_ranges, query_ranges, mask_words and distance_scores, where they have memory.
 void launch_visibility(const Attention& params, cudaStream_t stream);
 
 // postprocess.cu
@@ -201,6 +254,8 @@ void launch_delta(const BackwardParams& params, cudaStream_t stream);
 void launch_dq(const BackwardParams& params, cudaStream_t stream);
 // dk and dv from dkv_partials, dk through the norm.
 void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream);
+// ddistance_bias from distance_sums.
+void launch_distance_merge(const BackwardParams& params, cudaStream_t stream);
 // Zeros in dk and dv where nobody sees a key, after sm90/backward.cuh's banded variant.
 void launch_unseen(const BackwardParams& params, cudaStream_t stream);
 
@@ -227,13 +282,13 @@ constexpr bool has_split_kernel(Math math, int head_dim) { return head_dim * ele
 template <Math kMath, int kHeadDim>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 template <Math kMath, int kHeadDim>
-void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias
+void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias, distance_sums
 
 // sm90/forward.cuh, sm90/backward.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
-// bias, at least a key; backward with the norm only. Without kBanded causality alone hides keys, or, backward, a mask.
-template <Math kMath, int kHeadDim, bool kBanded>
+// attn_bias, at least a key; backward with the norm only.
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
 
 }  // namespace flash_cosine_sim

@@ -48,6 +48,8 @@ DType dtype_of(const TorchTensor& tensor) {
 
 // The kernels count rows in int, up to two tiles beyond the last.
 constexpr int64_t kMostRows = std::numeric_limits<int>::max() - 255;
+// How many entries a table of distances has at most beyond one for each query and key.
+constexpr int64_t kMostMoreDistances = 2 * DistanceScores::kMargin + 8;
 
 int to_int(int64_t size, const char* name) {
   STD_TORCH_CHECK(size <= kMostRows, name, " must be at most ", kMostRows, ", got ", size);
@@ -198,15 +200,33 @@ Bias as_bias(const TorchTensor& tensor) {
   return {tensor.data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
+ByDistance as_by_distance(const Attention& params, const OptionalTensor& bias, const OptionalTensor& slopes,
+                          int64_t first_distance) {
+  ByDistance by_distance;
+  if (bias) {
+    by_distance.bias = static_cast<const float*>(bias->data_ptr());
+    by_distance.num_distances = to_int(bias->size(1), "the number of distances");
+    by_distance.first_distance = static_cast<int>(first_distance);
+  }
+  if (slopes) {
+    by_distance.slopes = static_cast<const float*>(slopes->data_ptr());
+    by_distance.slopes_stride_batch = slopes->size(0) == 1 ? 0 : params.num_heads;
+  }
+  if (by_distance.exists())
+    to_int(int64_t{params.seq_len_q} + params.seq_len_k + kMostMoreDistances, "seq_len_q + seq_len_k");
+  return by_distance;
+}
+
 // A window beyond all rows is none.
 int to_window(int64_t size) { return size < 0 || size >= kMostRows ? -1 : static_cast<int>(size); }
 
-// All of Attention but q_hat and k_hat. q, k, v and scale are replaced by copies where attention.h asks for it, and
-// must outlive the launch.
+// All of Attention but q_hat and k_hat. q, k, v, scale and what the distance adds are replaced by copies where
+// attention.h asks for it, and must outlive the launch.
 void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, TorchTensor& v,
           const OptionalTensor& mask, const OptionalTensor& attn_bias, OptionalTensor& scale,
-          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale_value, int64_t groups,
-          bool causal, int64_t window_left, int64_t window_right, bool l2norm_qk, bool allow_tf32) {
+          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, OptionalTensor& distance_bias,
+          OptionalTensor& alibi_slopes, double scale_value, int64_t groups, bool causal, int64_t window_left,
+          int64_t window_right, int64_t first_distance, bool l2norm_qk, bool allow_tf32) {
   params.dtype = call.dtype;
   params.batch = to_int(q.size(0), "batch");
   params.num_heads = to_int(q.size(1), "num_heads");
@@ -238,6 +258,9 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
   params.v = as_tensor(v);
   if (mask) params.mask = {static_cast<const bool*>(mask->data_ptr()), mask->stride(0), mask->stride(1)};
   if (attn_bias) params.bias = as_bias(*attn_bias);
+  if (distance_bias) distance_bias = as_contiguous(*distance_bias);
+  if (alibi_slopes) alibi_slopes = as_contiguous(*alibi_slopes);
+  params.by_distance = as_by_distance(params, distance_bias, alibi_slopes, first_distance);
 }
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
@@ -263,7 +286,9 @@ OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const
   const int64_t mask_words = padded(params.plan.mask_words * sizeof(uint32_t));
   params.q_hat = params.q;
   params.k_hat = params.k;
-  const int64_t bytes = counters + q_hat + k_hat + split_sums + ranges + mask_words;
+  const int64_t distance_scores = padded(params.plan.num_distance_scores * sizeof(float));
+  const int64_t diagonals = padded(params.plan.num_diagonals * sizeof(int));
+  const int64_t bytes = counters + q_hat + k_hat + split_sums + ranges + mask_words + distance_scores + diagonals;
   if (bytes == 0) return std::nullopt;
   TorchTensor workspace = call.empty({bytes / call.itemsize});
   char* data = static_cast<char*>(workspace.data_ptr());
@@ -276,22 +301,27 @@ OptionalTensor allocate_workspace(ForwardParams& params, const Call& call, const
   if (mask_words > 0) {
     params.mask_words = mask_words_in(reinterpret_cast<uint32_t*>(data + split_sums + ranges), params);
   }
+  data += split_sums + ranges + mask_words;
+  params.distance_scores = params.plan.distance_scores;
+  if (distance_scores > 0) params.distance_scores.data = reinterpret_cast<float*>(data);
+  if (diagonals > 0) params.distance_scores.diagonal = reinterpret_cast<int*>(data + distance_scores);
   return workspace;
 }
 
 std::tuple<TorchTensor, TorchTensor> forward(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
                                              OptionalTensor attn_bias, OptionalTensor scale,
                                              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                             OptionalTensor distance_bias, OptionalTensor alibi_slopes,
                                              double scale_value, int64_t groups, bool causal, int64_t window_left,
-                                             int64_t window_right, bool l2norm_qk, bool allow_tf32,
-                                             bool need_row_sum_log2) {
+                                             int64_t window_right, int64_t first_distance, bool l2norm_qk,
+                                             bool allow_tf32, bool need_row_sum_log2) {
   const Call call(q);
   Output o(call, q);
   TorchTensor row_sum_log2 = need_row_sum_log2 ? call.empty_float32({q.size(0), q.size(1), q.size(2)})
                                                : call.empty_float32({0});
   ForwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
-       window_left, window_right, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, distance_bias, alibi_slopes,
+       scale_value, groups, causal, window_left, window_right, first_distance, l2norm_qk, allow_tf32);
   params.o = as_tensor(o.rows);
   if (need_row_sum_log2) params.row_sum_log2 = static_cast<float*>(row_sum_log2.data_ptr());
   if (q.numel() > 0) {  // else the pointer to o is null, which asks for partials
@@ -305,14 +335,16 @@ std::tuple<TorchTensor, TorchTensor> forward(TorchTensor q, TorchTensor k, Torch
 std::tuple<TorchTensor, TorchTensor> partials(TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask,
                                               OptionalTensor attn_bias, OptionalTensor scale,
                                               OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                              OptionalTensor distance_bias, OptionalTensor alibi_slopes,
                                               double scale_value, int64_t groups, bool causal, int64_t window_left,
-                                              int64_t window_right, bool l2norm_qk, bool allow_tf32) {
+                                              int64_t window_right, int64_t first_distance, bool l2norm_qk,
+                                              bool allow_tf32) {
   const Call call(q);
   TorchTensor numerator = call.empty_float32({q.size(0), q.size(1), q.size(2), q.size(3)});
   TorchTensor denominator = call.empty_float32({q.size(0), q.size(1), q.size(2)});
   ForwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
-       window_left, window_right, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, distance_bias, alibi_slopes,
+       scale_value, groups, causal, window_left, window_right, first_distance, l2norm_qk, allow_tf32);
   params.numerator = static_cast<float*>(numerator.data_ptr());
   params.denominator = static_cast<float*>(denominator.data_ptr());
   if (q.numel() > 0) {
@@ -335,7 +367,8 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   const int64_t query_ranges = is_packed ? kFloatsPerRange * params.seq_len_k : 0;
   TorchTensor workspace =
       call.empty_float32({padded(delta) + padded(plan.dq_accumulator) + padded(plan.dkv_partials) +
-                          padded(plan.num_counters + plan.dq_order) + padded(key_ranges) + padded(query_ranges)});
+                          padded(plan.num_counters + plan.dq_order) + padded(key_ranges) + padded(query_ranges) +
+                          padded(plan.num_distance_scores) + padded(plan.num_diagonals) + padded(plan.distance_sums)});
   float* next = static_cast<float*>(workspace.data_ptr());
   const auto take = [&](int64_t size) {
     float* piece = size == 0 ? nullptr : next;
@@ -349,15 +382,20 @@ TorchTensor allocate_workspace(BackwardParams& params, const Call& call) {
   if (plan.dq_order > 0) params.dq_order = reinterpret_cast<int*>(params.counters + plan.num_counters);
   params.key_ranges = reinterpret_cast<Range*>(take(key_ranges));
   params.query_ranges = reinterpret_cast<Range*>(take(query_ranges));
+  params.distance_scores = plan.distance_scores;
+  params.distance_scores.data = take(plan.num_distance_scores);
+  params.distance_scores.diagonal = reinterpret_cast<int*>(take(plan.num_diagonals));
+  params.distance_sums = take(plan.distance_sums);
   return workspace;
 }
 
-std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> backward(
+std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> backward(
     TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, OptionalTensor mask, OptionalTensor attn_bias,
-    OptionalTensor scale, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale_value, TorchTensor o,
-    TorchTensor row_sum_log2, OptionalTensor drow_sum_log2, int64_t groups, bool causal, int64_t window_left,
-    int64_t window_right, bool l2norm_qk, bool allow_tf32, bool need_dq, bool need_dk, bool need_dv,
-    bool need_dattn_bias, bool need_dscale, bool deterministic) {
+    OptionalTensor scale, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor distance_bias,
+    OptionalTensor alibi_slopes, double scale_value, TorchTensor o, TorchTensor row_sum_log2,
+    OptionalTensor drow_sum_log2, int64_t groups, bool causal, int64_t window_left, int64_t window_right,
+    int64_t first_distance, bool l2norm_qk, bool allow_tf32, bool need_dq, bool need_dk, bool need_dv,
+    bool need_dattn_bias, bool need_dscale, bool need_ddistance_bias, bool deterministic) {
   const Call call(q);
   // In the layouts of q, k and v as they came, before fill() copies them.
   std::optional<Output> dq, dk, dv;
@@ -366,8 +404,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
   if (need_dv) dv.emplace(call, v);
 
   BackwardParams params;
-  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, scale_value, groups, causal,
-       window_left, window_right, l2norm_qk, allow_tf32);
+  fill(params, call, q, k, v, mask, attn_bias, scale, cu_seqlens_q, cu_seqlens_k, distance_bias, alibi_slopes,
+       scale_value, groups, causal, window_left, window_right, first_distance, l2norm_qk, allow_tf32);
   params.deterministic = deterministic;
   if (dq) params.dq = as_tensor(dq->rows);
   if (dk) params.dk = as_tensor(dk->rows);
@@ -396,9 +434,13 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
   if (need_dattn_bias) params.dbias = as_bias(dattn_bias);
   TorchTensor dscale = need_dscale ? call.empty_like(*scale) : call.empty_float32({0});
   if (need_dscale) params.dscale = static_cast<float*>(dscale.data_ptr());
+  TorchTensor ddistance_bias = need_ddistance_bias
+                                   ? call.empty_float32({distance_bias->size(0), distance_bias->size(1)})
+                                   : call.empty_float32({0});
+  if (need_ddistance_bias) params.ddistance_bias = static_cast<float*>(ddistance_bias.data_ptr());
 
   const auto result = [&](const std::optional<Output>& output) { return output ? output->result : call.empty({0}); };
-  const TorchTensor grads[] = {result(dq), result(dk), result(dv), dattn_bias, dscale};
+  const TorchTensor grads[] = {result(dq), result(dk), result(dv), dattn_bias, dscale, ddistance_bias};
   if (q.numel() > 0 && k.numel() > 0) {
     const TorchTensor workspace = allocate_workspace(params, call);
     run_backward(params, call.stream());
@@ -409,7 +451,7 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor> back
     // There is no score, hence no gradient; but a broadcast bias and a scale are not empty, nor need q or k be.
     for (const TorchTensor& grad : grads) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(grad.get()));
   }
-  return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }
 
 }  // namespace

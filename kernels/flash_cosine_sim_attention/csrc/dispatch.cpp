@@ -53,15 +53,38 @@ void with_forward_math(Math math, Function function) {
   with_math(math, function);
 }
 
+// Before the main kernel, which may write dk where k_hat is.
+void launch_bias_gradients(const BackwardParams& params, cudaStream_t stream) {
+  const bool sums_distances = params.ddistance_bias != nullptr && params.plan.variant != Variant::kScoredGradient;
+  if (params.dbias.data == nullptr && !sums_distances) return;
+  with_math(math_of(params), [&](auto math) {
+    with_head_dim(params.head_dim,
+                  [&](auto head_dim) { launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream); });
+  });
+  if (sums_distances) launch_distance_merge(params, stream);
+}
+
 #if FLASH_COSINE_SIM_HAS_SM90
 // The kernels of sm90/ have none for head dim 16.
 template <int kHeadDim>
 inline constexpr int kHeadDimSm90 = kHeadDim < 32 ? 32 : kHeadDim;
 
-template <int kHeadDim, bool kBanded>
+template <int kHeadDim, Variant kVariant>
 void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
-  if (params.dtype == DType::kFloat16) return launch_backward_sm90<Math::kFp16, kHeadDim, kBanded>(params, stream);
-  launch_backward_sm90<Math::kBf16, kHeadDim, kBanded>(params, stream);
+  if (params.dtype == DType::kFloat16) return launch_backward_sm90<Math::kFp16, kHeadDim, kVariant>(params, stream);
+  launch_backward_sm90<Math::kBf16, kHeadDim, kVariant>(params, stream);
+}
+
+template <int kHeadDim>
+void run_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
+  switch (params.plan.variant) {
+    case Variant::kCausal: return run_backward_sm90<kHeadDim, Variant::kCausal>(params, stream);
+    case Variant::kBanded: return run_backward_sm90<kHeadDim, Variant::kBanded>(params, stream);
+    // These two in bfloat16 alone: plan.cpp.
+    case Variant::kScored: return launch_backward_sm90<Math::kBf16, kHeadDim, Variant::kScored>(params, stream);
+    case Variant::kScoredGradient:
+      return launch_backward_sm90<Math::kBf16, kHeadDim, Variant::kScoredGradient>(params, stream);
+  }
 }
 
 // Calls function with the constant head dim of sm90/backward.cuh.
@@ -72,10 +95,19 @@ void with_backward_sm90(int head_dim, Function function) {
   });
 }
 
-template <int kHeadDim, bool kBanded>
+template <int kHeadDim, Variant kVariant>
 void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
-  if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDim, kBanded>(params, stream);
-  launch_forward_sm90<Math::kBf16, kHeadDim, kBanded>(params, stream);
+  if (params.dtype == DType::kFloat16) return launch_forward_sm90<Math::kFp16, kHeadDim, kVariant>(params, stream);
+  launch_forward_sm90<Math::kBf16, kHeadDim, kVariant>(params, stream);
+}
+
+template <int kHeadDim>
+void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
+  switch (params.plan.variant) {
+    case Variant::kCausal: return run_forward_sm90<kHeadDim, Variant::kCausal>(params, stream);
+    case Variant::kBanded: return run_forward_sm90<kHeadDim, Variant::kBanded>(params, stream);
+    default: return launch_forward_sm90<Math::kBf16, kHeadDim, Variant::kScored>(params, stream);
+  }
 }
 #endif
 
@@ -101,8 +133,7 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
   with_head_dim(params.head_dim, [&](auto head_dim) {
 #if FLASH_COSINE_SIM_HAS_SM90
     constexpr int kPadded = kHeadDimSm90<head_dim.value>;
-    if (plan.sm90 && plan.banded) return run_forward_sm90<kPadded, true>(params, stream);
-    if (plan.sm90) return run_forward_sm90<kPadded, false>(params, stream);
+    if (plan.sm90) return run_forward_sm90<kPadded>(params, stream);
 #endif
     with_forward_math(forward_math_of(params), [&](auto math) {
       if constexpr (has_split_kernel(math.value, head_dim.value)) {
@@ -126,22 +157,23 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   }
 #if FLASH_COSINE_SIM_HAS_SM90
   if (plan.sm90) {
+    if (plan.variant == Variant::kScoredGradient) {
+      const int64_t entries = int64_t{params.num_heads} * params.by_distance.num_distances;
+      CUDA_CHECK(cudaMemsetAsync(params.ddistance_bias, 0, entries * sizeof(float), stream));
+    }
     if (!plan.prepares_rows) launch_delta(params, stream);
-    with_backward_sm90(params.head_dim, [&](auto head_dim) {
-      if (plan.banded) return run_backward_sm90<head_dim.value, true>(params, stream);
-      run_backward_sm90<head_dim.value, false>(params, stream);
-    });
-    if (plan.banded) launch_unseen(params, stream);
+    launch_bias_gradients(params, stream);
+    with_backward_sm90(params.head_dim, [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
+    if (plan.variant != Variant::kCausal) launch_unseen(params, stream);
     launch_dkv_merge(params, stream);
     launch_dq(params, stream);
     return;
   }
 #endif
   launch_delta(params, stream);
+  launch_bias_gradients(params, stream);
   with_math(math_of(params), [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {
-      // First, for the main kernel may write dk where k_hat is.
-      if (params.dbias.data != nullptr) launch_bias_gradient_sm80<math.value, head_dim.value>(params, stream);
       if (!needs_main_kernel(params)) return;
       if (params.dq_accumulator != nullptr) {
         CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, params.plan.dq_accumulator * sizeof(float), stream));

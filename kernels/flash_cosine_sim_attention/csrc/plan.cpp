@@ -30,9 +30,11 @@ int64_t queries_of_key(const Attention& params) { return longest_row(params, par
 // Whether causality alone hides keys; then a row sees half of what it might.
 bool is_triangular(const Attention& params) { return params.causal && params.window_left < 0; }
 
-// Whether 2^S may leave float16's range. A scale on the device is not known here.
+// Whether 2^S may leave float16's range. A scale on the device is not known here, nor are biases: a positive one lifts
+// P out of it, and of a row whose visible keys all are far away ALiBi leaves nothing.
 bool exceeds_fp16(const Attention& params) {
-  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr;
+  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr &&
+                       !params.by_distance.exists();
   return !bounded || std::abs(params.scale_value) * params.groups > kLargestFp16Logit;
 }
 
@@ -49,6 +51,53 @@ bool keys_have_tensor_map(const Attention& params, const Tensor& keys) {
   return has_tensor_map(keys, params.batch, params.num_kv_heads, params.seq_len_k);
 }
 
+int divide_down(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// Which distances occur, and a table for them whose entries for a tile begin at a multiple of 16 bytes, wherever
+// queries and keys of tiles begin, which is at multiples of 4.
+DistanceScores distance_scores_of(const Attention& params) {
+  const ByDistance& by_distance = params.by_distance;
+  DistanceScores scores;
+  scores.least = params.window_right < 0 ? 1 - params.seq_len_q : std::max(1 - params.seq_len_q, -params.window_right);
+  scores.most = params.window_left < 0 ? params.seq_len_k - 1 : std::min(params.seq_len_k - 1, params.window_left);
+  if (by_distance.bias != nullptr) {
+    scores.least = std::max(scores.least, by_distance.first_distance);
+    scores.most = std::min(scores.most, by_distance.first_distance + by_distance.num_distances - 1);
+  }
+  const int diagonal = params.sequences.queries != nullptr ? 0 : params.seq_len_k - params.seq_len_q;
+  const int first_of_tile = diagonal + 1;  // that of the last of a multiple of 4 keys
+  scores.first = scores.least - DistanceScores::kMargin;
+  scores.first -= (scores.first - first_of_tile) & 3;
+  const int num = std::max(scores.most - scores.least + 1, 0) + 2 * DistanceScores::kMargin + 3;
+  scores.num = (num + 3) / 4 * 4;
+  scores.stride_head = scores.num;
+  scores.stride_batch = by_distance.slopes_stride_batch == 0 ? 0 : int64_t(params.num_heads) * scores.num;
+  return scores;
+}
+
+// What both plans say of by_distance.
+template <typename Plan>
+void plan_distance_scores(Plan& plan, const Attention& params) {
+  if (!params.by_distance.exists()) return;
+  plan.distance_scores = distance_scores_of(params);
+  const int64_t rows = int64_t(params.num_heads) * (plan.distance_scores.stride_batch == 0 ? 1 : params.batch);
+  plan.num_distance_scores = rows * plan.distance_scores.num;
+  if (params.sequences.queries != nullptr) plan.num_diagonals = params.seq_len_q;
+}
+
+// They are there for bfloat16 alone: float16's forward pass, in which P might leave its range, is the portable
+// kernel's, and two more files to compile are too many for its backward pass. A step from a query of a tile to the next
+// has to be a step in distance, too: where packed sequences have other lengths on the two sides it need not be.
+bool adds_distances_in_sm90(const Attention& params) {
+  return params.dtype == DType::kBFloat16 && params.sequences.queries == params.sequences.keys;
+}
+
+// Of the kernels of sm90/.
+Variant variant_of(const Attention& params) {
+  if (params.by_distance.exists()) return Variant::kScored;
+  return is_banded(params) || params.mask.data != nullptr ? Variant::kBanded : Variant::kCausal;
+}
+
 Norm norm_of(const Attention& params, bool in_kernel) {
   return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
 }
@@ -61,6 +110,7 @@ bool takes_forward_sm90(const ForwardParams& params, const Gpu& gpu) {
   if (!gpu.runs_sm90 || params.bias.data != nullptr) return false;
   const Math math = forward_math_of(params);
   if (math != Math::kBf16 && math != Math::kFp16) return false;
+  if (params.by_distance.exists() && !adds_distances_in_sm90(params)) return false;
   return keys_have_tensor_map(params, params.v) &&
          (params.o.data == nullptr || queries_have_tensor_map(params, params.o)) &&
          (params.l2norm_qk || (queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k)));
@@ -81,7 +131,7 @@ ForwardPlan plan_forward_sm90(const ForwardParams& params) {
   const ForwardSm90Tile& tile = forward_sm90_tile(params.head_dim);
   ForwardPlan plan;
   plan.sm90 = true;
-  plan.banded = is_banded(params) || params.mask.data != nullptr;
+  plan.variant = variant_of(params);
   if (params.mask.data != nullptr) plan.mask_words = params.batch * divide_up(params.seq_len_k, 1024) * (32 + 1 + 1);
   plan.q_norm = norm_of(params, can_normalize_q_in_sm90(params, tile));
   plan.k_norm = norm_of(params, false);
@@ -164,6 +214,7 @@ bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
       params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
     return false;
   }
+  if (params.by_distance.exists() && !adds_distances_in_sm90(params)) return false;
   const auto is_written = [](const Tensor& gradient) { return gradient.data != nullptr; };
   return keys_have_tensor_map(params, params.v) && queries_have_tensor_map(params, params.dout) &&
          (!is_written(params.dk) || keys_have_tensor_map(params, params.dk)) &&
@@ -204,7 +255,9 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
   BackwardPlan plan;
   plan.sm90 = true;
-  plan.banded = is_banded(params) || params.mask.data != nullptr;
+  plan.variant = variant_of(params);
+  // Its sums by distance are in any order.
+  if (params.ddistance_bias != nullptr && !params.deterministic) plan.variant = Variant::kScoredGradient;
   plan.padded_rows = static_cast<int>(num_blocks_q * tile.block_q);
   plan.padded_dim = tile.head_dim;
   plan.block_q = tile.block_q;
@@ -214,7 +267,9 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
     // A turn for each warp.
     if (params.deterministic) plan.dq_order = num_heads * num_blocks_q * (4 * BackwardSm90Tile::kConsumers);
   }
-  plan.prepares_rows = can_prepare_rows_in_sm90(params);
+  // Where another kernel needs the rows before this one, a prologue makes them.
+  const bool needs_rows_before = params.ddistance_bias != nullptr && plan.variant != Variant::kScoredGradient;
+  plan.prepares_rows = can_prepare_rows_in_sm90(params) && !needs_rows_before;
   plan.num_counters = plan.prepares_rows
                           ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
                           : BackwardSm90Counters::kNumWithoutRows;
@@ -254,6 +309,19 @@ BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
   return plan;
 }
 
+// Of the portable kernel of bias gradients: every diagonal of its tiles that has a distance which occurs.
+void plan_diagonal_sums(BackwardPlan& plan, const BackwardParams& params) {
+  const BiasGradientTile& tile = bias_gradient_tile(math_of(params), padded_head_dim(params.head_dim));
+  const int least = plan.distance_scores.least, most = plan.distance_scores.most;
+  DiagonalSums& diagonals = plan.diagonals;
+  diagonals.block_q = tile.block_q();
+  diagonals.block_k = tile.block_k;
+  if (most < least) return;
+  diagonals.first = divide_down(least - tile.block_q() + tile.block_k, tile.block_k);
+  diagonals.num = divide_down(most + tile.block_k - 1, tile.block_k) - diagonals.first + 1;
+  plan.distance_sums = int64_t(params.num_heads) * diagonals.num * diagonals.distances();
+}
+
 }  // namespace
 
 int padded_head_dim(int head_dim) {
@@ -281,18 +349,27 @@ bool needs_main_kernel(const BackwardParams& params) {
 }
 
 ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
-  const ForwardPlan split = plan_split(params, gpu);
-  if (split.num_splits > 0) return split;
+  ForwardPlan plan = plan_split(params, gpu);
   const bool in_kernel = can_normalize_in_sm80(params);
-  if (takes_forward_sm90(params, gpu) && !in_kernel) return plan_forward_sm90(params);
-  ForwardPlan plan;
-  plan.q_norm = plan.k_norm = norm_of(params, in_kernel);
+  if (plan.num_splits > 0) {
+  } else if (takes_forward_sm90(params, gpu) && !in_kernel) {
+    plan = plan_forward_sm90(params);
+  } else {
+    plan.q_norm = plan.k_norm = norm_of(params, in_kernel);
+  }
+  plan_distance_scores(plan, params);
   return plan;
 }
 
 BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu) {
-  if (!needs_main_kernel(params) || params.batch == 0) return {};
-  return takes_backward_sm90(params, gpu) ? plan_backward_sm90(params, gpu) : plan_backward_sm80(params, gpu);
+  if (params.batch == 0) return {};
+  BackwardPlan plan;
+  if (needs_main_kernel(params)) {
+    plan = takes_backward_sm90(params, gpu) ? plan_backward_sm90(params, gpu) : plan_backward_sm80(params, gpu);
+  }
+  plan_distance_scores(plan, params);
+  if (params.ddistance_bias != nullptr && plan.variant != Variant::kScoredGradient) plan_diagonal_sums(plan, params);
+  return plan;
 }
 
 }  // namespace flash_cosine_sim

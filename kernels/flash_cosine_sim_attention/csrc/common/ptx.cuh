@@ -16,6 +16,11 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
+__device__ __forceinline__ float opaque(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -171,6 +176,11 @@ __device__ __forceinline__ void red_add_v2_f32(float* address, float x, float y)
 #endif
 }
 
+// The same for one.
+__device__ __forceinline__ void red_add_f32(float* address, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+}
+
 __device__ __forceinline__ int load_acquire(const int* address) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -264,6 +274,14 @@ __device__ __forceinline__ void tma_store_4d(const void* tensor_map, uint32_t so
                "r"(source), "r"(column), "r"(row), "r"(head), "r"(batch)
                : "memory");
   // clang-format on
+}
+
+// Starts to copy bytes, 16 at a time, whose number counts towards the barrier's phase.
+__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   destination),
+               "l"(source), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // Starts to add floats in shared memory to those in global memory, each atomically; a store for the two below.

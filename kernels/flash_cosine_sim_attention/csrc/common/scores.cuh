@@ -41,6 +41,31 @@ __device__ __forceinline__ int next_visible_block(const Attention& params, int b
   return min(block, end);
 }
 
+// What by_distance adds to a score at distance t, in base 2. This is the one place that says it: launch_visibility
+// makes a table of it, which every kernel reads.
+__device__ __forceinline__ float score_at(const Attention& params, int batch, int head, int t) {
+  const ByDistance& by_distance = params.by_distance;
+  float score = 0.f;
+  if (by_distance.bias != nullptr) {
+    score += by_distance.bias[int64_t{head} * by_distance.num_distances + t - by_distance.first_distance];
+  }
+  if (by_distance.slopes != nullptr) {
+    score -= by_distance.slopes[int64_t{batch} * by_distance.slopes_stride_batch + head] * static_cast<float>(abs(t));
+  }
+  return kLog2E * score;
+}
+
+// The key at the distance 0 of a query, which exists.
+__device__ __forceinline__ int diagonal_of(const Attention& params, int query) {
+  const int* diagonal = params.distance_scores.diagonal;
+  return diagonal == nullptr ? query + params.seq_len_k - params.seq_len_q : diagonal[query];
+}
+
+// Whether a score is more than the product of q_hat and k_hat.
+__device__ __forceinline__ bool is_finished_later(const Attention& params) {
+  return !params.l2norm_qk || params.bias.data != nullptr || params.distance_scores.data != nullptr;
+}
+
 // attn_bias of one query for keys from `first_key` on, in base 2; 0 outside of the matrix. `key` counts from first_key.
 template <typename T>
 struct BiasRow {
@@ -58,6 +83,35 @@ struct BiasRow {
 
   __device__ __forceinline__ float operator[](int key) const {
     return key < num_keys ? kLog2E * to_float(first[key * stride]) : 0.f;
+  }
+};
+
+// The scores of one query for keys from `first_key` on: what becomes of q_hat k_hat^T. `key` counts from first_key.
+template <typename T>
+struct ScoreRow {
+  BiasRow<T> bias;
+  bool has_bias;
+  float scale;             // 1, or c if q_hat does not contain it
+  const float* distances;  // entry key_0 - key
+  int key_0;
+
+  __device__ __forceinline__ ScoreRow(const Attention& params, int batch, int head, int query, int first_key)
+      : bias(params, batch, head, query, first_key), has_bias(params.bias.data != nullptr),
+        scale(params.l2norm_qk ? 1.f : scale_log2(params, head)), distances(nullptr), key_0(0) {
+    const DistanceScores& scores = params.distance_scores;
+    if (scores.data == nullptr || query >= params.seq_len_q) return;
+    distances = scores.data + batch * scores.stride_batch + head * scores.stride_head;
+    key_0 = diagonal_of(params, query) - first_key - scores.first;
+  }
+
+  __device__ __forceinline__ float operator()(const Attention& params, float value, int key) const {
+    value *= scale;
+    if (has_bias) value += bias[key];
+    if (distances != nullptr) {
+      const unsigned place = key_0 - key;  // of keys that are hidden it may lie outside of the table
+      value += place < static_cast<unsigned>(params.distance_scores.num) ? distances[place] : 0.f;
+    }
+    return value;
   }
 };
 

@@ -335,7 +335,34 @@ void launch_unseen_as(const BackwardParams& params, cudaStream_t stream) {
   CUDA_CHECK(cudaGetLastError());
 }
 
+// Each distance is on a few diagonals of tiles: attention.h's DiagonalSums.
+__global__ void __launch_bounds__(kThreads) distance_merge_kernel(const __grid_constant__ BackwardParams params) {
+  const int num_distances = params.by_distance.num_distances;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, head = index / num_distances;
+  if (head >= params.num_heads) return;
+  const int t = params.by_distance.first_distance + static_cast<int>(index - head * num_distances);
+  const DiagonalSums& diagonals = params.plan.diagonals;
+  const float* sums = params.distance_sums + head * diagonals.num * diagonals.distances();
+  float total = 0.f;
+  if (params.distance_scores.least <= t && t <= params.distance_scores.most) {
+    const int place = t + (diagonals.block_k - 1) - diagonals.first * diagonals.block_k;  // on the first
+    const int last = min(diagonals.num - 1, place / diagonals.block_k);
+    for (int i = max(0, last - diagonals.block_q / diagonals.block_k); i <= last; ++i) {
+      const int own = place - i * diagonals.block_k;
+      if (own < diagonals.distances()) total += sums[i * diagonals.distances() + own];
+    }
+  }
+  params.ddistance_bias[index] = total;
+}
+
 }  // namespace
+
+void launch_distance_merge(const BackwardParams& params, cudaStream_t stream) {
+  const int64_t entries = int64_t{params.num_heads} * params.by_distance.num_distances;
+  if (entries == 0) return;
+  distance_merge_kernel<<<static_cast<unsigned>((entries + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
+  CUDA_CHECK(cudaGetLastError());
+}
 
 void launch_delta(const BackwardParams& params, cudaStream_t stream) {
   rows::with_dtype(params.dtype, [&]<typename T>() { launch_delta_as<T>(params, stream); });

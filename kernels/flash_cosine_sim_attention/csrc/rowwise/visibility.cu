@@ -1,9 +1,10 @@
 // What the attention kernels look up of packed sequences and of masks: for each query the keys that it sees, for each
-// key the queries that see it, and for each key a bit.
+// key the queries that see it, for each key a bit, and for each distance what it adds to a score.
 #include <algorithm>
 
 #include "attention.h"
 #include "common/band.cuh"
+#include "common/scores.cuh"
 #include "cuda_check.h"
 
 namespace flash_cosine_sim {
@@ -30,16 +31,20 @@ __device__ Starts find_sequence(const int* own, const int* other, int num, int r
   return starts;
 }
 
+// Where a row's own place is on the other side, counted from where that sequence begins there.
+__device__ int place_of(const Starts& starts, int row) {
+  return row - starts.own + (starts.other_next - starts.other) - (starts.next - starts.own);
+}
+
 // The rows of the other side within `before` and `behind` of the row's own place there; negative: unlimited.
 __device__ Range range_of(const Starts& starts, int row, int before, int behind) {
-  const int num_own = starts.next - starts.own, num_other = starts.other_next - starts.other;
-  const int place = row - starts.own + num_other - num_own;
+  const int num_other = starts.other_next - starts.other, place = place_of(starts, row);
   return {starts.other + (before < 0 ? 0 : limit(place - before, 0, num_other)),
           starts.other + (behind < 0 ? num_other : limit(place + behind + 1, 0, num_other))};
 }
 
 __global__ void __launch_bounds__(kThreads)
-    ranges_kernel(const __grid_constant__ Attention params, Range* key_ranges, Range* query_ranges) {
+    ranges_kernel(const __grid_constant__ Attention params, Range* key_ranges, Range* query_ranges, int* diagonal) {
   const int num_queries = params.seq_len_q, num_keys = params.seq_len_k;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const Sequences& sequences = params.sequences;
@@ -47,6 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     const int query = static_cast<int>(index);
     const Starts starts = find_sequence(sequences.queries, sequences.keys, sequences.num, query, num_queries, num_keys);
     key_ranges[query] = range_of(starts, query, params.window_left, params.window_right);
+    if (diagonal != nullptr) diagonal[query] = starts.other + place_of(starts, query);
   } else if (query_ranges != nullptr && index - num_queries < num_keys) {
     const int key = static_cast<int>(index - num_queries);
     const Starts starts = find_sequence(sequences.keys, sequences.queries, sequences.num, key, num_keys, num_queries);
@@ -79,6 +85,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A head has one row of them, or each batch has rows of its own.
+__host__ __device__ int64_t rows_of_distance_scores(const Attention& params) {
+  return int64_t{params.num_heads} * (params.distance_scores.stride_batch == 0 ? 1 : params.batch);
+}
+
+__global__ void __launch_bounds__(kThreads) distance_scores_kernel(const __grid_constant__ Attention params) {
+  const DistanceScores& scores = params.distance_scores;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, row = index / scores.num;
+  if (row >= rows_of_distance_scores(params)) return;
+  const int t = scores.first + static_cast<int>(index - row * scores.num);
+  const int batch = static_cast<int>(row / params.num_heads), head = static_cast<int>(row % params.num_heads);
+  const bool occurs = scores.least <= t && t <= scores.most;
+  scores.data[index] = occurs ? score_at(params, batch, head, t) : 0.f;
+}
+
 }  // namespace
 
 void launch_visibility(const Attention& params, cudaStream_t stream) {
@@ -86,7 +107,8 @@ void launch_visibility(const Attention& params, cudaStream_t stream) {
     const int64_t num_rows = int64_t{params.seq_len_q} +
                              (params.query_ranges == nullptr ? 0 : int64_t{params.seq_len_k});
     const auto blocks = static_cast<unsigned>((num_rows + kThreads - 1) / kThreads);
-    ranges_kernel<<<blocks, kThreads, 0, stream>>>(params, params.key_ranges, params.query_ranges);
+    ranges_kernel<<<blocks, kThreads, 0, stream>>>(params, params.key_ranges, params.query_ranges,
+                                                   params.distance_scores.diagonal);
     CUDA_CHECK(cudaGetLastError());
   }
   if (params.mask_words.keys != nullptr) {
@@ -94,6 +116,11 @@ void launch_visibility(const Attention& params, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>((num_warps + kThreads / 32 - 1) / (kThreads / 32));
     mask_words_kernel<<<blocks, kThreads, 0, stream>>>(params, params.mask_words.keys, params.mask_words.any,
                                                        params.mask_words.all);
+    CUDA_CHECK(cudaGetLastError());
+  }
+  if (params.distance_scores.data != nullptr) {
+    const int64_t entries = rows_of_distance_scores(params) * params.distance_scores.num;
+    distance_scores_kernel<<<static_cast<unsigned>((entries + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
     CUDA_CHECK(cudaGetLastError());
   }
 }

@@ -130,13 +130,12 @@ struct Backward {
                                        int first_query, unsigned visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
 #pragma unroll
     for (int n = 0; n < kChunkQ / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int query = first_query + 8 * n + 2 * (lane & 3) + i;
-        const BiasRow<T> bias(params, batch, head, query, row + (lane >> 2));
+        const ScoreRow<T> finish(params, batch, head, query, row + (lane >> 2));
         const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -144,8 +143,7 @@ struct Backward {
           for (int half = 0; half < 2; ++half) {
             const int offset = 16 * m + 8 * half + (lane >> 2), key = row + offset;
             float& score = scores[m][n][2 * half + i];
-            score *= score_scale;
-            if (params.bias.data != nullptr) score += bias[16 * m + 8 * half];
+            score = finish(params, score, 16 * m + 8 * half);
             if (!((visible >> offset) & 1) || key < keys.first || key >= keys.end) score = -infinity();
           }
         }
@@ -338,7 +336,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       typename B::Scores scores = {}, dp = {};
       B::multiply_scores(scores, tile_k, tile_q, row, chunk);
       B::multiply_scores(dp, tile_v, tile_do, row, chunk);
-      const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == all_keys;
+      const bool plain = !is_finished_later(params) && visible == all_keys;
       const int end_query = min(first_query + B::kChunkQ, params.seq_len_q);
       if (!plain || !queries_of_rows(params, first_key + row, 16 * B::kRowTiles).sees_all(first_query, end_query)) {
         B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, visible);

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
     if (params.mask.data != nullptr) visible = visible_keys<kBlockK>(params, work.batch, first_key);
     typename F::Scores scores = {};
     F::multiply_qk(scores, q, tile_q, tile_k, row);
-    const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == kAllKeys<kBlockK>;
+    const bool plain = !is_finished_later(params) && visible == kAllKeys<kBlockK>;
     if (!plain || !band.sees_all(first_key, first_key + kBlockK)) {
       F::finish_scores(params, work, scores, first_query, first_key, visible);
     }

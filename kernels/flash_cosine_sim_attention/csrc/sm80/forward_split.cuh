@@ -114,8 +114,7 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
       for (int half = 0; half < 2; ++half) {
         const rows::Position position = position_of(params, work, row + 16 * m + 8 * half + (lane >> 2));
         const int head = static_cast<int>(position.head), query = static_cast<int>(position.row);
-        const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
-        Base::finish_row(params, work.batch, head, query, score_scale, scores[m], half, lane, first_key, visible);
+        Base::finish_row(params, work.batch, head, query, scores[m], half, lane, first_key, visible);
       }
     }
   }
@@ -205,7 +204,7 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
     }
     Scores scores = {};
     multiply_qk(params, scores, q, tile_q, tile_k, row);
-    const bool plain = params.l2norm_qk && params.bias.data == nullptr && visible == kAllKeys<kBlockK>;
+    const bool plain = !is_finished_later(params) && visible == kAllKeys<kBlockK>;
     if (!plain || !band.sees_all(first_key, first_key + kBlockK)) {
       finish_scores(params, work, scores, row, first_key, visible);
     }

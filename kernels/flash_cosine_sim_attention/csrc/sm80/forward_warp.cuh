@@ -113,37 +113,35 @@ struct Forward {
         [&](uint32_t (&b)[4], int n, int step) { load_b<kRowBytes>(b, tile_k, 8 * n, step); });
   }
 
-  // Multiplies by c if q_hat does not contain it, adds the bias, hides what may not be seen. `row` is the query of
-  // the warp's first row.
+  // Multiplies by c if q_hat does not contain it, adds biases, hides what may not be seen. `row` is the query of the
+  // warp's first row.
   static __device__ void finish_scores(const ForwardParams& params, const Work& work, Scores& scores, int row,
                                        int first_key, uint64_t visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = row + 16 * m + 8 * half + (lane >> 2);
-        finish_row(params, work.batch, work.head, query, score_scale, scores[m], half, lane, first_key, visible);
+        finish_row(params, work.batch, work.head, query, scores[m], half, lane, first_key, visible);
       }
     }
   }
 
   // The same for one row of a lane: half 0 or 1 of 16.
-  static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query, float score_scale,
+  static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query,
                                     float (&scores)[kBlockK / 8][4], int half, int lane, int first_key,
                                     uint64_t visible) {
     const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
-    const BiasRow<T> bias(params, batch, head, query, first_key + 2 * (lane & 3));
+    const ScoreRow<T> finish(params, batch, head, query, first_key + 2 * (lane & 3));
 #pragma unroll
     for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int offset = 8 * n + 2 * (lane & 3) + i;
         float& score = scores[n][2 * half + i];
-        score *= score_scale;
-        if (params.bias.data != nullptr) score += bias[8 * n + i];
+        score = finish(params, score, 8 * n + i);
         const bool seen = keys.first <= first_key + offset && first_key + offset < keys.end;
         if (!seen || !((visible >> offset) & 1)) score = -infinity();
       }

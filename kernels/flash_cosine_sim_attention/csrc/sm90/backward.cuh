@@ -17,15 +17,19 @@
 //
 // row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: statistics.cuh.
 //
+// Variant::kScoredGradient adds dS up along its diagonals while the products are under way: distances.cuh.
+//
 // A warp's part of dQ is added to dq_accumulator by a bulk copy, in the order of the accumulators' registers. Blocks of
 // other keys add to the same rows, in any order; or, deterministic, in the order of the keys.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "sm90/backward_rows.cuh"
 #include "device.h"
 #include "launch.h"
+#include "sm90/distances.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/statistics.cuh"
 #include "common/band.cuh"
@@ -41,8 +45,10 @@ struct BackwardTensorMaps {
   CUtensorMap q, dout, k, v, dk, dv;
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
+template <Math kMath, int kHeadDim, bool kDeterministic, Variant kVariant>
 struct BackwardSm90 {
+  static constexpr bool kBanded = kVariant != Variant::kCausal, kScored = kVariant >= Variant::kScored;
+  static constexpr bool kSumsDistances = kVariant == Variant::kScoredGradient;
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   using Statistics = RowStatistics<T>;
@@ -55,6 +61,7 @@ struct BackwardSm90 {
   static constexpr bool kPrefetchScores = Traits::kPrefetchScores && !kDeterministic;
   static constexpr bool kStaggered = Traits::kStaggered && !kDeterministic;
   static constexpr int kSteps = kHeadDim / 16;  // of the contraction over the head dim
+  using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
     int batch, kv_head, block_k, split;
@@ -134,6 +141,9 @@ struct BackwardSm90 {
       return base + Traits::kOffsetStatistics + stage * (kBlockQ * kRowStatisticsBytes);
     }
     __device__ __forceinline__ uint32_t factors() const { return base + Traits::kOffsetFactors; }
+    __device__ __forceinline__ uint32_t distances(int stage) const {
+      return base + Traits::kOffsetDistances + stage * Traits::kDistanceBytes;
+    }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     __device__ __forceinline__ uint32_t queries_of_row(int row) const { return base + Traits::kOffsetRanges + 8 * row; }
     __device__ __forceinline__ uint32_t rows(int warp) const {
@@ -251,10 +261,17 @@ struct BackwardSm90 {
       const RowNumbers numbers = load_row_numbers(head, walk.block_q);
       mbarrier_wait(shared.q_empty(stage.index), stage.parity ^ 1);
       if (is_leader()) {
-        mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ);
+        mbarrier_arrive_expect_tx(full, Traits::kTileBytesQ + (kScored ? Distances::kBytes : 0));
         load<kBlockQ, kPanelDim>(maps.q, shared.q(stage.index), full, walk.block_q * kBlockQ, walk.head, work.batch);
       }
       write_statistics(numbers);
+      // Last, when the numbers are no longer in registers. Opaque: what is the same for the whole walk is not worth
+      // any.
+      if constexpr (kScored) {
+        if (!is_leader()) return;
+        Distances::load(params, shared.distances(stage.index), full, opaque(work.batch), walk.head,
+                        walk.block_q * kBlockQ, opaque(work.block_k) * kBlockK);
+      }
     }
 
     __device__ __forceinline__ void load_dout(const Work& work, const Walk& walk) {
@@ -356,11 +373,14 @@ struct BackwardSm90 {
     Stage stage;
     int turn = -1;   // kDeterministic: which of dq_order is passed on once the last addition to dQ is done
     int last_block;  // of queries, counted through all heads: that of the tile's pair before, or negative
-    Range uncut;     // kBanded
+    Range uncut;     // kKeepsUncut: see find_uncut
+    static constexpr bool kKeepsUncut = kBanded && kVariant != Variant::kScoredGradient;  // it has no registers left
 
     float scores[kBlockQ / 8][4], dp[kBlockQ / 8][4];
     uint32_t p[kSlices][4], ds[kSlices][4];
     float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+    struct Nothing {};
+    std::conditional_t<kSumsDistances, DiagonalReducer<kBlockQ / 8>, Nothing> diagonals;  // of dS
 
     // Opaque, or it would be two registers instead of one.
     __device__ __forceinline__ Consumer(const BackwardParams& params, const BackwardSchedule& schedule,
@@ -407,11 +427,11 @@ struct BackwardSm90 {
       // kBanded: the queries that see each key, for all of the tile, as a table may be in global memory. Keys behind
       // the last are like it.
       Range queries{};
-      if constexpr (kBanded) queries = queries_of(params, min(key, params.seq_len_k - 1));
+      if constexpr (kKeepsUncut) queries = queries_of(params, min(key, params.seq_len_k - 1));
       const uint32_t address = shared.factors() + row / 8 * (8 * kRowStatisticsBytes) + row % 8 * 16;
       wait_for_warpgroup();  // of the tile before nobody is multiplying any more
       store_shared_v4_s32(address + (zeros ? 128 : 0), {zeros ? 0 : words[0], zeros ? 0 : words[1], 0, 0});
-      if (kBanded && !zeros) store_shared_v2_s32(shared.queries_of_row(row), {queries.first, queries.end});
+      if (kKeepsUncut && !zeros) store_shared_v2_s32(shared.queries_of_row(row), {queries.first, queries.end});
       fence_proxy_async();
       wait_for_warpgroup();
     }
@@ -473,36 +493,50 @@ struct BackwardSm90 {
       int of_first[2], of_last[2];
       load_shared_v2_s32(of_first, shared.queries_of_row(row));
       load_shared_v2_s32(of_last, shared.queries_of_row(row + 63));
-      const int end = of_first[1] >= params.seq_len_q ? (1 << 30) : of_first[1] / kBlockQ;
-      // Known to be the same in all lanes: they need no registers of theirs.
-      const auto uniform = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };
-      return {uniform((of_last[0] + kBlockQ - 1) / kBlockQ), uniform(end)};
+      return {(of_last[0] + kBlockQ - 1) / kBlockQ,
+              of_first[1] >= params.seq_len_q ? (1 << 30) : of_first[1] / kBlockQ};
+    }
+
+    // Whether a key of the warpgroup is hidden from a query of the pair.
+    __device__ __forceinline__ bool is_cut(const Work& work, const Walk& walk) const {
+      if constexpr (kKeepsUncut) return walk.block_q < uncut.first || walk.block_q >= uncut.end;
+      const int first_query = walk.block_q * kBlockQ;
+      // Opaque: it is the same for the whole walk, but not worth registers through it.
+      const int first_key = opaque(work.block_k * kBlockK + 64 * warpgroup);
+      return !queries_of_rows(params, first_key, 64)
+                  .sees_all(first_query, min(first_query + kBlockQ, params.seq_len_q));
     }
 
     // Hides keys from the queries that do not see them: one end after the other, each a register.
-    __device__ __forceinline__ void mask_band(const Walk& walk) {
+    __device__ __forceinline__ void mask_band(const Work& work, const Walk& walk) {
 #pragma unroll
-      for (int is_end = 0; is_end < 2; ++is_end) {
-        if (!(is_end ? walk.block_q >= uncut.end : walk.block_q < uncut.first)) continue;
+      for (int i = 0; i < 4; ++i) {
+        const bool is_end = kKeepsUncut ? i / 2 : i % 2;
+        const int half = kKeepsUncut ? i % 2 : i / 2;
+        if (kKeepsUncut && !(is_end ? walk.block_q >= uncut.end : walk.block_q < uncut.first)) continue;
+        const int edge = edge_of(work, walk, half, is_end);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int edge = edge_of(walk, half, is_end);
+        for (int n = 0; n < kBlockQ / 8; ++n) {
 #pragma unroll
-          for (int n = 0; n < kBlockQ / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int column = 8 * n + i;
-              if (is_end ? column >= edge : column < edge) scores[n][2 * half + i] = -infinity();
-            }
+          for (int column = 8 * n; column < 8 * n + 2; ++column) {
+            if (is_end ? column >= edge : column < edge) scores[n][2 * half + column % 2] = -infinity();
           }
         }
       }
     }
 
     // The first column of the lane whose query sees the lane's key of a half, or the first behind those.
-    __device__ __forceinline__ int edge_of(const Walk& walk, int half, bool is_end) const {
+    __device__ __forceinline__ int edge_of(const Work& work, const Walk& walk, int half, bool is_end) const {
       const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-      const int edge = load_shared_s32(shared.queries_of_row(16 * warp + 8 * half + (lane >> 2)) + (is_end ? 4 : 0));
+      const int row = 16 * warp + 8 * half + (lane >> 2);
+      int edge;
+      if constexpr (kKeepsUncut) {
+        edge = load_shared_s32(shared.queries_of_row(row) + (is_end ? 4 : 0));
+      } else {
+        const int key = work.block_k * kBlockK + row;
+        const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
+        edge = is_end ? queries.end : queries.first;
+      }
       return opaque(edge - walk.block_q * kBlockQ - 2 * (lane & 3));
     }
 
@@ -548,6 +582,7 @@ struct BackwardSm90 {
         for (int n = 2 * slice; n < 2 * slice + 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) dp[n][i] *= scores[n][i];
+          if constexpr (kSumsDistances) diagonals.take(dp[n], n);
         }
         accumulator_to_a<kMath>(p[slice], scores, slice);
         accumulator_to_a<kMath>(ds[slice], dp, slice);
@@ -651,6 +686,19 @@ struct BackwardSm90 {
       }
     }
 
+    // kSumsDistances: adds the warp's dS to ddistance_bias.
+    __device__ __forceinline__ void add_by_distance(const Work& work, const Walk& walk) const {
+      const ByDistance& by_distance = params.by_distance;
+      const int diagonal = params.sequences.queries != nullptr ? 0 : params.seq_len_k - params.seq_len_q;
+      const int first_key = work.block_k * kBlockK + 16 * warp;
+      const int place = walk.block_q * kBlockQ + diagonal - first_key - by_distance.first_distance;
+      float* target = params.ddistance_bias + int64_t{walk.head} * by_distance.num_distances;
+      diagonals.finish([&](int number, float sum) {
+        const unsigned own = place + number;
+        if (own < static_cast<unsigned>(by_distance.num_distances)) red_add_f32(target + own, sum);
+      });
+    }
+
     // One pair of the walk. With kPrefetchScores its S is there. Ends with dK under way.
     template <bool kLast>
     __device__ __forceinline__ void step(const Work& work, const Walk& walk) {
@@ -660,8 +708,9 @@ struct BackwardSm90 {
         wgmma_wait<1>();
         pin(scores);
       }
+      if constexpr (kScored) Distances::add_transposed(scores, shared.distances(stage.index), 16 * warp);
       if constexpr (kBanded) {
-        if (walk.block_q < uncut.first || walk.block_q >= uncut.end) mask_band(walk);
+        if (is_cut(work, walk)) mask_band(work, walk);
       } else {
         if (is_on_diagonal(work, walk)) mask_diagonal(work, walk);
       }
@@ -683,10 +732,13 @@ struct BackwardSm90 {
       start_gradient(dv, p, shared.dout(stage.index));
       wait_for_warpgroup();
       if (threadIdx.x % 128 == 0) mbarrier_arrive(shared.ds_full(stage.index, warpgroup));
+      // Beside dV, for dQ takes the registers; the other warpgroup keeps the tensor cores busy.
+      if constexpr (kSumsDistances && kStaggered) add_by_distance(work, walk);
       GradientQ dq;
       // A tile's first pair has none before it: whatever is there is multiplied, for products must not be conditional.
       start_dq(dq, pair_of_dq);
       start_gradient(dk, ds, shared.q(stage.index));
+      if constexpr (kSumsDistances && !kStaggered) add_by_distance(work, walk);
       wgmma_wait<kStaggered ? 2 : 3>();
       release(shared.dout_empty(stage.index));
       wgmma_wait<1>();
@@ -700,7 +752,11 @@ struct BackwardSm90 {
     // dK and dV of a tile.
     __device__ __forceinline__ void multiply(const Work& work) {
       Walk walk(params, schedule, work);
-      if constexpr (kBanded) uncut = find_uncut();
+      if constexpr (kKeepsUncut) {
+        // Known to be the same in all lanes: they need no registers of theirs.
+        uncut = find_uncut();
+        uncut = {__shfl_sync(0xffffffffu, uncut.first, 0), __shfl_sync(0xffffffffu, uncut.end, 0)};
+      }
       mbarrier_wait(shared.v_full(), k_parity);
       k_parity ^= 1;
       last_block = -1;
@@ -825,7 +881,9 @@ struct BackwardSm90 {
       for (int half = 0; half < 2; ++half) {
         const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
         if (key >= params.seq_len_k) continue;
-        float* row = params.dkv_partials + (head * params.seq_len_k + key) * params.head_dim + 2 * (lane & 3);
+        // Opaque: the halves of their signs would occupy registers through the walk.
+        const int num_keys = opaque(params.seq_len_k), head_dim = opaque(params.head_dim);
+        float* row = params.dkv_partials + (head * num_keys + key) * head_dim + 2 * (lane & 3);
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           if (8 * n >= params.head_dim) continue;
@@ -858,11 +916,11 @@ struct BackwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kDeterministic, bool kBanded>
+template <Math kMath, int kHeadDim, bool kDeterministic, Variant kVariant>
 __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     backward_sm90_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardTensorMaps maps,
                          const __grid_constant__ BackwardSchedule schedule) {
-  using B = BackwardSm90<kMath, kHeadDim, kDeterministic, kBanded>;
+  using B = BackwardSm90<kMath, kHeadDim, kDeterministic, kVariant>;
   extern __shared__ __align__(1024) char memory[];
   const typename B::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -891,7 +949,7 @@ __global__ void __launch_bounds__(BackwardSm90Traits<kMath, kHeadDim>::kThreads,
   }
 }
 
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of Q, dO and dq_accumulator
@@ -936,12 +994,15 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
                                          (params.plan.padded_rows / Traits::kChunkRows);
   schedule.num_chunks = static_cast<int>(num_kv_heads * chunks_per_kv_head);
   const auto launch = [&]<bool kDeterministic>() {
-    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic, kBanded>;
-    allow_shared_memory<kKernel, Traits::kSharedBytes>();
-    kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
+    constexpr auto kKernel = backward_sm90_kernel<kMath, kHeadDim, kDeterministic, kVariant>;
+    constexpr int kBytes = kVariant >= Variant::kScored ? Traits::kSharedBytesScored : Traits::kSharedBytes;
+    allow_shared_memory<kKernel, kBytes>();
+    kKernel<<<num_blocks, Traits::kThreads, kBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());
   };
-  if (params.dq_order == nullptr) {
+  if constexpr (kVariant == Variant::kScoredGradient) {
+    launch.template operator()<false>();
+  } else if (params.dq_order == nullptr) {
     launch.template operator()<false>();
   } else {
     launch.template operator()<true>();

@@ -75,7 +75,7 @@ struct RowPreparer {
     const auto [first_head, kv_head, place] = schedule.prepared_kv_heads.find(index, per_head);
 
     // Nor does a window need all keys at once; rows of packed sequences lie side by side.
-    const bool is_near = params.causal || params.plan.banded;
+    const bool is_near = params.causal || params.plan.variant != Variant::kCausal;
     const unsigned alternating = is_near ? min(keys, queries) : 0;
     Chunk chunk;
     unsigned number;

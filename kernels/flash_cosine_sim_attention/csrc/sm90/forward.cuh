@@ -16,8 +16,8 @@
 //
 // Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
 // asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Only the producer looks at the
-// mask, which is in global memory, and ahead of the products: it hands the walk on, step by step. Without, nothing of
-// it is there.
+// mask, which is in global memory, and ahead of the products: it hands the walk on, step by step. Scored, what
+// distances add comes with K and is added as soon as S is there. Without, nothing of it is there.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,7 @@
 #include "common/band.cuh"
 #include "common/rows.cuh"
 #include "common/scores.cuh"
+#include "sm90/distances.cuh"
 #include "sm90/sections.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tiles/forward.h"
@@ -55,14 +56,16 @@ struct ForwardSchedule {
 
 // kExactSum: the backward pass will need the sum of P itself. It costs an addition a score, measured as 3.6 % of the
 // time at head dim 64.
-template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
+template <Math kMath, int kHeadDim, bool kExactSum, Variant kVariant>
 struct ForwardSm90 {
+  static constexpr bool kBanded = kVariant != Variant::kCausal, kScored = kVariant == Variant::kScored;
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kStages = Traits::kStages;
   static constexpr int kPanelBytes = Traits::kPanelBytes, kPanels = Traits::kPanels, kPanelDim = Traits::kPanelDim;
   static constexpr bool kOnes = Traits::kOnes;
   static constexpr int kSlices = kBlockK / 16;
+  using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
     int batch, head, kv_head, first_query;
@@ -115,6 +118,10 @@ struct ForwardSm90 {
     __device__ __forceinline__ bool is_whole() const { return (code & 1) != 0; }
   };
 
+  // What follows takes registers that the producer has up to head dim 128.
+  static constexpr bool kSpacious = kHeadDim <= 128;
+  static constexpr int kFirstKeyStep = kSpacious ? 32 : kBlockK;  // what blocks of a tile begin with is a multiple of
+
   // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
   // nothing of. They begin with the first key that the tile sees, rounded down to a word of the mask: where a window or
   // a sequence begins, little of a block is wasted. What the mask says of 1024 keys is kept, for they are ten blocks,
@@ -130,7 +137,7 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work) : params(params), batch(work.batch) {
       const Range keys = keys_of_rows(params, work.first_query, kBlockQ).any;
-      first = keys.first / 32;
+      first = keys.first / kFirstKeyStep * (kFirstKeyStep / 32);
       end = keys.first < keys.end ? (keys.end + 31) / 32 : first;
       word = first + (end - first + kWordsPerBlock - 1) / kWordsPerBlock * kWordsPerBlock - kWordsPerBlock;
       leave_out_hidden();
@@ -147,7 +154,7 @@ struct ForwardSm90 {
     // Has `any` and `all` be those of a word.
     __device__ __forceinline__ void look_up(int number) {
       const MaskWords& words = params.mask_words;
-      if (number / 32 == kept) return;
+      if (kSpacious && number / 32 == kept) return;
       kept = number / 32;
       const int index = batch * words.blocks_per_batch + kept;
       any = words.any[index];
@@ -198,6 +205,13 @@ struct ForwardSm90 {
     __device__ __forceinline__ uint32_t ones(int stage) const {
       return base + Traits::kOffsetOnes + stage * Traits::kTileBytesV;  // stage 0's only, if they are shared
     }
+    __device__ __forceinline__ uint32_t distances(int stage) const {
+      return base + Traits::kOffsetDistances + stage * Traits::kDistanceBytes;
+    }
+    // kScored: what a warp multiplies scores by, 1, or c if q_hat does not contain it. A register would spill.
+    __device__ __forceinline__ uint32_t scale(int first_row) const {
+      return base + Traits::kOffsetScales + first_row / 16 * 4;
+    }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     // kBanded: the code of the tile's first step; for a block of keys the code of the step behind it and the words of
     // its mask; the keys that a query sees. A block's stage is free again before its scores are finished: two turns of
@@ -209,7 +223,10 @@ struct ForwardSm90 {
     __device__ __forceinline__ uint32_t mask_words(const RingStage<kStages>& stage) const {
       return next_step(stage) - 16;
     }
-    __device__ __forceinline__ uint32_t keys_of_row(int row) const { return base + Traits::kOffsetRanges + 8 * row; }
+    __device__ __forceinline__ uint32_t keys_of_row(int row) const {
+      if constexpr (Traits::kRangesInOnes) return ones(0) + row * kPanelBytes + (row % 8 ^ 1) * 16;  // swizzled
+      return base + Traits::kOffsetRanges + 8 * row;
+    }
     __device__ __forceinline__ uint32_t barrier(int index) const { return base + Traits::kOffsetBarriers + 8 * index; }
     __device__ __forceinline__ uint32_t q_full() const { return barrier(0); }
     __device__ __forceinline__ uint32_t q_empty() const { return barrier(1); }
@@ -255,10 +272,11 @@ struct ForwardSm90 {
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
 
-    template <int kRows>
+    // kMore bytes beside the tile's count towards the barrier's phase, too.
+    template <int kRows, int kMore = 0>
     __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t tile, uint32_t full, int row, int head,
                                          int batch) {
-      mbarrier_arrive_expect_tx(full, kRows * 2 * kHeadDim);
+      mbarrier_arrive_expect_tx(full, kRows * 2 * kHeadDim + kMore);
       load_panels<kRows, kPanelDim, kPanels>(&map, tile, full, row, head, batch);
     }
 
@@ -287,7 +305,13 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void load_keys(const Work& work, int first_key) {
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
-      load<kBlockK>(maps.k, shared.k(k_stage.index), shared.k_full(k_stage.index), first_key, work.kv_head, work.batch);
+      const uint32_t full = shared.k_full(k_stage.index);
+      load<kBlockK, kScored ? Distances::kBytes : 0>(maps.k, shared.k(k_stage.index), full, first_key, work.kv_head,
+                                                     work.batch);
+      if constexpr (kScored) {
+        Distances::load(params, shared.distances(k_stage.index), full, work.batch, work.head, work.first_query,
+                        first_key);
+      }
       k_stage.advance();
     }
 
@@ -299,6 +323,12 @@ struct ForwardSm90 {
 
     // The keys of a step, the words of their mask, and the step behind it.
     __device__ __forceinline__ void load_step(const Work& work, Step step, Step next) {
+      // Its keys are in one or two of the blocks that are counted.
+      const int first_block = step.first_key() / kBlockK;
+      await_k_hat(work, first_block);
+      if (kSpacious && step.first_key() % kBlockK != 0 && (first_block + 1) * kBlockK < params.seq_len_k) {
+        await_k_hat(work, first_block + 1);
+      }
       int words[4]{-1, -1, -1, -1};
       if (!step.is_whole()) {
         const MaskWords& mask = params.mask_words;
@@ -308,12 +338,6 @@ struct ForwardSm90 {
           if (first_word + i >= mask.keys_per_batch) continue;
           words[i] = static_cast<int>(mask.keys[int64_t{work.batch} * mask.keys_per_batch + first_word + i]);
         }
-      }
-      // Its keys are in one or two of the blocks that are counted.
-      const int first_block = step.first_key() / kBlockK;
-      await_k_hat(work, first_block);
-      if (step.first_key() % kBlockK != 0 && (first_block + 1) * kBlockK < params.seq_len_k) {
-        await_k_hat(work, first_block + 1);
       }
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
       store_shared_v4_s32(shared.mask_words(k_stage), words);
@@ -510,7 +534,7 @@ struct ForwardSm90 {
         }
       }
     }
-    if (!params.l2norm_qk) {
+    if (!kScored && !params.l2norm_qk) {
       const float score_scale = scale_log2(params, work.head);
 #pragma unroll
       for (auto& columns : scores) {
@@ -589,6 +613,11 @@ struct ForwardSm90 {
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) exact_sums[half] = rounded_sums[half] = 0.f;
+      if constexpr (kScored) {
+        const float scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
+        if ((threadIdx.x & 31) == 0) store_shared_b32(shared.scale(first_row), __float_as_uint(scale));
+        __syncwarp();
+      }
       if constexpr (Traits::kQInRegisters) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -654,11 +683,16 @@ struct ForwardSm90 {
       if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
     }
 
-    // Waits for S; kPending groups of products started later may go on.
+    // Waits for S, and scores it; kPending groups of products started later may go on.
     template <int kPending>
     __device__ __forceinline__ void finish_qk() {
       wgmma_wait<kPending>();
       pin(scores);
+      if constexpr (kScored) {
+        const float scale = load_shared_f32(shared.scale(first_row));
+        Distances::add(scores, scale, shared.distances(k_stage.index), first_row);
+        __syncwarp();  // all lanes have read it before the first releases it
+      }
       release(shared.k_empty(k_stage.index));
       k_stage.advance();
     }
@@ -796,7 +830,8 @@ struct ForwardSm90 {
       const auto is_plain = [&](Step step) {
         const Range all = kHeadDim >= 128 ? read_band().all : band.all;  // no registers are left to keep it in
         const int first_key = step.first_key();
-        return params.l2norm_qk && step.is_whole() && all.first <= first_key && first_key + kBlockK <= all.end;
+        return (params.l2norm_qk || kScored) && step.is_whole() && all.first <= first_key &&
+               first_key + kBlockK <= all.end;
       };
       const auto finish = [&](Step step) {
         if (!is_plain(step)) finish_band_scores(work, step, k_stage.previous());
@@ -964,11 +999,11 @@ struct ForwardSm90 {
   };
 };
 
-template <Math kMath, int kHeadDim, bool kExactSum, bool kBanded>
+template <Math kMath, int kHeadDim, bool kExactSum, Variant kVariant>
 __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                         const __grid_constant__ ForwardSchedule schedule) {
-  using F = ForwardSm90<kMath, kHeadDim, kExactSum, kBanded>;
+  using F = ForwardSm90<kMath, kHeadDim, kExactSum, kVariant>;
   extern __shared__ __align__(1024) char memory[];
   const typename F::Shared shared{shared_address(memory)};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be a warp's
@@ -1002,7 +1037,7 @@ __global__ void __launch_bounds__(ForwardSm90Traits<kMath, kHeadDim>::kThreads, 
   }
 }
 
-template <Math kMath, int kHeadDim, bool kBanded>
+template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   using Traits = ForwardSm90Traits<kMath, kHeadDim>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of keys and values: measured, 7 to 13 % faster than all heads at once
@@ -1040,9 +1075,10 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   schedule.chunks_per_kv_head = (params.seq_len_k + Traits::kChunkRows - 1) / Traits::kChunkRows;
   schedule.num_chunks = num_kv_heads * schedule.chunks_per_kv_head;
   const auto launch = [&]<bool kExactSum>() {
-    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum, kBanded>;
-    allow_shared_memory<kKernel, Traits::kSharedBytes>();
-    kKernel<<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, maps, schedule);
+    constexpr auto kKernel = forward_sm90_kernel<kMath, kHeadDim, kExactSum, kVariant>;
+    constexpr int kBytes = kVariant == Variant::kScored ? Traits::kSharedBytesScored : Traits::kSharedBytes;
+    allow_shared_memory<kKernel, kBytes>();
+    kKernel<<<num_blocks, Traits::kThreads, kBytes, stream>>>(params, maps, schedule);
     CUDA_CHECK(cudaGetLastError());
   };
   if (params.row_sum_log2 == nullptr) {

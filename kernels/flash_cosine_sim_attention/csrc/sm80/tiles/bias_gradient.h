@@ -5,11 +5,14 @@
 
 namespace flash_cosine_sim {
 
-// A block owns kBlockQ x block_k elements of dbias, a warp 16 rows of them, and walks over what it is broadcast along.
+// A block owns block_q() x block_k elements of dbias, a warp 16 rows of them, and walks over what it is broadcast
+// along.
 struct BiasGradientTile {
   int head_dim;
   int warps;
   int block_k;  // three accumulators of 4 * block_k / 8 registers: S, dP and the sum of dS
+
+  constexpr int block_q() const { return 16 * warps; }
 };
 
 inline constexpr BiasGradientTile kBiasGradientTiles16Bit[] = {
@@ -44,9 +47,14 @@ struct BiasGradientTraits {
 
   static constexpr int kRowBytes = kHeadDim * element_size(kMath);
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlockQ = 16 * kWarps;
+  static constexpr int kBlockQ = kTile.block_q();
   static constexpr int kSharedBytes = 2 * (kBlockQ + kBlockK) * kRowBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
+  // Of distance_bias: at the end, the sum of a block's tiles as float32.
+  static constexpr int kDistancePitch = kBlockK + 1;
+  static constexpr int kDistanceTileBytes = kBlockQ * kDistancePitch * static_cast<int>(sizeof(float));
+  static constexpr int kDistanceSharedBytes = kSharedBytes > kDistanceTileBytes ? kSharedBytes : kDistanceTileBytes;
+  static_assert(kBlockQ % kBlockK == 0, "tiles of a diagonal are at the same distances");
 };
 
 }  // namespace flash_cosine_sim

@@ -100,10 +100,15 @@ struct BackwardSm90Traits {
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
   static constexpr int kNumBarriers = 4 + 6 * kStages;
   static constexpr int kOffsetRows = (kOffsetBarriers + 8 * kNumBarriers + 127) / 128 * 128;
-  // Of the banded kernel: the range of queries that sees each key.
+  // From Variant::kBanded on: the range of queries that sees each key.
   static constexpr int kOffsetRanges = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
   static constexpr int kSharedBytes = kOffsetRanges + kBlockK * 8;
+  // From Variant::kScored on: pieces of DistanceScores, beside Q.
+  static constexpr int kOffsetDistances = kSharedBytes;
+  static constexpr int kDistanceBytes = (kBlockQ + kBlockK) * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytesScored = kOffsetDistances + kStages * kDistanceBytes;
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kSharedBytesScored <= kMaxSharedBytesSm90 && kOffsetDistances % 16 == 0);
   static_assert(kTileBytesK % 1024 == 0 && kTileBytesQ % 1024 == 0, "a swizzle's pattern begins at a multiple of it");
 };
 

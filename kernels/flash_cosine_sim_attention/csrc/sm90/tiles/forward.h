@@ -99,14 +99,23 @@ struct ForwardSm90Traits {
   static constexpr int kOffsetOnes = kOffsetV + (kSharedOnes ? kStages : 1) * kTileBytesK;
   static constexpr int kOffsetWork = kOffsetV + kStages * kTileBytesV + (kSharedOnes ? kBytesOnes : 0);
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
-  // Of the banded kernel: what a step of a tile's walk is, for twice as many blocks of keys as there is room for, the
-  // tile's first step, and the range of keys that each query sees.
+  // From Variant::kBanded on: what a step of a tile's walk is, for twice as many blocks of keys as there is room for,
+  // and the tile's first step.
   static constexpr int kStepBytes = 32;
   static constexpr int kOffsetSteps = (kOffsetBarriers + 2 * (1 + 2 * kStages) * 8 + 15) / 16 * 16;
   static constexpr int kOffsetFirstStep = kOffsetSteps + 2 * kStages * kStepBytes;
+  // And the range of keys that each query sees. At head dim 128 there is no more room for them: of the ones' panel
+  // tensor cores read 8 columns, 16 bytes of a row, and the next 16 bytes are theirs.
+  static constexpr bool kRangesInOnes = kOnes && !kSharedOnes && kPanelBytes == 128 && kBlockQ <= kBlockK;
   static constexpr int kOffsetRanges = kOffsetFirstStep + 16;
-  static constexpr int kSharedBytes = kOffsetRanges + kBlockQ * 8;
+  static constexpr int kSharedBytes = kOffsetRanges + (kRangesInOnes ? 0 : kBlockQ * 8);
+  // Variant::kScored: pieces of DistanceScores, beside K.
+  static constexpr int kOffsetDistances = kSharedBytes;
+  static constexpr int kDistanceBytes = (kBlockQ + kBlockK) * static_cast<int>(sizeof(float));
+  static constexpr int kOffsetScales = kOffsetDistances + kStages * kDistanceBytes;  // a number a warp
+  static constexpr int kSharedBytesScored = kOffsetScales + 4 * kConsumers * static_cast<int>(sizeof(float));
   static_assert(kSharedBytes <= kMaxSharedBytesSm90);
+  static_assert(kSharedBytesScored <= kMaxSharedBytesSm90 && kOffsetDistances % 16 == 0);
   static_assert(kOffsetK % 1024 == 0 && kTileBytesK % 1024 == 0 && kTileBytesV % 1024 == 0,
                 "a swizzle's pattern begins at a multiple of it");
 };
