@@ -78,8 +78,8 @@ def flash_cosine_sim_attention(
             Differentiable. Rounded to q's dtype, even from float32.
         scale: a number, or a tensor of shape () or (num_heads,) on q's device: a learned temperature,
             differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
-            above 60 are a ValueError, and with a bias scale * groups + the largest bias must stay at 60 or below, attn_bias
-            and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees another
+            above 60 are a ValueError, and with a bias scale * groups + the largest bias must stay at 60 or below,
+            attn_bias and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees another
             key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values of a
             CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile: keep
             them within the range.
@@ -195,7 +195,7 @@ def plain_cosine_sim_attention(
     It materialises the scores, takes any head_dim and float64, and has every derivative. Arguments, results and errors
     are the same, but that it has no `backend`.
     """
-    return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return]  # mypy takes a bool for no Literal
+    return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return, misc]  # a bool is no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
         window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, backend="reference",
         return_partials=return_partials,
