@@ -80,9 +80,9 @@ def flash_cosine_sim_attention(
             differentiable and kept in float32. scale * groups bounds the logits without a bias: 0 or less and
             above 60 are a ValueError, and with a bias scale * groups + the largest bias must stay at 60 or below,
             attn_bias and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees
-            another key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values of a
-            CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile: keep
-            them within the range.
+            another key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values
+            of a CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile:
+            keep them within the range.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are

@@ -86,32 +86,25 @@ struct BiasRow {
   }
 };
 
-// The scores of one query for keys from `first_key` on: what becomes of q_hat k_hat^T. `key` counts from first_key.
-template <typename T>
-struct ScoreRow {
-  BiasRow<T> bias;
-  bool has_bias;
-  float scale;             // 1, or c if q_hat does not contain it
-  const float* distances;  // entry key_0 - key
-  int key_0;
+// What distances add to the scores of one query, which exists, for keys from `first_key` on. `key` counts from
+// first_key. It is a pass of its own over scores, behind scale, bias and mask, so that none of it is in registers then.
+struct DistanceRow {
+  const float* entries;
+  unsigned num;
+  int place;  // of first_key's
 
-  __device__ __forceinline__ ScoreRow(const Attention& params, int batch, int head, int query, int first_key)
-      : bias(params, batch, head, query, first_key), has_bias(params.bias.data != nullptr),
-        scale(params.l2norm_qk ? 1.f : scale_log2(params, head)), distances(nullptr), key_0(0) {
+  __device__ __forceinline__ DistanceRow(const Attention& params, int batch, int head, int query, int first_key) {
     const DistanceScores& scores = params.distance_scores;
-    if (scores.data == nullptr || query >= params.seq_len_q) return;
-    distances = scores.data + batch * scores.stride_batch + head * scores.stride_head;
-    key_0 = diagonal_of(params, query) - first_key - scores.first;
+    // Opaque: what is the same for a whole walk is not worth registers through it.
+    entries = scores.data + opaque(batch) * scores.stride_batch + head * scores.stride_head;
+    num = scores.num;
+    place = diagonal_of(params, query) - first_key - scores.first;
   }
 
-  __device__ __forceinline__ float operator()(const Attention& params, float value, int key) const {
-    value *= scale;
-    if (has_bias) value += bias[key];
-    if (distances != nullptr) {
-      const unsigned place = key_0 - key;  // of keys that are hidden it may lie outside of the table
-      value += place < static_cast<unsigned>(params.distance_scores.num) ? distances[place] : 0.f;
-    }
-    return value;
+  // 0 where the table has no entry, as may be for hidden keys.
+  __device__ __forceinline__ float operator[](int key) const {
+    const unsigned own = place - key;
+    return own < num ? entries[own] : 0.f;
   }
 };
 

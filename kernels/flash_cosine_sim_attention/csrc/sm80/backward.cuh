@@ -130,12 +130,13 @@ struct Backward {
                                        int first_query, unsigned visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
 #pragma unroll
     for (int n = 0; n < kChunkQ / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int query = first_query + 8 * n + 2 * (lane & 3) + i;
-        const ScoreRow<T> finish(params, batch, head, query, row + (lane >> 2));
+        const BiasRow<T> bias(params, batch, head, query, row + (lane >> 2));
         const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -143,9 +144,24 @@ struct Backward {
           for (int half = 0; half < 2; ++half) {
             const int offset = 16 * m + 8 * half + (lane >> 2), key = row + offset;
             float& score = scores[m][n][2 * half + i];
-            score = finish(params, score, 16 * m + 8 * half);
+            score *= score_scale;
+            if (params.bias.data != nullptr) score += bias[16 * m + 8 * half];
             if (!((visible >> offset) & 1) || key < keys.first || key >= keys.end) score = -infinity();
           }
+        }
+      }
+    }
+    if (params.distance_scores.data == nullptr) return;
+#pragma unroll
+    for (int n = 0; n < kChunkQ / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int query = min(first_query + 8 * n + 2 * (lane & 3) + i, params.seq_len_q - 1);  // then hidden
+        const DistanceRow distances(params, batch, head, query, row + (lane >> 2));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) scores[m][n][2 * half + i] += distances[16 * m + 8 * half];
         }
       }
     }

@@ -75,12 +75,35 @@ struct BiasGradient {
     return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
   }
 
+  // What distances add to scores, which are multiplied with score_scale before.
+  static __device__ void add_distances(const BackwardParams& params, int batch, int head, Scores& scores,
+                                       float score_scale, int query, int first_key) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = limit(query + 8 * half + (lane >> 2), 0, params.seq_len_q - 1);  // no others count
+      const DistanceRow distances(params, batch, head, row, first_key + 2 * (lane & 3));
+#pragma unroll
+      for (int n = 0; n < kBlockK / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[0][n][2 * half + i];
+          score = fmaf(score, score_scale, distances[8 * n + i]);
+        }
+      }
+    }
+  }
+
   // Adds dS of the warp's rows, those of `queries` from `query` on, and keys [first_key, ...) of a head to `sum`.
-  static __device__ void add_gradient(const BackwardParams& params, int batch, int head, Scores& sum,
-                                      const Scores& scores, const Scores& dp, int query, int first_key,
-                                      const Range& queries) {
+  static __device__ void add_gradient(const BackwardParams& params, int batch, int head, Scores& sum, Scores& scores,
+                                      const Scores& dp, int query, int first_key, const Range& queries) {
     const int lane = threadIdx.x & 31;
     const uint64_t not_masked = visible_keys<kBlockK>(params, batch, first_key);
+    float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
+    if (params.distance_scores.data != nullptr) {
+      add_distances(params, batch, head, scores, score_scale, query, first_key);
+      score_scale = 1.f;
+    }
     const int64_t first_row = (int64_t(batch) * params.num_heads + head) * params.seq_len_q;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -91,14 +114,14 @@ struct BiasGradient {
       const float delta = params.delta[first_row + row];
       const Range keys = keys_of(params, row);
       const uint64_t visible = not_masked & bits_before(keys.end - first_key) & ~bits_before(keys.first - first_key);
-      const ScoreRow<T> finish(params, batch, head, row, first_key + 2 * (lane & 3));
+      const BiasRow<T> bias(params, batch, head, row, first_key + 2 * (lane & 3));
 #pragma unroll
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int offset = 8 * n + 2 * (lane & 3) + i;
           if (!((visible >> offset) & 1)) continue;
-          const float score = finish(params, scores[0][n][2 * half + i], 8 * n + i);
+          const float score = scores[0][n][2 * half + i] * score_scale + bias[8 * n + i];
           sum[0][n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[0][n][2 * half + i] - delta);
         }
       }

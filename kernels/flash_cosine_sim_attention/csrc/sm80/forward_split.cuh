@@ -114,7 +114,18 @@ struct ForwardSplit : Forward<kMath, SplitTraits<kMath, kHeadDim>> {
       for (int half = 0; half < 2; ++half) {
         const rows::Position position = position_of(params, work, row + 16 * m + 8 * half + (lane >> 2));
         const int head = static_cast<int>(position.head), query = static_cast<int>(position.row);
-        Base::finish_row(params, work.batch, head, query, scores[m], half, lane, first_key, visible);
+        const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, head);
+        Base::finish_row(params, work.batch, head, query, score_scale, scores[m], half, lane, first_key, visible);
+      }
+    }
+    if (params.distance_scores.data == nullptr) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const rows::Position position = position_of(params, work, opaque(row) + 16 * m + 8 * half + (lane >> 2));
+        Base::add_distances(params, work.batch, static_cast<int>(position.head), static_cast<int>(position.row),
+                            scores[m], half, lane, first_key);
       }
     }
   }

@@ -119,32 +119,54 @@ struct Forward {
                                        int first_key, uint64_t visible) {
     // Opaque: most calls of the loop around this one are skipped, and nothing of it is worth a register there.
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));
+    const float score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = row + 16 * m + 8 * half + (lane >> 2);
-        finish_row(params, work.batch, work.head, query, scores[m], half, lane, first_key, visible);
+        finish_row(params, work.batch, work.head, query, score_scale, scores[m], half, lane, first_key, visible);
+      }
+    }
+    if (params.distance_scores.data == nullptr) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = row + 16 * m + 8 * half + (lane >> 2);
+        add_distances(params, work.batch, work.head, query, scores[m], half, lane, first_key);
       }
     }
   }
 
   // The same for one row of a lane: half 0 or 1 of 16.
-  static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query,
+  static __device__ void finish_row(const ForwardParams& params, int batch, int head, int query, float score_scale,
                                     float (&scores)[kBlockK / 8][4], int half, int lane, int first_key,
                                     uint64_t visible) {
     const Range keys = query < params.seq_len_q ? keys_of(params, query) : Range{0, 0};
-    const ScoreRow<T> finish(params, batch, head, query, first_key + 2 * (lane & 3));
+    const BiasRow<T> bias(params, batch, head, query, first_key + 2 * (lane & 3));
 #pragma unroll
     for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int offset = 8 * n + 2 * (lane & 3) + i;
         float& score = scores[n][2 * half + i];
-        score = finish(params, score, 8 * n + i);
+        score *= score_scale;
+        if (params.bias.data != nullptr) score += bias[8 * n + i];
         const bool seen = keys.first <= first_key + offset && first_key + offset < keys.end;
         if (!seen || !((visible >> offset) & 1)) score = -infinity();
       }
+    }
+  }
+
+  // What distances add to one row of a lane.
+  static __device__ void add_distances(const ForwardParams& params, int batch, int head, int query,
+                                       float (&scores)[kBlockK / 8][4], int half, int lane, int first_key) {
+    const DistanceRow distances(params, batch, head, min(query, params.seq_len_q - 1), first_key + 2 * (lane & 3));
+#pragma unroll
+    for (int n = 0; n < kBlockK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scores[n][2 * half + i] += distances[8 * n + i];
     }
   }
 
