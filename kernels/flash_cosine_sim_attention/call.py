@@ -90,6 +90,7 @@ class Operator:
         defaults = defaults or {}
         self.name = name
         self.fields = tuple(arguments)
+        self.results = tuple(results)
         self.required = tuple(field for field in self.fields if field not in defaults)
         texts = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in arguments.items()]
         texts = [f"{text}={defaults[f]}" if f in defaults else text for f, text in zip(arguments, texts, strict=True)]
