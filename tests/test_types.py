@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
 NAMES = ("__init__.py", "interface.py", "call.py", "scales.py", "flash_attn_interface.py", "functional.py")
+NAMES += ("sharding.py", "doctor.py", "doctor_text.py")
 CHECKED = [PACKAGE / name for name in NAMES]
 
 pytestmark = [

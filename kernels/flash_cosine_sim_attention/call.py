@@ -117,6 +117,8 @@ BACKWARD = Operator(
     {"do": Tensor, **_INPUTS, **_ROWS, **_OPTIONS, **dict.fromkeys(NEEDS, bool), "deterministic": bool},
     GRADIENTS,
 )
+# What a compiled library is built for.
+SCHEMAS = "; ".join(operator.schema for operator in (FORWARD, PARTIALS, BACKWARD))
 
 
 def limits(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) -> tuple[int, int]:
