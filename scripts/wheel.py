@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -94,7 +93,7 @@ def unknown_symbols(library: Path) -> list[str]:
     return [name for name in names if "@" not in name and not name.startswith(("aoti_torch_", "torch_"))]
 
 
-def report(wheel: Path, library: Path, archs: str, elapsed_s: float) -> str:
+def report(wheel: Path, library: Path, archs: str) -> str:
     """What is known of the wheel, and what auditwheel and readelf say."""
     made = environment()
     nvcc = re.findall(r"release ([\d.]+)", run([nvcc_path(), "--version"]))
@@ -106,7 +105,7 @@ def report(wheel: Path, library: Path, archs: str, elapsed_s: float) -> str:
         f"commit: {made['git_commit']}{', with changes' if made['git_dirty'] else ''}",
         f"made with: nvcc {nvcc[0]}, torch {made['versions']['torch']}, "
         + ", ".join(f"{tool} {version(tool)}" for tool in TOOLS),
-        f"compiled for: {archs}, in {elapsed_s / 60:.0f} minutes on {made['device']}",
+        f"compiled for: {archs}",
         f"size: wheel {wheel.stat().st_size / 1e6:.1f} MB, library {library.stat().st_size / 1e6:.1f} MB",
         f"the library needs: {' '.join(needed)}",
         "",
@@ -137,16 +136,13 @@ def run(command: Sequence[str], variables: dict[str, str] | None = None, *, show
 def make(arguments: argparse.Namespace) -> None:
     missing = [tool for tool in TOOLS if find_spec(tool) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} is not installed; `make wheel` installs it")
-    start_time = time.monotonic()
-    built = build(ROOT / "build" / "wheel", arguments.archs)
-    elapsed_s = time.monotonic() - start_time
-    wheel = repair(built, arguments.out)
+        raise ValueError(f"`make wheel` installs what is missing here: {', '.join(missing)}")
+    wheel = repair(build(ROOT / "build" / "wheel", arguments.archs), arguments.out)
     library = unpacked_library(wheel, ROOT / "build" / "wheel" / "unpacked")
     unknown = unknown_symbols(library)
     if unknown:
         raise ValueError(f"glibc {GLIBC} does not have {', '.join(unknown)}, which the library calls: see setup.py")
-    text = report(wheel, library, arguments.archs, elapsed_s)
+    text = report(wheel, library, arguments.archs)
     if arguments.report is not None:
         arguments.report.write_text(text, encoding="utf-8")
     print(f"{text}\n{wheel}")
