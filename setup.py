@@ -95,11 +95,15 @@ BANDED = (("", ", false"), ("_banded", ", true"))
 # Linked into a library for older systems: what this system's headers take from its glibc and libstdc++, and those lack.
 OLD_SYSTEMS_CPP = """#include <sstream>
 
-// Declared `extern template` since GCC 9 and 11: else they would be taken from a libstdc++ that is as new.
+// GCC 9 and 11 declare these `extern template`: else they would be taken from a libstdc++ that is as new. Of GCC 11 on.
 template std::ostringstream::basic_ostringstream();
 template std::stringstream::basic_stringstream();
 template std::string std::stringbuf::str() const&;
 template std::string std::stringbuf::str() &&;
+template std::string std::ostringstream::str() const&;
+template std::string std::ostringstream::str() &&;
+template std::string std::stringstream::str() const&;
+template std::string std::stringstream::str() &&;
 
 // Since glibc 2.32; false costs shared pointers an atomic operation.
 extern "C" {
