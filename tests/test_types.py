@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "flash_cosine_sim_attention"
-NAMES = ("__init__", "interface", "call", "scales", "flash_attn_interface", "functional")
-CHECKED = [PACKAGE / f"{name}.py" for name in (*NAMES, "huggingface", "huggingface_mask")]
+NAMES = ("__init__", "interface", "call", "scales", "flash_attn_interface", "functional", "huggingface")
+NAMES += ("huggingface_mask", "sharding", "doctor", "doctor_text")
+CHECKED = [PACKAGE / f"{name}.py" for name in NAMES]
 
 pytestmark = [
     pytest.mark.slow,

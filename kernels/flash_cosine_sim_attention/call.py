@@ -96,6 +96,7 @@ class Operator:
         defaults = defaults or {}
         self.name = name
         self.fields = tuple(arguments)
+        self.results = tuple(results)
         self.required = tuple(field for field in self.fields if field not in defaults)
         texts = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in arguments.items()]
         texts = [f"{text}={defaults[f]}" if f in defaults else text for f, text in zip(arguments, texts, strict=True)]
@@ -122,6 +123,8 @@ BACKWARD = Operator(
     {"do": Tensor, **_INPUTS, **_ROWS, **_OPTIONS, **dict.fromkeys(NEEDS, bool), "deterministic": bool},
     GRADIENTS,
 )
+# What a compiled library is built for.
+SCHEMAS = "; ".join(operator.schema for operator in (FORWARD, PARTIALS, BACKWARD))
 
 
 def limits(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from . import ops
 from .call import Call, limits
 from .reference import check_cu_seqlens, check_groups, compute_dtype, has_readable_values, reference_attention
 from .sdpa import sdpa_attention
+from .sharding import is_dtensor, sharded_attention
 
 BACKENDS = ("auto", "cuda", "sdpa", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -290,6 +291,8 @@ def _squeeze_heads(result: Result) -> Result:
 def _choose_backend(backend: str, q: Tensor) -> Callable[[tuple[Any, ...], bool], Result]:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if type(q) is not Tensor and is_dtensor(q):
+        return _choose_for_dtensors(backend, q)
     if backend == "reference":
         return reference_attention
     if backend == "sdpa":
@@ -305,6 +308,18 @@ def _choose_backend(backend: str, q: Tensor) -> Callable[[tuple[Any, ...], bool]
     # On the CPU it is no surprise; on a GPU the user may be missing the point of the library.
     _log_fallback_once(reason, logging.WARNING if q.is_cuda else logging.INFO)
     return sdpa_attention
+
+
+def _choose_for_dtensors(backend: str, q: Tensor) -> Callable[[tuple[Any, ...], bool], Result]:
+    """The operators alone have a sharding rule; on the CPU they compute what "reference" does."""
+    if backend in ("sdpa", "reference"):
+        raise ValueError(
+            f"backend={backend!r} takes no DTensors, and q is one: use backend='auto', or call it with each rank's "
+            "part (torch.distributed.tensor.experimental.local_map does that)"
+        )
+    if backend == "cuda" or q.is_cuda:
+        _require_cuda(q)
+    return sharded_attention
 
 
 @ops.constant_when_compiled  # torch.compile cannot trace logging: it calls this while it traces

@@ -27,6 +27,7 @@ The operators do not validate: interface.py did. What an implementation may rely
 - allow_tf32 permits TF32 products of float32 inputs. Forward and backward get the same.
 """
 
+import ctypes
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ from .call import (
     IN_DTYPE_OF_Q,
     NEEDS,
     PARTIALS,
+    SCHEMAS,
     SHARED,
     TENSORS,
     VALUES,
@@ -90,10 +92,21 @@ def load_kernels(directory: Path = Path(__file__).parent) -> None:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [operator.name for operator in (FORWARD, PARTIALS, BACKWARD)]
     missing = [name for name in names if not has_kernel(f"{NAMESPACE}::{name}", "CUDA")]
-    if missing:
+    if _schemas_of(libraries[0]) not in (SCHEMAS, None):
+        _kernels_error = f"{libraries[0].name} was built for another version, whose operators differ; build it again"
+    elif missing:
         _kernels_error = f"{libraries[0].name} loads, but has no CUDA kernel for {', '.join(missing)}; build it again"
     else:
         _kernels_error = None
+
+
+def _schemas_of(library: Path) -> str | None:
+    """The schemas that a loaded library was built for; None where it does not say, as those of before 1.0."""
+    try:
+        stored = ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "flash_cosine_sim_schemas")
+    except (OSError, ValueError):
+        return None
+    return ctypes.string_at(ctypes.addressof(stored)).decode()
 
 
 def kernels_available() -> bool:

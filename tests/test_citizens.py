@@ -1,0 +1,180 @@
+"""What PyTorch does around a call: shards it over ranks, computes it again, exports it, compiles it ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import ROOT
+from support.gates import backend_name
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+from flash_cosine_sim_attention.call import FORWARD
+
+# As in support/ranks.py, which imports what takes seconds.
+RANK_CHECKS = (
+    "sharded_by_batch_and_by_heads",
+    "other_placements_are_redistributed",
+    "heads_that_do_not_split_evenly_stay_with_theirs",
+    "what_all_ranks_share_gets_every_share_of_its_gradient",
+    "what_cannot_be_honoured_says_so",
+    "each_ranks_part_by_local_map",
+    "compiled",
+    "fully_sharded",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(make_once):
+    """What support/ranks.py found, by rank: {check: traceback or ""}."""
+
+    def make(folder):
+        paths = [str(ROOT / "kernels"), str(ROOT / "tests")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", "support.ranks"]
+        logs = [open(folder / f"{rank}.txt", "w") for rank in (0, 1)]
+        processes = [
+            subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        codes = [process.wait() for process in processes]
+        for log in logs:
+            log.close()
+        assert codes == [0, 0], "".join((folder / f"{rank}.txt").read_text() for rank in (0, 1))
+
+    folder = make_once("ranks", make)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", RANK_CHECKS)
+def test_on_two_ranks(ranks, check):
+    assert not any(found.pop(check) for found in (dict(rank) for rank in ranks)), [rank[check] for rank in ranks]
+    assert all(set(rank) == set(RANK_CHECKS) for rank in ranks)
+
+
+@pytest.mark.slow
+def test_heads_are_split_only_where_key_value_heads_stay_with_theirs():
+    """On a mesh of 2 x 4: a dimension that is sharded by batch, or not at all, does not count."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    from flash_cosine_sim_attention.sharding import shardings
+
+    def splits(q_heads, kv_heads, *placements):
+        mesh = SimpleNamespace(shape=(2, 4))
+        q, k = (SimpleNamespace(shape=(8, h, 9, 8), mesh=mesh, placements=placements) for h in (q_heads, kv_heads))
+        call = (q, k, k, *[None] * 5, 8.0, 1, True, -1, 0, True, False)
+        return [outputs for outputs, _ in shardings(FORWARD, call)]
+
+    whole, batch, heads = ([placement, placement] for placement in (Replicate(), Shard(0), Shard(1)))
+    assert splits(8, 8, Shard(1), Shard(1)) == splits(8, 4, Shard(0), Shard(1)) == [whole, batch, heads]
+    assert splits(8, 4, Replicate(), Shard(1)) == splits(8, 2, Shard(1), Replicate()) == [whole, batch, heads]
+    assert splits(8, 4, Shard(1), Shard(1)) == splits(8, 2, Shard(0), Shard(1)) == [whole, batch]
+    assert splits(8, 4, Partial(), Shard(1)) == splits(8, 2, Shard(0), Shard(2)) == [whole, batch]
+
+
+# Activation checkpointing
+
+
+class Block(torch.nn.Module):
+    """(batch, seq_len, 32), in two heads."""
+
+    def __init__(self, backend="auto"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.backend = torch.nn.Linear(32, 96), backend
+        self.scale = torch.nn.Parameter(torch.tensor([4.0, 9.0]))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).movedim(2, 0).transpose(2, 3)
+        o = flash_cosine_sim_attention(q, k, v, scale=self.scale, causal=True, backend=self.backend)
+        return o.transpose(1, 2).flatten(2)
+
+
+def keep_attention(_context, operator, *_arguments, **_options):
+    ours = operator == torch.ops.flash_cosine_sim_attention.forward.default
+    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts calls of the forward operator."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, operator, _types, arguments=(), options=None):
+        self.calls += operator == torch.ops.flash_cosine_sim_attention.forward.default
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["computed again", "kept"])
+def test_activation_checkpointing(kept):
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    options = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_attention)} if kept else {}
+    with backend_name("operators") as name:
+        block = Block(name)
+        expected = torch.autograd.grad(block(x).square().sum(), block.parameters())
+        with Counted() as counted:
+            loss = checkpoint(block, x, use_reentrant=False, **options).square().sum()
+            grads = torch.autograd.grad(loss, block.parameters())
+    assert all(map(torch.equal, grads, expected))
+    assert counted.calls == (1 if kept else 2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "operators"])
+def test_reentrant_checkpointing(backend):
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    with backend_name(backend) as name:
+        block = Block(name)
+        expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+        checkpoint(block, x, use_reentrant=True).square().sum().backward()
+    grads = [x.grad, *(parameter.grad for parameter in block.parameters())]
+    assert all(map(torch.equal, grads, expected))
+
+
+# Exporting
+
+
+def exported(block):
+    """For any batch and length."""
+    shapes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("seq_len", min=2, max=4096)},)
+    return torch.export.export(block, (torch.randn(2, 9, 32),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "operators"])
+def test_export_of_any_batch_and_length(backend):
+    with backend_name(backend) as name:
+        block = Block(name)
+        program = exported(block).module()
+        for shape in ((1, 2, 32), (3, 9, 32), (2, 50, 32)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(program(x), block(x))
+
+
+def test_what_export_traces_on_a_cpu_stays_in_the_program(tmp_path):
+    """ "auto" is PyTorch's SDPA there, whatever the program then runs on; the operators are in it by their name."""
+    code = exported(Block("auto")).graph_module.code
+    assert "scaled_dot_product_attention" in code and "flash_cosine_sim_attention" not in code
+    with backend_name("operators") as name:
+        program = exported(Block(name))
+    assert "flash_cosine_sim_attention.forward" in program.graph_module.code
+    torch.export.save(program, tmp_path / "program.pt2")
+    x, again = torch.randn(3, 7, 32), torch.export.load(tmp_path / "program.pt2").module()
+    torch.testing.assert_close(again(x), program.module()(x))
+    with pytest.raises((ImportError, ValueError), match="backend='cuda' (needs the compiled kernels|cannot serve)"):
+        exported(Block("cuda"))
+
+
+@pytest.mark.slow
+def test_the_operators_compile_ahead_of_time(tmp_path):
+    """By AOTInductor, for any batch and length."""
+    with backend_name("operators") as name, torch.no_grad():
+        block = Block(name).eval()
+        package = torch._inductor.aoti_compile_and_package(exported(block), package_path=str(tmp_path / "block.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for shape in ((1, 2, 32), (3, 9, 32), (2, 50, 32)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), block(x))
