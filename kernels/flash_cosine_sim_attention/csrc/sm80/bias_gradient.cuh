@@ -121,7 +121,8 @@ struct BiasGradient {
         for (int i = 0; i < 2; ++i) {
           const int offset = 8 * n + 2 * (lane & 3) + i;
           if (!((visible >> offset) & 1)) continue;
-          const float score = scores[0][n][2 * half + i] * score_scale + bias[8 * n + i];
+          float score = scores[0][n][2 * half + i] * score_scale;
+          if (params.bias.data != nullptr) score += bias[8 * n + i];
           sum[0][n][2 * half + i] += ex2_approx_ftz(score - row_sum_log2) * (dp[0][n][2 * half + i] - delta);
         }
       }
