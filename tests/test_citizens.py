@@ -13,7 +13,7 @@ from support.gates import backend_name
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention
-from flash_cosine_sim_attention.call import FORWARD
+from flash_cosine_sim_attention.call import BACKWARD, FORWARD
 
 # As in support/ranks.py, which imports what takes seconds.
 RANK_CHECKS = (
@@ -21,6 +21,7 @@ RANK_CHECKS = (
     "other_placements_are_redistributed",
     "heads_that_do_not_split_evenly_stay_with_theirs",
     "what_all_ranks_share_gets_every_share_of_its_gradient",
+    "biases_by_distance_go_with_their_heads",
     "what_cannot_be_honoured_says_so",
     "each_ranks_part_by_local_map",
     "compiled",
@@ -67,14 +68,27 @@ def test_heads_are_split_only_where_key_value_heads_stay_with_theirs():
     def splits(q_heads, kv_heads, *placements):
         mesh = SimpleNamespace(shape=(2, 4))
         q, k = (SimpleNamespace(shape=(8, h, 9, 8), mesh=mesh, placements=placements) for h in (q_heads, kv_heads))
-        call = (q, k, k, *[None] * 5, 8.0, 1, True, -1, 0, True, False)
-        return [outputs for outputs, _ in shardings(FORWARD, call)]
+        given = {"q": q, "k": k, "v": k, "need_row_sum_log2": True}
+        return [outputs for outputs, _ in shardings(FORWARD, [given.get(name) for name in FORWARD.fields])]
 
     whole, batch, heads = ([placement, placement] for placement in (Replicate(), Shard(0), Shard(1)))
     assert splits(8, 8, Shard(1), Shard(1)) == splits(8, 4, Shard(0), Shard(1)) == [whole, batch, heads]
     assert splits(8, 4, Replicate(), Shard(1)) == splits(8, 2, Shard(1), Replicate()) == [whole, batch, heads]
     assert splits(8, 4, Shard(1), Shard(1)) == splits(8, 2, Shard(0), Shard(1)) == [whole, batch]
     assert splits(8, 4, Partial(), Shard(1)) == splits(8, 2, Shard(0), Shard(2)) == [whole, batch]
+
+
+def test_the_rule_knows_every_tensor_of_the_operators():
+    from flash_cosine_sim_attention.sharding import _DIMENSIONS
+
+    tensors = {field for operator in (FORWARD, BACKWARD) for field, kind in kinds(operator).items() if "Tensor" in kind}
+    assert set(_DIMENSIONS) == tensors
+
+
+def kinds(operator):
+    """The types of an operator's arguments, by name, as its schema has them."""
+    arguments = operator.schema[operator.schema.index("(") + 1 : operator.schema.index(") ->")]
+    return {argument.split("=")[0].split()[1]: argument.split()[0] for argument in arguments.split(", ")}
 
 
 # Activation checkpointing

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .call import BACKWARD, DIFFERENTIABLE, FORWARD, GRADIENTS, PARTIALS, TENSORS, Call, Operator
+from .call import BACKWARD, DIFFERENTIABLE, FORWARD, GRADIENTS, PARTIALS, Call, Operator
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -103,7 +103,7 @@ def _heads_can_be_sharded(given: Any) -> bool:
 def _of_argument(name: str, spec: Any, dimension: int | None) -> "Placement | None":
     from torch.distributed.tensor import Replicate, Shard
 
-    if name not in _TENSORS or spec is None:
+    if name not in _DIMENSIONS or spec is None:
         return None
     own = _own_dimension(name, spec, dimension)
     return Replicate() if own is None else Shard(own)
@@ -124,15 +124,18 @@ def _of_result(name: str, given: Any, dimension: int | None) -> "Placement":
 
 def _own_dimension(name: str, spec: Any, dimension: int | None) -> int | None:
     """The dimension of a tensor that is q's batch or heads; None where it has none, or is broadcast over that."""
-    if dimension is None or name in ("cu_seqlens_q", "cu_seqlens_k"):
-        return None
-    if name == "mask":
-        return 0 if dimension == BATCH else None
-    if name == "scale":
-        return 0 if dimension == HEADS and spec.shape[0] > 1 else None
-    if name == "attn_bias" and spec.shape[dimension] == 1:
-        return None
-    return dimension
+    own = None if dimension is None else _DIMENSIONS[name][dimension]
+    return None if own is None or (name in _BROADCAST and spec.shape[own] == 1) else own
 
 
-_TENSORS = (*TENSORS, "do", "o", "row_sum_log2", "drow_sum_log2")
+# Which dimensions of a tensor are batch and heads.
+_DIMENSIONS: dict[str, tuple[int | None, int | None]] = {
+    **dict.fromkeys(("q", "k", "v", "attn_bias", "o", "do", "row_sum_log2", "drow_sum_log2"), (0, 1)),
+    "mask": (0, None),
+    "scale": (None, 0),
+    "cu_seqlens_q": (None, None),
+    "cu_seqlens_k": (None, None),
+    "distance_bias": (None, 0),
+    "alibi_slopes": (0, 1),
+}
+_BROADCAST = ("attn_bias", "scale", "alibi_slopes")

@@ -37,7 +37,7 @@ def compare(q_shape, kv_shape, placements, expected, mesh_shape=(NUM_RANKS,), sh
     results = []
     for attend, tensors in ((flash_cosine_sim_attention, parts), (plain_cosine_sim_attention, whole)):
         for tensor in tensors.values():
-            tensor.requires_grad_(tensor.is_floating_point())
+            tensor.requires_grad_(tensor.is_floating_point() and tensor is not tensors.get("alibi_slopes"))
         outputs = attend(**tensors, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = sum(output.square().sum() for output in outputs)
@@ -78,6 +78,14 @@ def what_all_ranks_share_gets_every_share_of_its_gradient():
         compare((4, 4, 9, 8), (4, 2, 9, 8), [placement], [placement], shared=bias)
         one = {"scale": torch.tensor(3.0, dtype=torch.float64)}
         compare((4, 4, 9, 8), (4, 4, 9, 8), [placement], [placement], shared=one, return_partials=True)
+
+
+def biases_by_distance_go_with_their_heads():
+    for placement in (BATCH, HEADS):
+        for slopes in (torch.rand(4, dtype=torch.float64), torch.rand(4, 4, dtype=torch.float64)):  # (batch, heads)
+            shared = {"distance_bias": torch.randn(4, 9, dtype=torch.float64), "alibi_slopes": slopes}
+            *_, gradient = compare((4, 4, 9, 8), (4, 2, 9, 8), [placement], [placement], shared=shared, causal=True)
+            assert gradient.placements == (Partial() if placement == BATCH else Shard(0),)
 
 
 def what_cannot_be_honoured_says_so():
@@ -146,6 +154,14 @@ def fully_sharded():
     for (name, parameter), (_, right) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
         assert isinstance(parameter, DTensor), name
         torch.testing.assert_close(parameter.grad.full_tensor(), right.grad)
+    model = Attention()
+    model.scale = nn.Parameter(torch.tensor(8.0))
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (NUM_RANKS,)))
+    except ValueError as error:  # docs/doors.md says so
+        assert "scalar parameters" in str(error), error
+    else:
+        raise AssertionError("FSDP2 takes a scale of shape () now: docs/doors.md says that it does not")
 
 
 CHECKS = {
@@ -155,6 +171,7 @@ CHECKS = {
         other_placements_are_redistributed,
         heads_that_do_not_split_evenly_stay_with_theirs,
         what_all_ranks_share_gets_every_share_of_its_gradient,
+        biases_by_distance_go_with_their_heads,
         what_cannot_be_honoured_says_so,
         each_ranks_part_by_local_map,
         compiled,
