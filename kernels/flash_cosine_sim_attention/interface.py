@@ -196,7 +196,7 @@ def plain_cosine_sim_attention(
     It materialises the scores, takes any head_dim and float64, and has every derivative. Arguments, results and errors
     are the same, but that it has no `backend`.
     """
-    return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return, misc]  # a bool is no Literal
+    return flash_cosine_sim_attention(  # type: ignore[call-overload, misc, no-any-return]  # a bool is no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
         window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, backend="reference",
         return_partials=return_partials,
