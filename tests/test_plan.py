@@ -39,6 +39,8 @@ class Call:
 
     num_multiprocessors: int = 132
     runs_sm90: bool = True
+    shared_kib: int = 228  # of a multiprocessor, as on a 9.0
+    threads: int = 2048
     dtype: int = BFLOAT16
     batch: int = 1
     num_heads: int = 1
@@ -175,6 +177,7 @@ def calls(draw, kind, **extra):
     return kind(
         num_multiprocessors=draw(st.sampled_from([3, 40, 108, 132])),
         runs_sm90=draw(st.booleans()),
+        shared_kib=draw(st.sampled_from([100, 164, 228])),
         dtype=draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16])),
         batch=draw(st.integers(0, 9)) if num_sequences < 0 else 1,
         num_heads=num_kv_heads * draw(st.sampled_from([1, 1, 2, 4, 16])),
@@ -410,11 +413,41 @@ def test_few_splits_fill_the_gpu(library, call):
         return
     num_rows = call.group * call.seq_len_q
     sizes = tile_sizes(library, "split", plan.math, plan.padded_head_dim, ctypes.c_int64(num_rows))
-    tile_rows, block_keys, min_blocks = sizes
+    tile_rows, block_keys, min_blocks = sizes  # as many as a multiprocessor holds, at most
     tiles = call.kv_heads * blocks(num_rows, tile_rows)
     most_waves, worth_merging = heuristic("kMostWaves"), heuristic("kBlocksWorthMerging")
     assert plan.num_splits * tiles <= most_waves * min_blocks * call.num_multiprocessors
     assert blocks(call.seq_len_k, block_keys) >= worth_merging
+
+
+# What a multiprocessor holds
+
+GPUS = {"8.0": (164, 2048), "8.6": (100, 1536), "8.9": (100, 1536), "9.0": (228, 2048), "12.0": (100, 1536)}
+
+
+def test_how_many_blocks_a_multiprocessor_holds(library):
+    """By shared memory, of which each block costs a KiB more than it asks for, by threads, and never none."""
+    held = library.held_blocks
+    assert [held(*GPUS[gpu], 128, 64 * 1024, 3) for gpu in GPUS] == [2, 1, 1, 3, 1]
+    assert [held(*GPUS[gpu], 128, 49 * 1024, 2) for gpu in GPUS] == [2, 2, 2, 2, 2]
+    assert [held(*GPUS[gpu], 128, 49 * 1024 + 1, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
+    assert [held(*GPUS[gpu], 1024, 1024, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
+    assert held(*GPUS["8.6"], 128, 99 * 1024, 2) == held(*GPUS["8.6"], 128, 200 * 1024, 2) == 1
+
+
+@pytest.mark.parametrize(("gpu", "held"), [("9.0", 3), ("8.0", 2), ("8.6", 1), ("12.0", 1)])
+def test_decoding_is_planned_for_the_blocks_that_a_multiprocessor_holds(library, gpu, held):
+    """12 heads on 108 multiprocessors, 64 KiB a block: where one fits, three times as many splits would be three waves.
+
+    65,536 keys are 512 blocks of 128, in shares as long as the GPU's blocks at a time allow.
+    """
+    shared_kib, threads = GPUS[gpu]
+    call = Forward(
+        num_multiprocessors=108, runs_sm90=False, shared_kib=shared_kib, threads=threads, num_heads=12, num_kv_heads=12,
+        seq_len_q=1, seq_len_k=65536,
+    )  # fmt: skip
+    most = 108 * held // 12
+    assert plan_of(library, call).num_splits == blocks(512, blocks(512, most))
 
 
 # Thresholds

@@ -61,6 +61,10 @@ const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = from_environment("EMULATED_MULTIPROCESSORS", 132);
+  } else if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) {
+    *value = (from_environment("EMULATED_CAPABILITY", 8) == 8 ? 164 : 228) * 1024;
+  } else if (attribute == cudaDevAttrMaxThreadsPerMultiProcessor) {
+    *value = 2048;
   } else {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? from_environment("EMULATED_CAPABILITY", 8) : 0;
   }

@@ -136,8 +136,9 @@ ForwardPlan plan_split(const ForwardParams& params, const Gpu& gpu) {
   const SplitTile& tile = split_tile(math, params.head_dim);
   const int64_t tile_rows = tile.warp_rows() * tile.warps_with_rows(num_rows);
   const int64_t tiles_per_head = divide_up(num_rows, tile_rows);
+  const int held = blocks_held(gpu, tile.threads(), tile.shared_bytes(element_size(math)), tile.min_blocks);
   const int num_splits = choose_splits(num_kv_heads * tiles_per_head, divide_up(keys_of_query(params), tile.block_keys),
-                                       int64_t(tile.min_blocks) * gpu.num_multiprocessors);
+                                       int64_t(held) * gpu.num_multiprocessors);
   if (num_rows > kFewRows && num_splits == 1) return {};
 
   ForwardPlan plan;
@@ -255,6 +256,12 @@ BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
 }
 
 }  // namespace
+
+int blocks_held(const Gpu& gpu, int threads, int shared_bytes, int min_blocks) {
+  constexpr int kReservedBytes = 1024;  // which the system takes of each block's shared memory
+  const int by_memory = gpu.shared_bytes / (shared_bytes + kReservedBytes);
+  return std::max(std::min({min_blocks, by_memory, gpu.threads / threads}), 1);
+}
 
 int padded_head_dim(int head_dim) {
   for (const int padded : {16, 32, 64, 96, 128, 256}) {
