@@ -42,8 +42,8 @@ struct Backward {
     int head, block_q;
   };
 
-  // Neighbouring blocks share keys, and keys ascend: in deterministic mode a block waits for those of lower keys
-  // only. CUDA does not promise, but every GPU does, that those started before it.
+  // Neighbouring blocks share keys, and keys of a head ascend: in deterministic mode a block waits for those of lower
+  // keys only. CUDA does not promise, but every GPU does, that those started before it.
   static __device__ Work find_work(const BackwardParams& params, unsigned index) {
     const int num_splits = max(params.plan.num_splits, 1), num_blocks_k = (params.seq_len_k + kBlockK - 1) / kBlockK;
     Work work;
@@ -51,10 +51,14 @@ struct Backward {
     index /= Traits::kSlices;
     work.split = static_cast<int>(index % num_splits);
     index /= num_splits;
-    work.block_k = static_cast<int>(index % num_blocks_k);
-    index /= num_blocks_k;
-    work.kv_head = static_cast<int>(index % params.num_kv_heads);
-    work.batch = static_cast<int>(index / params.num_kv_heads);
+    // Where walks are cut there are few tiles, and those of the first keys, under a causal mask the longest, come
+    // first: walk_splits.h counts on that. With many, a head's follow each other.
+    const unsigned num_heads = params.batch * params.num_kv_heads;
+    const bool heads_in_turn = params.plan.num_splits > 1;
+    const unsigned head = heads_in_turn ? index % num_heads : index / num_blocks_k;
+    work.block_k = static_cast<int>(heads_in_turn ? index / num_heads : index % num_blocks_k);
+    work.kv_head = static_cast<int>(head % params.num_kv_heads);
+    work.batch = static_cast<int>(head / params.num_kv_heads);
     const Range blocks = walk_of(params, work.block_k, kBlockQ, kBlockK);
     work.first_block_q = blocks.first;
     work.num_blocks_q = blocks.end - blocks.first;
