@@ -326,7 +326,7 @@ def _why_not_gpu(index: int) -> str | None:
 def _why_sdpa(index: int) -> str | None:
     """Why SDPA should be faster on a GPU, for calls that it takes as they are."""
     if index not in _sdpa_reasons:
-        there = index < torch.cuda.device_count()
+        there = 0 <= index < torch.cuda.device_count()
         _sdpa_reasons[index] = FASTER_BY_SDPA.get(torch.cuda.get_device_capability(index)[0]) if there else None
     return _sdpa_reasons[index]
 
