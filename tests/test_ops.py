@@ -730,6 +730,69 @@ def test_a_library_without_kernels_is_not_available(no_kernels, tmp_path, monkey
         assert "has no CUDA kernel for" in caplog.text
 
 
+WITHOUT_A_PRIVATE_NAME = """
+import sys, types
+import torch
+import torch._library.autograd
+
+real, name = torch._C, sys.argv[1]
+
+class Renamed(types.ModuleType):
+    def __getattr__(self, attribute):
+        if attribute == name:
+            raise AttributeError(f"no {name}")
+        return getattr(real, attribute)
+
+torch._C = Renamed("torch._C")
+from flash_cosine_sim_attention import flash_cosine_sim_attention, interface, ops
+torch._C = real
+
+def results(attend, partials):
+    interface._choose_backend = lambda *_: attend
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))
+    scale = torch.tensor([8.0, 9.0], requires_grad=True)
+    run = lambda: flash_cosine_sim_attention(q, k, v, scale=scale, causal=True, return_partials=partials)
+    with torch.no_grad():
+        without = run()
+    o = run()
+    if partials:
+        o, without = o[0] / o[1].unsqueeze(-1), without[0] / without[1].unsqueeze(-1)
+    return o, without, *torch.autograd.grad(o.square().sum(), (q, k, v, scale))
+
+for partials in (False, True):
+    torch.testing.assert_close(
+        results(ops.kernel_attention, partials), results(interface.reference_attention, partials)
+    )
+interface._choose_backend = lambda *_: ops.kernel_attention
+q = torch.ones(1, 1, 3, 8)
+try:
+    torch.func.jvp(lambda q: flash_cosine_sim_attention(q, q, q), (q,), (q,))
+except NotImplementedError as error:
+    assert "no forward-mode derivative" in str(error)
+else:
+    raise AssertionError("a tangent was lost")
+q.requires_grad_()
+(gradient,) = torch.autograd.grad(flash_cosine_sim_attention(q, q, q).sum(), q, create_graph=True)
+try:
+    gradient.sum().backward()
+except RuntimeError as error:
+    assert "no double backward" in str(error), error
+else:
+    raise AssertionError("a double backward was made up")
+"""
+
+
+def test_a_renamed_private_of_torch_costs_time_alone():
+    """Import says so and takes torch.library.register_autograd: the same gradients, and the same refusals."""
+    name = "_AutoDispatchBelowAutograd"
+    kernels = Path(interface.__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_A_PRIVATE_NAME, name]
+    process = subprocess.run(command, cwd=kernels, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert f"has not all private names that make calls fast (no {name})" in process.stderr
+
+
 def test_import_is_light():
     """It compiles nothing, initialises no device, works without NumPy, and is quick next to importing torch."""
     source = """
