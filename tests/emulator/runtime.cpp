@@ -53,6 +53,8 @@ extern "C" {
 __attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
 __attribute__((visibility("default"))) int64_t emulated_loaded_bytes() { return emulator::num_loaded_bytes; }
 
+__attribute__((visibility("default"))) void emulated_last_block_first(int last) { emulator::last_block_first = last; }
+
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }

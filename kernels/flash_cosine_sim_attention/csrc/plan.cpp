@@ -278,7 +278,10 @@ BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
   BackwardPlan plan;
   if (needs_dq(params)) {
     plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
-    if (params.deterministic) plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
+    if (params.deterministic) {
+      plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
+      plan.num_counters = 1;  // of the numbers that blocks have taken
+    }
   }
   plan.num_splits = choose_splits_sm80(params, tile, gpu);
   plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
