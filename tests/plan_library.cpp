@@ -36,6 +36,8 @@ Tensor tensor(Numbers& numbers, int num_heads, int num_rows, int head_dim) {
 void fill(Attention& params, Gpu& gpu, Numbers& numbers) {
   gpu.num_multiprocessors = numbers.take();
   gpu.runs_sm90 = numbers.take();
+  gpu.shared_bytes = 1024 * numbers.take();
+  gpu.threads = numbers.take();
   params.dtype = static_cast<DType>(numbers.take());
   for (int* size : {&params.batch, &params.num_heads, &params.num_kv_heads, &params.seq_len_q, &params.seq_len_k,
                     &params.head_dim, &params.groups}) {
@@ -134,6 +136,13 @@ void backward_tile_sizes(int math, int head_dim, int* sizes) {
   sizes[0] = tile.block_q;
   sizes[1] = tile.block_k();
   sizes[2] = tile.slices();
+}
+
+int held_blocks(int num_kib, int num_threads, int threads, int shared_bytes, int min_blocks) {
+  Gpu gpu;
+  gpu.shared_bytes = 1024 * num_kib;
+  gpu.threads = num_threads;
+  return blocks_held(gpu, threads, shared_bytes, min_blocks);
 }
 
 void split_tile_sizes(int math, int head_dim, int64_t num_rows, int* sizes) {

@@ -86,6 +86,16 @@ def check_emulated(case, deterministic=False):
         check(case, ["operators"])
 
 
+def check_last_block_first(case):
+    """Deterministic, the portable backward's blocks wait for others, in whatever order the GPU starts them."""
+    set_order = ctypes.CDLL(sys.argv[1]).emulated_last_block_first
+    set_order(1)
+    try:
+        check_emulated(case, deterministic=True)
+    finally:
+        set_order(0)
+
+
 def check_tf32(case):
     exact = results(plain_cosine_sim_attention, case, torch.float64)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -171,6 +181,11 @@ def portable_checks():
         checks[f"partials-d256-{name}"] = functools.partial(check_partials, replace(case, head_dim=256))
         checks[f"deterministic-{name}"] = functools.partial(check_emulated, replace(case, bias="full"), True)
         checks[f"deterministic-d256-{name}"] = functools.partial(check_emulated, replace(case, head_dim=256), True)
+        keys = replace(case, batch=1, seq_len_k=290, mask=False, causal=True)
+        for label, options in {"": {"seq_len_q": 60}, "-split": {"num_heads": 4, "num_kv_heads": 1}}.items():
+            checks[f"last-block-first{label}-{name}"] = functools.partial(
+                check_last_block_first, replace(keys, **options)
+            )
         # So few blocks and so long walks over the queries that plan_backward splits them; with a factor for each
         # head, always.
         few = replace(case, batch=1, num_kv_heads=1, num_heads=8, seq_len_q=130, seq_len_k=33)

@@ -20,6 +20,7 @@ import flash_cosine_sim_attention.interface as interface
 import flash_cosine_sim_attention.ops as ops
 from flash_cosine_sim_attention import (
     flash_cosine_sim_attention,
+    flash_cosine_sim_attention_varlen,
     plain_cosine_sim_attention,
 )
 from flash_cosine_sim_attention.call import BACKWARD, GRADIENTS, SCHEMAS, Call
@@ -583,12 +584,13 @@ def fake_gpus(monkeypatch):
 
     def capability(index):
         queried.append(index)
-        return [(7, 5), (8, 0), (12, 0)][index]
+        return [(7, 5), (8, 0), (12, 0), (10, 3)][index]
 
     monkeypatch.setattr(ops, "_kernels_error", None)
     monkeypatch.setattr(interface, "_gpu_reasons", {})
+    monkeypatch.setattr(interface, "_sdpa_reasons", {})
     monkeypatch.setattr(interface, "_logged_reasons", set())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     # It counts devices, too: torch.compile would save the state of their random generators.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
@@ -615,9 +617,69 @@ def test_a_gpu_older_than_the_kernels_is_refused(fake_gpus, caplog):
 def test_a_gpu_that_is_not_there_is_not_asked(fake_gpus):
     """Fake tensors, on the machine that compiles for another one."""
     with FakeTensorMode():
-        q = torch.empty(1, 2, 5, 16, device="cuda:3")
+        q = torch.empty(1, 2, 5, 16, device="cuda:4")
         flash_cosine_sim_attention(q, q, q, backend="cuda")
     assert fake_gpus == []
+
+
+# What a call has, and whether auto then takes SDPA on compute capability 10.x.
+ON_BLACKWELL = {
+    "plain": ({}, True),
+    "causal": ({"causal": True}, True),
+    "a window of all keys": ({"window_size": (4096, 4096)}, True),
+    "float32": ({"dtype": torch.float32}, False),
+    "head dim 192": ({"head_dim": 192}, False),
+    "short": ({"seq_len_q": 1023, "seq_len_k": 1023}, False),
+    "decoding": ({"seq_len_q": 1}, False),
+    "cross": ({"seq_len_q": 1024}, True),
+    "causal with more keys": ({"seq_len_q": 1024, "causal": True}, False),
+    "mask": ({"mask": True}, False),
+    "bias": ({"attn_bias": True}, False),
+    "window": ({"window_size": (100, 0)}, False),
+    "partials": ({"return_partials": True}, False),
+    "named": ({"backend": "cuda"}, False),
+}
+
+
+@pytest.mark.parametrize("name", ON_BLACKWELL)
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_auto_prefers_sdpa_where_the_table_says(fake_gpus, caplog, monkeypatch, name, index):
+    """On 10.x alone, for calls that SDPA's kernels take as they are; the reason is logged once."""
+    options, by_sdpa = ON_BLACKWELL[name]
+    options = {"dtype": torch.bfloat16, "head_dim": 64, "seq_len_q": 2048, "seq_len_k": 2048, **options}
+    dtype, head_dim, seq_len_q, seq_len_k = (
+        options.pop(key) for key in ("dtype", "head_dim", "seq_len_q", "seq_len_k")
+    )
+    taken = []
+    for back_end in ("sdpa", "kernel"):
+        module = ops if back_end == "kernel" else interface
+        attend = f"{back_end}_attention"
+        monkeypatch.setattr(module, attend, lambda call, _, back_end=back_end: taken.append(back_end) or call[0])
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger="flash_cosine_sim_attention"):
+        q = torch.empty(1, 2, seq_len_q, head_dim, dtype=dtype, device=f"cuda:{index}")
+        k = torch.empty(1, 2, seq_len_k, head_dim, dtype=dtype, device=f"cuda:{index}")
+        if options.pop("mask", False):
+            options["mask"] = torch.ones(1, seq_len_k, dtype=torch.bool, device=q.device)
+        if options.pop("attn_bias", False):
+            options["attn_bias"] = torch.zeros(2, seq_len_q, seq_len_k, device=q.device)
+        for _ in range(2):
+            flash_cosine_sim_attention(q, k, k, **options)
+    by_sdpa = by_sdpa and index == 3
+    assert taken == ["sdpa" if by_sdpa else "kernel"] * 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == by_sdpa and all("compute capability 10.x" in message for message in messages)
+    assert len(fake_gpus) <= 2  # for each question once
+
+
+def test_packed_sequences_stay_with_the_kernels(fake_gpus, monkeypatch):  # noqa: ARG001
+    """SDPA would attend to one after the other, and wait for the GPU to know them."""
+    taken = []
+    monkeypatch.setattr(ops, "kernel_attention", lambda call, _: taken.append("kernel") or call[0])
+    with FakeTensorMode():
+        q = torch.empty(4096, 2, 64, dtype=torch.bfloat16, device="cuda:3")
+        bounds = torch.empty(3, dtype=torch.int32, device="cuda:3")
+        flash_cosine_sim_attention_varlen(q, q, q, bounds, bounds, 4096, 4096)
+    assert taken == ["kernel"]
 
 
 def test_an_old_gpu_under_compile(fake_gpus, caplog):
@@ -700,6 +762,69 @@ def test_a_library_without_kernels_is_not_available(no_kernels, tmp_path, monkey
         with caplog.at_level(logging.INFO, logger="flash_cosine_sim_attention"):
             flash_cosine_sim_attention(q, k, v)
         assert "has no CUDA kernel for" in caplog.text
+
+
+WITHOUT_A_PRIVATE_NAME = """
+import sys, types
+import torch
+import torch._library.autograd
+
+real, name = torch._C, sys.argv[1]
+
+class Renamed(types.ModuleType):
+    def __getattr__(self, attribute):
+        if attribute == name:
+            raise AttributeError(f"no {name}")
+        return getattr(real, attribute)
+
+torch._C = Renamed("torch._C")
+from flash_cosine_sim_attention import flash_cosine_sim_attention, interface, ops
+torch._C = real
+
+def results(attend, partials):
+    interface._choose_backend = lambda *_: attend
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))
+    scale = torch.tensor([8.0, 9.0], requires_grad=True)
+    run = lambda: flash_cosine_sim_attention(q, k, v, scale=scale, causal=True, return_partials=partials)
+    with torch.no_grad():
+        without = run()
+    o = run()
+    if partials:
+        o, without = o[0] / o[1].unsqueeze(-1), without[0] / without[1].unsqueeze(-1)
+    return o, without, *torch.autograd.grad(o.square().sum(), (q, k, v, scale))
+
+for partials in (False, True):
+    torch.testing.assert_close(
+        results(ops.kernel_attention, partials), results(interface.reference_attention, partials)
+    )
+interface._choose_backend = lambda *_: ops.kernel_attention
+q = torch.ones(1, 1, 3, 8)
+try:
+    torch.func.jvp(lambda q: flash_cosine_sim_attention(q, q, q), (q,), (q,))
+except NotImplementedError as error:
+    assert "no forward-mode derivative" in str(error)
+else:
+    raise AssertionError("a tangent was lost")
+q.requires_grad_()
+(gradient,) = torch.autograd.grad(flash_cosine_sim_attention(q, q, q).sum(), q, create_graph=True)
+try:
+    gradient.sum().backward()
+except RuntimeError as error:
+    assert "no double backward" in str(error), error
+else:
+    raise AssertionError("a double backward was made up")
+"""
+
+
+def test_a_renamed_private_of_torch_costs_time_alone():
+    """Import says so and takes torch.library.register_autograd: the same gradients, and the same refusals."""
+    name = "_AutoDispatchBelowAutograd"
+    kernels = Path(interface.__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_A_PRIVATE_NAME, name]
+    process = subprocess.run(command, cwd=kernels, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert f"has not all private names that make calls fast (no {name})" in process.stderr
 
 
 def test_import_is_light():

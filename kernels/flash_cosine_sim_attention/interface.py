@@ -21,12 +21,22 @@ MAX_HEAD_DIM = 256
 # exp(60) = 2^86.6: row sums over 2^20 keys and |v| up to 2^15 still fit into float32 without any shift.
 MAX_LOGIT = 60
 ROUNDING = 2.0**-23  # 60 / groups may be rounded up, in float32 by as much as this
+# Where PyTorch's fused attention behind an l2norm should take less time than the kernels: compute capability, and why.
+# By published times of attention without the l2norm; nobody has run the kernels there.
+FASTER_BY_SDPA = {
+    10: "on compute capability 10.x the kernels have Ampere's instructions alone, and cuDNN's attention is published "
+    "to be some 3 times as fast; backend='cuda' takes the kernels"
+}
+FASTER_FROM_LENGTH = 1024  # with fewer queries or keys an l2norm of its own takes longer than the attention
+FASTER_TO_HEAD_DIM = 128  # which is what cuDNN's kernels for these GPUs take
 
 Result = Tensor | tuple[Tensor, Tensor]  # the output, or numerator and denominator
 
 logger = logging.getLogger("flash_cosine_sim_attention")
 _logged_reasons: set[str] = set()
-_gpu_reasons: dict[int, str | None] = {}  # by device index: asking a GPU in every call would cost host time
+# By device index: asking a GPU in every call would cost host time.
+_gpu_reasons: dict[int, str | None] = {}
+_sdpa_reasons: dict[int, str | None] = {}
 
 
 @overload
@@ -102,8 +112,9 @@ def flash_cosine_sim_attention(
             FlashAttention. It has no gradient, and one that requires it is a ValueError; slopes that are learned are a
             distance_bias, -slopes[:, None] * t.abs().
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
-            head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once. A named
-            back end that cannot serve raises. "sdpa" and "reference" take float64 too, to check gradients.
+            head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once, and "sdpa" for long
+            16-bit calls without mask, bias or window on compute capability 10.x. A named back end that cannot serve
+            raises. "sdpa" and "reference" take float64 too, to check gradients.
         return_partials: return (numerator, denominator), whose quotient is the output. They are not shifted,
             so shards over the keys merge by plain addition, and logits beyond the range, by a larger bias
             say, overflow.
@@ -147,6 +158,11 @@ def flash_cosine_sim_attention(
         left, right = -1, 0 if causal else -1
     else:
         causal, left, right = _as_limits(window_size, causal, q, k)
+    if backend == "auto" and attend is ops.kernel_attention and (reason := _why_sdpa(q.get_device())) is not None:
+        plain = mask is attn_bias is None and not return_partials and (left, right) in ((-1, -1), (-1, 0))
+        if plain and _is_faster_by_sdpa(q, k, causal):
+            _log_fallback_once(reason, logging.INFO)
+            attend = sdpa_attention
     # A Call's values in its order, but no Call: see call.py.
     call = (
         q, k, v, mask, attn_bias, scale_tensor, None, None, distance_bias, alibi_slopes, scale_value, groups, causal,
@@ -351,6 +367,26 @@ def _why_not_gpu(index: int) -> str | None:
                     f"the CUDA kernels need compute capability 8.0 or newer, {gpu} has {major}.{minor}"
                 )
     return _gpu_reasons[index]
+
+
+@ops.constant_when_compiled
+def _why_sdpa(index: int) -> str | None:
+    """Why SDPA should be faster on a GPU, for calls that it takes as they are."""
+    if index not in _sdpa_reasons:
+        there = 0 <= index < torch.cuda.device_count()
+        _sdpa_reasons[index] = FASTER_BY_SDPA.get(torch.cuda.get_device_capability(index)[0]) if there else None
+    return _sdpa_reasons[index]
+
+
+def _is_faster_by_sdpa(q: Tensor, k: Tensor, causal: bool) -> bool:
+    """Of a call without mask, bias or window: whether SDPA's fastest kernels take it, and it is long enough."""
+    seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= FASTER_TO_HEAD_DIM
+        and min(seq_len_q, seq_len_k) >= FASTER_FROM_LENGTH
+        and (seq_len_q == seq_len_k or not causal)
+    )
 
 
 def _require_cuda(q: Tensor) -> None:

@@ -28,6 +28,7 @@ The operators do not validate: interface.py did. What an implementation may rely
 """
 
 import ctypes
+import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,8 @@ def load_kernels(directory: Path = Path(__file__).parent) -> None:
     except (OSError, RuntimeError) as error:
         _kernels_error = f"{libraries[0].name} does not load: {error}"
         return
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    # Without the question, a library that loads has kernels.
+    has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     names = [operator.name for operator in (FORWARD, PARTIALS, BACKWARD)]
     missing = [name for name in names if not has_kernel(f"{NAMESPACE}::{name}", "CUDA")]
     if _schemas_of(libraries[0]) not in (SCHEMAS, None):
@@ -266,13 +268,68 @@ def _double_backward(_ctx, *_grads):
     )
 
 
-# What a thread dispatches to by default: no transform of torch.func, no tracer and no mode comes before autograd.
-_EAGER_KEYS = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
+def _eager_keys() -> int | None:
+    """What a thread dispatches to by default: no transform of torch.func, no tracer and no mode comes before autograd.
+
+    None if a name that is needed for it, or by `_register_autograd`, is not there: they are PyTorch's own, and may be
+    renamed in any release.
+    """
+    try:
+        key, _ = torch._C.DispatchKey, forward_ad._current_level
+        keys = torch._C.DispatchKeySet(key.BackendSelect).add(key.ADInplaceOrView).raw_repr()
+        torch._C._dispatch_tls_local_include_set().raw_repr()
+        torch._C._any_requires_grad()
+        with torch._C._AutoDispatchBelowAutograd():
+            return int(keys)
+    except (AttributeError, TypeError) as error:
+        logging.getLogger(NAMESPACE).warning(
+            "torch %s has not all private names that make calls fast (%s): public ones are used, which take the host "
+            "longer",
+            torch.__version__,
+            error,
+        )
+        return None
+
+
+_EAGER_KEYS = _eager_keys()
+_NO_FORWARD_MODE = (
+    "flash_cosine_sim_attention's operators have no forward-mode derivative; use backend='reference' (or "
+    "plain_cosine_sim_attention), which is plain PyTorch"
 )
 
 
 def _register_autograd(overload, operator: Operator, backward, saves: bool = True):
+    """Registers `backward`, and returns a function that calls the operator; of `saves` below."""
+    register = _register_autograd_publicly if _EAGER_KEYS is None else _register_autograd_fast
+    return register(overload, operator, backward, saves)
+
+
+def _register_autograd_publicly(overload, operator: Operator, backward, saves: bool):
+    """By public names alone."""
+    required = picker(operator.fields, operator.required)
+    tensors, values = picker(operator.fields, TENSORS), picker(operator.fields, VALUES)
+
+    def setup_context(ctx, inputs, output):
+        if saves:
+            ctx.save_for_backward(*tensors(inputs), *output)
+            ctx.values = values(inputs)
+        ctx.set_materialize_grads(False)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{operator.name}", backward, setup_context=setup_context, lib=_library
+    )
+
+    def call(*arguments):
+        given = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if not torch.compiler.is_compiling() and any(map(_has_tangent, given)):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        return overload(*(required(arguments) if differentiable else arguments))
+
+    return call
+
+
+def _register_autograd_fast(overload, operator: Operator, backward, saves: bool):
     """Like torch.library.register_autograd, at less than half of its host time per call.
 
     With `saves`, TENSORS and the results are saved as tensors, VALUES as ctx.values. Where there are gradients,
@@ -303,10 +360,7 @@ def _register_autograd(overload, operator: Operator, backward, saves: bool = Tru
 
     def kernel(*arguments):
         if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
-            raise NotImplementedError(
-                "flash_cosine_sim_attention's operators have no forward-mode derivative; use backend='reference' "
-                "(or plain_cosine_sim_attention), which is plain PyTorch"
-            )
+            raise NotImplementedError(_NO_FORWARD_MODE)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             try:
                 return Differentiable.apply(*required(arguments))

@@ -108,6 +108,7 @@ inline Waiting asleep;
 inline unsigned num_sleeps;  // since a thread did anything else
 inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
+inline bool last_block_first;
 inline int64_t num_loaded_bytes;  // by TMA
 inline std::function<void()> body;
 inline std::exception_ptr error;
@@ -259,7 +260,7 @@ inline void run_block() {
   }
 }
 
-// kernel<<<...>>>(...) becomes Launch{kernel, ...}(...). Blocks run in the order of their indices.
+// kernel<<<...>>>(...) becomes Launch{kernel, ...}(...). Blocks run in the order of their indices, or the last first.
 template <typename... Parameters>
 struct Launch {
   void (*kernel)(Parameters...);
@@ -277,7 +278,10 @@ struct Launch {
     num_blocks = blocks;
     shared_bytes = static_cast<uint32_t>(bytes);
     body = [&] { kernel(arguments...); };
-    for (block_index = 0; block_index < blocks; ++block_index) run_block();
+    for (unsigned i = 0; i < blocks; ++i) {
+      block_index = last_block_first ? blocks - 1 - i : i;
+      run_block();
+    }
     ++num_launches;
   }
 };

@@ -53,6 +53,8 @@ extern "C" {
 __attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
 __attribute__((visibility("default"))) int64_t emulated_loaded_bytes() { return emulator::num_loaded_bytes; }
 
+__attribute__((visibility("default"))) void emulated_last_block_first(int last) { emulator::last_block_first = last; }
+
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -61,6 +63,10 @@ const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = from_environment("EMULATED_MULTIPROCESSORS", 132);
+  } else if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) {
+    *value = (from_environment("EMULATED_CAPABILITY", 8) == 8 ? 164 : 228) * 1024;
+  } else if (attribute == cudaDevAttrMaxThreadsPerMultiProcessor) {
+    *value = 2048;
   } else {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? from_environment("EMULATED_CAPABILITY", 8) : 0;
   }

@@ -221,7 +221,8 @@ struct BackwardParams : Attention {
   float* dq_accumulator = nullptr;
   // deterministic: whose turn it is at each block of queries. Lies behind the counters; run_backward zeroes both.
   int* dq_order = nullptr;
-  uint32_t* counters = nullptr;  // sm90/backward.cuh: sm90/tiles/backward.h says what of
+  // sm90/backward.cuh: sm90/tiles/backward.h says what of; sm80/backward.cuh, deterministic: of blocks begun
+  uint32_t* counters = nullptr;
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.
   float* dkv_partials = nullptr;

@@ -9,7 +9,8 @@ namespace flash_cosine_sim {
 
 struct DeviceProperties {
   int num_multiprocessors = 0;
-  int compute_capability = 0;  // 90 is 9.0
+  int compute_capability = 0;         // 90 is 9.0
+  int shared_bytes = 0, threads = 0;  // of a multiprocessor, at most
 };
 
 // Of the current device. All devices are asked once; a static variable's initialisation is thread-safe.
@@ -24,6 +25,9 @@ inline const DeviceProperties& current_device() {
       CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
       CUDA_CHECK(cudaDeviceGetAttribute(&result[index].num_multiprocessors, cudaDevAttrMultiProcessorCount, index));
       result[index].compute_capability = 10 * major + minor;
+      CUDA_CHECK(
+          cudaDeviceGetAttribute(&result[index].shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+      CUDA_CHECK(cudaDeviceGetAttribute(&result[index].threads, cudaDevAttrMaxThreadsPerMultiProcessor, index));
     }
     return result;
   }();

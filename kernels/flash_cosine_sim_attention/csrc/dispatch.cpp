@@ -9,7 +9,8 @@ namespace {
 // On the current device.
 Gpu current_gpu() {
   const DeviceProperties& device = current_device();
-  return {device.num_multiprocessors, FLASH_COSINE_SIM_HAS_SM90 && device.compute_capability == 90};
+  return {device.num_multiprocessors, FLASH_COSINE_SIM_HAS_SM90 && device.compute_capability == 90, device.shared_bytes,
+          device.threads};
 }
 
 template <int kValue>
@@ -116,7 +117,9 @@ void run_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
 ForwardPlan plan_forward(const ForwardParams& params) { return plan_forward(params, current_gpu()); }
 
 BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors) {
-  return plan_backward(params, {num_multiprocessors, current_gpu().runs_sm90});
+  Gpu gpu = current_gpu();
+  gpu.num_multiprocessors = num_multiprocessors;
+  return plan_backward(params, gpu);
 }
 
 void run_forward(const ForwardParams& params, cudaStream_t stream) {

@@ -48,15 +48,25 @@ inline constexpr int64_t kManyQueriesPerKey = 256;
 // a row on. Measured: 256 (1 to 3 % faster), not 128 (2 % slower at head dim 64).
 inline constexpr int64_t kManyProductsPerRow = 256;
 
-// Blocks of keys so few that each has this many multiprocessors leave the GPU idle: several then share the walk over
-// queries, and their sums are added up afterwards ...
-inline constexpr int64_t kIdleMultiprocessors = 2;
-// ... if there are so many blocks of queries at least, of which each gets so many.
-struct WalkSplits {
-  int64_t least_blocks, least_blocks_each;
-  int64_t blocks_per_multiprocessor;  // wanted
+// Where blocks of keys are too few for the GPU, or of too different lengths, several share a walk over queries, and
+// their sums are added up afterwards: walk_splits.h. What that takes, in microseconds:
+struct WalkCosts {
+  double pair_us;       // a block of queries in a walk
+  double tile_us;       // what a walk, or a share of one, takes beside those
+  double merge_us;      // the launch that adds up, and
+  double us_per_byte;   // each byte of partials, written and read
+  int64_t least_pairs;  // of a share of the longest walk
 };
-inline constexpr WalkSplits kWalkSplitsSm80{8, 4, 2};
-inline constexpr WalkSplits kWalkSplitsSm90{4, 2, 1};
+// A pair and a tile as measured at head dim 64 (2.1 and 5.3 us), where a pair has as many products as at 128. With them
+// 512 to 4096 queries of 8 to 32 heads took 0.5 to 1.1 times the difference between two numbers of splits that the
+// model says. The others are estimates: 3 TB/s, as the L2 cache holds most partials.
+inline constexpr WalkCosts kWalkCostsSm90{2, 5, 2.5, 1 / 3e6, 2};
+// A pair as measured on an H200 with two blocks a multiprocessor: 5.31 ms for 993 of them at head dim 64 and length
+// 8192, 6.4 us in float32. The others are estimates.
+inline constexpr WalkCosts kWalkCostsSm80{5, 10, 2.5, 1 / 1.5e6, 4};
+// At most so many pieces for each block that runs at a time, and memory for their partials.
+inline constexpr int64_t kMostWavesOfWalks = 4;
+// More splits are taken if they need less than this share of the time, in percent: the model is no better than that.
+inline constexpr int64_t kWorthMoreSplitsPercent = 97;
 
 }  // namespace flash_cosine_sim

@@ -7,13 +7,12 @@
 #include <string>
 
 #include "heuristics.h"
+#include "walk_splits.h"
 #include "sm80/tiles.h"
 #include "sm90/tiles.h"
 
 namespace flash_cosine_sim {
 namespace {
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t group_of(const Attention& params) { return params.num_heads / params.num_kv_heads; }
 
@@ -186,8 +185,9 @@ ForwardPlan plan_split(const ForwardParams& params, const Gpu& gpu) {
   const SplitTile& tile = split_tile(math, params.head_dim);
   const int64_t tile_rows = tile.warp_rows() * tile.warps_with_rows(num_rows);
   const int64_t tiles_per_head = divide_up(num_rows, tile_rows);
+  const int held = blocks_held(gpu, tile.threads(), tile.shared_bytes(element_size(math)), tile.min_blocks);
   const int num_splits = choose_splits(num_kv_heads * tiles_per_head, divide_up(keys_of_query(params), tile.block_keys),
-                                       int64_t(tile.min_blocks) * gpu.num_multiprocessors);
+                                       int64_t(held) * gpu.num_multiprocessors);
   if (num_rows > kFewRows && num_splits == 1) return {};
 
   ForwardPlan plan;
@@ -229,23 +229,50 @@ bool can_prepare_rows_in_sm90(const BackwardParams& params) {
   return params.groups == 1 && (is_triangular(params) ? fewest / 2 : fewest) >= kManyProductsPerRow;
 }
 
-// How many blocks share the walk over num_blocks_q blocks of queries, where num_tiles walks are all that there are; 0
-// if there are enough. Each gets something to do.
-int split_walk(const WalkSplits& limits, int64_t num_tiles, int64_t num_blocks_q, int num_multiprocessors) {
-  if (kIdleMultiprocessors * num_tiles > num_multiprocessors || num_blocks_q < limits.least_blocks) return 0;
-  const int64_t wanted = divide_up(limits.blocks_per_multiprocessor * num_multiprocessors, num_tiles);
-  return static_cast<int>(std::min(wanted, num_blocks_q / limits.least_blocks_each));
-}
-
-// How many blocks of queries a block of keys walks over in a head, about.
-int64_t blocks_walked(const BackwardParams& params, int block_q, int block_k) {
-  const int64_t seen = queries_of_key(params);
-  return divide_up(seen < params.seq_len_q ? std::min<int64_t>(seen + block_k, params.seq_len_q) : seen, block_q);
-}
-
 // The gradients of k and v of every split.
 int64_t dkv_partials_of(const BackwardParams& params, int num_splits) {
   return int64_t(num_splits) * 2 * params.batch * params.num_kv_heads * params.seq_len_k * params.head_dim;
+}
+
+// How many blocks of queries a block of keys walks over in a head. Of packed sequences, about: they all have the mean
+// length.
+int64_t blocks_walked(const Attention& params, int64_t first_key, int64_t block_k, int64_t block_q) {
+  if (params.sequences.queries != nullptr) {
+    const int64_t seen = queries_of_key(params);
+    const bool limited = seen < divide_up(params.seq_len_q, std::max(params.sequences.num, 1));
+    return divide_up(limited ? std::min<int64_t>(seen + block_k, params.seq_len_q) : seen, block_q);
+  }
+  const int64_t last_key = std::min<int64_t>(first_key + block_k, params.seq_len_k) - 1;
+  const int64_t offset = params.seq_len_k - params.seq_len_q, num_queries = params.seq_len_q;
+  const int64_t first = params.window_right < 0 ? 0 : first_key - offset - params.window_right;
+  const int64_t end = params.window_left < 0 ? num_queries : last_key - offset + params.window_left + 1;
+  const int64_t first_block = std::clamp<int64_t>(first, 0, num_queries) / block_q;
+  return std::max<int64_t>(divide_up(std::clamp<int64_t>(end, 0, num_queries), block_q) - first_block, 0);
+}
+
+// What walks over queries there are, where num_alike tiles have each block of keys.
+Walks walks_of(const BackwardParams& params, int64_t num_alike, int64_t block_k, int64_t block_q, bool always_merged) {
+  Walks walks{num_alike, {}, 0, dkv_partials_of(params, 1) * int64_t{sizeof(float)}, always_merged};
+  walks.lengths.resize(divide_up(params.seq_len_k, block_k));
+  for (size_t i = 0; i < walks.lengths.size(); ++i) {
+    walks.lengths[i] = group_of(params) * blocks_walked(params, static_cast<int64_t>(i) * block_k, block_k, block_q);
+    walks.pairs += walks.lengths[i];
+  }
+  // They are, but for windows.
+  if (!std::is_sorted(walks.lengths.rbegin(), walks.lengths.rend())) {
+    std::sort(walks.lengths.rbegin(), walks.lengths.rend());
+  }
+  return walks;
+}
+
+// Whether there are so many tiles that no walk is cut; their lengths, which may be many, need not be known then.
+bool are_many(int64_t num_tiles, int64_t at_once) { return 2 * num_tiles > kMostWavesOfWalks * at_once; }
+
+int choose_splits_sm90(const BackwardParams& params, const BackwardSm90Tile& tile, const Gpu& gpu, bool always_merged) {
+  const int64_t num_heads = int64_t(params.batch) * params.num_kv_heads;
+  if (are_many(num_heads * divide_up(params.seq_len_k, tile.block_k()), gpu.num_multiprocessors)) return 0;
+  const Walks walks = walks_of(params, num_heads, tile.block_k(), tile.block_q, always_merged);
+  return static_cast<int>(choose_walk_splits(walks, gpu.num_multiprocessors, kWalkCostsSm90));
 }
 
 BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
@@ -273,11 +300,9 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   plan.num_counters = plan.prepares_rows
                           ? BackwardSm90Counters::kChunksOfBlockDone + num_tiles + num_heads * num_blocks_q
                           : BackwardSm90Counters::kNumWithoutRows;
-  plan.num_splits = split_walk(kWalkSplitsSm90, num_tiles,
-                               group_of(params) * blocks_walked(params, tile.block_q, tile.block_k()),
-                               gpu.num_multiprocessors);
-  // The main kernel takes dk through the norm of whole rows only.
-  if (params.groups > 1) plan.num_splits = std::max(plan.num_splits, 1);
+  const bool always_merged = params.groups > 1;  // the main kernel takes dk through the norm of whole rows only
+  plan.num_splits = choose_splits_sm90(params, tile, gpu, always_merged);
+  if (always_merged) plan.num_splits = std::max(plan.num_splits, 1);
   plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
   return plan;
 }
@@ -290,10 +315,16 @@ int choose_splits_sm80(const BackwardParams& params, const BackwardTile& tile, c
     // A factor per head, which a split has but one of. No split may be without a share, for it has no head.
     return static_cast<int>(group > 1 || tile.slices() > 1 ? group : 0);
   }
-  const int64_t num_blocks_q = group * blocks_walked(params, tile.block_q, tile.block_k());
-  const int num_splits = split_walk(kWalkSplitsSm80, num_tiles, num_blocks_q, gpu.num_multiprocessors);
   // Where a row of dk is in slices, no block has a whole one to take through the norm.
-  return tile.slices() > 1 ? std::max(num_splits, 1) : num_splits;
+  const bool always_merged = tile.slices() > 1;
+  const int least = always_merged ? 1 : 0;
+  const int held =
+      blocks_held(gpu, tile.threads(), tile.shared_bytes(element_size(math_of(params))), BackwardTile::kMinBlocks);
+  const int64_t at_once = int64_t(held) * gpu.num_multiprocessors;
+  if (are_many(num_tiles * tile.slices(), at_once)) return least;
+  const int64_t num_alike = int64_t(params.batch) * params.num_kv_heads * tile.slices();
+  const Walks walks = walks_of(params, num_alike, tile.block_k(), tile.block_q, always_merged);
+  return std::max(static_cast<int>(choose_walk_splits(walks, at_once, kWalkCostsSm80)), least);
 }
 
 BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
@@ -302,7 +333,10 @@ BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
   BackwardPlan plan;
   if (needs_dq(params)) {
     plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
-    if (params.deterministic) plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
+    if (params.deterministic) {
+      plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
+      plan.num_counters = 1;  // of the numbers that blocks have taken
+    }
   }
   plan.num_splits = choose_splits_sm80(params, tile, gpu);
   plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
@@ -323,6 +357,12 @@ void plan_diagonal_sums(BackwardPlan& plan, const BackwardParams& params) {
 }
 
 }  // namespace
+
+int blocks_held(const Gpu& gpu, int threads, int shared_bytes, int min_blocks) {
+  constexpr int kReservedBytes = 1024;  // which the system takes of each block's shared memory
+  const int by_memory = gpu.shared_bytes / (shared_bytes + kReservedBytes);
+  return std::max(std::min({min_blocks, by_memory, gpu.threads / threads}), 1);
+}
 
 int padded_head_dim(int head_dim) {
   for (const int padded : {16, 32, 64, 96, 128, 256}) {

@@ -11,7 +11,15 @@ namespace flash_cosine_sim {
 struct Gpu {
   int num_multiprocessors = 0;
   bool runs_sm90 = false;  // compute capability 9.0, and the library has the kernels of sm90/
+  // What the blocks on a multiprocessor share. Here a 9.0's.
+  int shared_bytes = 228 * 1024;
+  int threads = 2048;
 };
+
+// How many blocks of a kernel a multiprocessor holds at a time, at least one: by threads, shared memory and registers,
+// of which every GPU from 8.0 on has 65,536. A kernel's launch bounds leave it no more than a min_blocks-th of them, so
+// they allow min_blocks blocks; that fewer are used, and more blocks fit, is left out.
+int blocks_held(const Gpu& gpu, int threads, int shared_bytes, int min_blocks);
 
 ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu);
 BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu);

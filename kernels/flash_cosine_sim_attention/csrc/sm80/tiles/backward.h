@@ -17,6 +17,26 @@ struct BackwardTile {
 
   constexpr int block_k() const { return 16 * row_tiles * warps; }
   constexpr int slices() const { return head_dim / out_dim; }
+
+  static constexpr int kMinBlocks = 2;  // for which registers are left
+  constexpr int threads() const { return 32 * warps; }
+  // Shared memory: K and V, then stages of Q and dO, then dS, then two stages of row statistics. After the loop the
+  // same memory holds dV, then dK, as float32.
+  constexpr int offset_q(int element_size) const { return 2 * block_k() * head_dim * element_size; }
+  constexpr int offset_ds(int element_size) const {
+    return offset_q(element_size) + 2 * stages * block_q * head_dim * element_size;
+  }
+  constexpr int offset_rows(int element_size) const {
+    return offset_ds(element_size) + block_k() * block_q * element_size;
+  }
+  constexpr int pitch() const { return head_dim + 4; }
+  constexpr int offset_number(int element_size) const {
+    const int loop_bytes = offset_rows(element_size) + 2 * 2 * block_q * static_cast<int>(sizeof(float));
+    const int epilogue_bytes = slices() == 1 ? block_k() * pitch() * static_cast<int>(sizeof(float)) : 0;
+    return loop_bytes > epilogue_bytes ? loop_bytes : epilogue_bytes;
+  }
+  // And behind all of it the block's number, deterministic.
+  constexpr int shared_bytes(int element_size) const { return offset_number(element_size) + 16; }
 };
 
 inline constexpr BackwardTile kBackwardTiles16Bit[] = {
@@ -48,12 +68,12 @@ struct BackwardTraits {
   static_assert(kTile.head_dim == kHeadDim);
   static constexpr int kOutDim = kTile.out_dim, kWarps = kTile.warps, kRowTiles = kTile.row_tiles;
   static constexpr int kBlockQ = kTile.block_q, kChunkQ = kTile.chunk_q, kStages = kTile.stages;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = BackwardTile::kMinBlocks;
 
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
   static constexpr int kSlices = kTile.slices();
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = kTile.threads();
   static constexpr int kBlockK = kTile.block_k();
   // The warps share out dQ, kBlockQ x kOutDim: so many along the queries, the others along the head dim.
   static constexpr int kWarpsQ = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
@@ -63,14 +83,12 @@ struct BackwardTraits {
   static constexpr int kTileBytesK = kBlockK * kRowBytes;
   static constexpr int kTileBytesQ = kBlockQ * kRowBytes;
   static constexpr int kRowBytesDS = kBlockQ * kElementSize;
-  static constexpr int kOffsetQ = 2 * kTileBytesK;                        // after K and V
-  static constexpr int kOffsetDS = kOffsetQ + 2 * kStages * kTileBytesQ;  // after Q and dO
-  static constexpr int kOffsetRows = kOffsetDS + kBlockK * kRowBytesDS;   // row statistics, two stages
-  static constexpr int kLoopBytes = kOffsetRows + 2 * 2 * kBlockQ * static_cast<int>(sizeof(float));
-  // After the loop the same memory holds dV, then dK, as float32.
-  static constexpr int kPitch = kHeadDim + 4;
-  static constexpr int kEpilogueBytes = kSlices == 1 ? kBlockK * kPitch * static_cast<int>(sizeof(float)) : 0;
-  static constexpr int kSharedBytes = kLoopBytes > kEpilogueBytes ? kLoopBytes : kEpilogueBytes;
+  static constexpr int kOffsetQ = kTile.offset_q(kElementSize);
+  static constexpr int kOffsetDS = kTile.offset_ds(kElementSize);
+  static constexpr int kOffsetRows = kTile.offset_rows(kElementSize);
+  static constexpr int kPitch = kTile.pitch();
+  static constexpr int kOffsetNumber = kTile.offset_number(kElementSize);
+  static constexpr int kSharedBytes = kTile.shared_bytes(kElementSize);
   static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kSlices * kOutDim == kHeadDim && kBlockQ % kChunkQ == 0);
   static_assert(kWarpsQ * 16 == kBlockQ && kDimPerWarp % 16 == 0);

@@ -10,7 +10,7 @@ namespace flash_cosine_sim {
 struct SplitTile {
   int head_dim;
   // Mostly 32 KiB of keys and values. A block works on one such stage while the next is on its way, and a
-  // multiprocessor has two or three blocks: more than the fastest memory needs to be busy.
+  // multiprocessor of 228 KiB has two or three blocks: more than the fastest memory needs to be busy.
   int block_keys;
   int row_tiles;  // rows of a warp, 16 each
   // In registers q needs shared memory at the start only, which serves keys afterwards, and there is room for three
@@ -24,6 +24,13 @@ struct SplitTile {
     int result = 1;
     while (result < warps() && result * warp_rows() < num_rows) result *= 2;
     return result;
+  }
+  constexpr int threads() const { return 32 * warps(); }
+  constexpr int stage_bytes(int element_size) const { return 2 * block_keys * head_dim * element_size; }
+  // A q that goes into registers is first where the second stage will be.
+  constexpr int shared_bytes(int element_size) const {
+    const int q_bytes = warp_rows() * warps() * head_dim * element_size;
+    return 2 * stage_bytes(element_size) + (q_in_registers ? 0 : q_bytes);
   }
 };
 
@@ -76,17 +83,16 @@ struct SplitTraits {
   static constexpr int kRowBytes = kHeadDim * element_size(kMath);
   static constexpr bool kNormalizesFragments = split_normalizes_fragments(kMath);
   static constexpr int kWarps = kTile.warps();
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = kTile.threads();
   static constexpr int kBlockK = kBlockKeys / kWarps;
   static constexpr int kOutDim = kHeadDim;
   static constexpr int kWarpRows = kTile.warp_rows();
   static constexpr int kBlockQ = kWarpRows * kWarps;  // at most
 
-  static constexpr int kStageBytes = 2 * kBlockKeys * kRowBytes;
-  // A q that goes into registers is first where the second stage will be.
+  static constexpr int kStageBytes = kTile.stage_bytes(element_size(kMath));
   static constexpr int kTileBytesQ = kBlockQ * kRowBytes;
   static constexpr int kOffsetQ = (kQInRegisters ? 1 : 2) * kStageBytes;
-  static constexpr int kSharedBytes = 2 * kStageBytes + (kQInRegisters ? 0 : kTileBytesQ);
+  static constexpr int kSharedBytes = kTile.shared_bytes(element_size(kMath));
   static_assert(!kQInRegisters || (kTileBytesQ <= kStageBytes && element_size(kMath) == 2));
   // After the loop, the warps' sums: O and the two row sums behind it. The pitch spreads eight rows over all banks.
   static constexpr int kPitch = kHeadDim + 8;
