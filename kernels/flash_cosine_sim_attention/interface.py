@@ -159,7 +159,8 @@ def flash_cosine_sim_attention(
     else:
         causal, left, right = _as_limits(window_size, causal, q, k)
     if backend == "auto" and attend is ops.kernel_attention and (reason := _why_sdpa(q.get_device())) is not None:
-        plain = mask is attn_bias is None and not return_partials and (left, right) in ((-1, -1), (-1, 0))
+        plain = mask is attn_bias is distance_bias is alibi_slopes is None and not return_partials
+        plain = plain and (left, right) in ((-1, -1), (-1, 0))
         if plain and _is_faster_by_sdpa(q, k, causal):
             _log_fallback_once(reason, logging.INFO)
             attend = sdpa_attention
