@@ -227,7 +227,7 @@ def test_nothing_but_distance_and_order_is_seen(kind, positions):
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "positions"), [("cosine", "dynamic"), ("regular", "dynamic"), ("cosine", "alibi")])
+@pytest.mark.parametrize(("kind", "positions"), [("cosine", "alibi"), ("regular", "dynamic")])
 def test_a_compiled_step_is_that_of_the_model(kind, positions):
     gpt = build(kind, positions=positions, window=7).double()
     tokens = torch.randint(0, 256, (2, 33))
