@@ -35,7 +35,7 @@ from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.training.batching import default_micro_batch_tokens, micro_batches
-from models.training.callbacks import LogitMetrics, Profile, TextSample, TrainingMetrics
+from models.training.callbacks import LogitMetrics, PositionBiases, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.identity import default_name, plain_name
@@ -363,7 +363,9 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: 
     )
     logits = LogitMetrics(data.val[: config.seq_len].tobytes())
     profile = [Profile(run.folder, options.profile_steps, config.max_steps)] if options.profile_steps else []
-    return [*profile, metrics, logits, sample, progress]
+    is_learned = config.model.positions == "dynamic"
+    biases = [PositionBiases(run.folder, resume_step=run.resume_step)] if is_learned else []
+    return [*profile, metrics, logits, *biases, sample, progress]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ PROTOCOLS = {
 }
 # Their arguments that the program supplies itself: no keys of the configuration.
 GIVEN_BY_CODE = {
-    "attention": ("num_heads", "head_dim", "layer", "num_layers"),
+    "attention": ("num_heads", "head_dim", "layer", "num_layers", "position_bias"),
     "norm": ("width", "num_layers", "attention", "mlp"),
     "model": ("attention", "block"),
     "data": ("url",),  # a run's folder, which may be somebody else's, says what its bytes are, not where to fetch them

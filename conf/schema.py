@@ -22,6 +22,8 @@ from conf.registry import BUILDERS, GIVEN_BY_CODE, find
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
 OVERRIDING = ("experiment", "debug", "sweep")  # groups that choose options of the others, and values
+# Keys that are looked for in a group that does not have them: where they are.
+ELSEWHERE = {"attention.position": "model.positions", "attention.positions": "model.positions"}
 
 
 class ConfigError(ValueError):
@@ -204,6 +206,8 @@ def unknown(prefix: str, key: str, accepted: list[str]) -> str:
     if owners and key != "kind":
         owned = f"{full_key} is a key of {' and '.join(f'{group}={owner}' for owner in owners)}"
         return f"{owned}; the chosen option has {', '.join(prefix + name for name in accepted) or 'none'}"
+    if full_key in ELSEWHERE:
+        return f"{full_key} is not a key: it is {ELSEWHERE[full_key]}, the same for every option of {group}"
     return f"{full_key} is not a key; accepted: {', '.join(prefix + name for name in accepted) or 'none'}"
 
 

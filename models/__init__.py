@@ -1,1 +1,1 @@
-"""The GPT: embedding, blocks, attention, rotary positions, norms. Its training is in models/training/."""
+"""The GPT: embedding, blocks, attention, positions, norms. Its training is in models/training/."""

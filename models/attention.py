@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from flash_cosine_sim_attention.interface import MAX_LOGIT
+from models.positions import PositionBias
 from models.rotary import Rotary
 from models.windows import window_of_layer, windowed_attention
 
@@ -24,7 +25,8 @@ PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
 class InnerAttention(Protocol):
     """What turns q, k and v into o inside ``SelfAttention``: an nn.Module.
 
-    It is built from num_heads and head_dim, and from layer, counted from 0, and num_layers of the model it is in.
+    It is built from num_heads and head_dim, from layer, counted from 0, and num_layers of the model it is in, and from
+    position_bias, which it adds to its logits by distance; None where positions are told in another way.
 
     q is (batch, num_heads, seq_len_q, head_dim), k and v are (batch, num_kv_heads, seq_len_k, head_dim), of one dtype;
     num_kv_heads divides num_heads, and each key head serves num_heads / num_kv_heads query heads in a row.
@@ -44,7 +46,10 @@ class InnerAttention(Protocol):
         """o, of the shape and dtype of q; seq_len_q is seq_len_k, or 1 when keys come from a cache."""
 
     def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
-        """The largest magnitude that a visible pair of a query and a key brings to the softmax, a float32 scalar."""
+        """The largest magnitude that a visible pair of a query and a key brings to the softmax, a float32 scalar.
+
+        Without the position_bias, which the pair's distance brings, and not its vectors.
+        """
 
 
 class CosineAttention(nn.Module):
@@ -56,11 +61,13 @@ class CosineAttention(nn.Module):
         layer: counted from 0.
         num_layers: of the model.
         scale: the fixed temperature, or the initial one of every head if ``learned_scale``.
-        learned_scale: one temperature per head, learned as its logarithm and held at 60 / groups at most.
+        learned_scale: one temperature per head, learned as its logarithm and held at 60 / groups at most; with a
+            position_bias at (60 - position_bias.largest) / groups.
         groups: l2-normalise the head dimension in this many equal parts; logits then reach scale * groups.
         backend: "auto", "cuda", "sdpa" or "reference", as in ``flash_cosine_sim_attention``.
         window: the most keys that a query sees, itself among them, or None; not in the last layer.
         window_pattern: the layers that have the window, as in ``window_of_layer``.
+        position_bias: added to the logits by distance, or None.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class CosineAttention(nn.Module):
         *,
         layer: int,
         num_layers: int,
+        position_bias: PositionBias | None = None,
         scale: float,
         learned_scale: bool,
         groups: int,
@@ -85,10 +93,12 @@ class CosineAttention(nn.Module):
             )
         if groups < 1 or head_dim % groups:
             raise ValueError(f"attention.groups must divide the head_dim {head_dim}, got {groups}")
-        if not 0 < scale * groups <= MAX_LOGIT:
+        largest_bias = 0.0 if position_bias is None else position_bias.largest
+        if not 0 < scale * groups <= MAX_LOGIT - largest_bias:
+            left = f" (the bias of model.positions takes {largest_bias:g} of {MAX_LOGIT:g})" if largest_bias else ""
             raise ValueError(
-                f"attention.scale * attention.groups bounds the logits and must be in (0, {MAX_LOGIT:g}], "
-                f"got {scale:g} * {groups}"
+                f"attention.scale * attention.groups bounds the logits and must be in (0, {MAX_LOGIT - largest_bias:g}]"
+                f"{left}, got {scale:g} * {groups}"
             )
         if backend not in ("auto", "cuda", "sdpa", "reference"):
             raise ValueError(f"attention.backend must be auto, cuda, sdpa or reference, got {backend!r}")
@@ -96,7 +106,8 @@ class CosineAttention(nn.Module):
         self.fixed_scale = scale
         self.groups = groups
         self.backend = backend
-        self.max_scale = MAX_LOGIT / groups
+        self.max_scale = (MAX_LOGIT - largest_bias) / groups
+        self.position_bias = position_bias
         # The logarithm keeps the scale positive and makes a step of the optimizer a relative change of it.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale))) if learned_scale else None
 
@@ -115,16 +126,18 @@ class CosineAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (batch, num_heads, seq_len_q, head_dim), k and v (batch, num_kv_heads, seq_len_k, head_dim) -> like q."""
         window_size = None if self.window is None else (self.window - 1, 0)
+        table = None if self.position_bias is None else self.position_bias(k.shape[-2], q)
         return flash_cosine_sim_attention(
-            q, k, v, scale=self.scale(), groups=self.groups, causal=True, window_size=window_size, backend=self.backend
-        )
+            q, k, v, scale=self.scale(), groups=self.groups, causal=True, window_size=window_size, distance_bias=table,
+            backend=self.backend,
+        )  # fmt: skip
 
 
 class RegularAttention(nn.Module):
     """o = softmax(q k^T / sqrt(head_dim)) v, causal: PyTorch's scaled_dot_product_attention (Vaswani et al. 2017).
 
-    Layers with a window take ``windowed_attention``, which says by what it is computed. Arguments as those of
-    ``CosineAttention``.
+    Layers with a window or a position_bias take ``windowed_attention``, which says by what it is computed. Arguments as
+    those of ``CosineAttention``.
     """
 
     def __init__(
@@ -134,12 +147,14 @@ class RegularAttention(nn.Module):
         *,
         layer: int,
         num_layers: int,
+        position_bias: PositionBias | None = None,
         window: int | None = None,
         window_pattern: str | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.position_bias = position_bias
         self.window = window_of_layer(window, window_pattern, layer=layer, num_layers=num_layers)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -148,11 +163,17 @@ class RegularAttention(nn.Module):
         if seq_len_q not in (1, seq_len_k):
             # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
             raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
-        if self.window is not None and self.window < seq_len_k:
-            if seq_len_q > 1:
-                return windowed_attention(q, k, v, self.window)
-            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1])
+        window = seq_len_k if self.window is None else min(self.window, seq_len_k)
+        table = None if self.position_bias is None else self.position_bias(window, q)  # (num_heads, window)
+        if seq_len_q > 1 and (window < seq_len_k or table is not None):
+            return windowed_attention(q, k, v, window, table)
+        if window < seq_len_k:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        # The last key is at the distance 0 of the one query.
+        bias = None if table is None else table.flip(-1)[None, :, None].to(q.dtype)  # (1, num_heads, 1, window)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=seq_len_q > 1, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     def largest_logit(self, q: Tensor, k: Tensor) -> Tensor:
         """The largest |q k^T| / sqrt(head_dim) of a visible pair, a float32 scalar; shapes as in ``forward``."""
@@ -209,7 +230,7 @@ class SelfAttention(nn.Module):
         num_heads: query heads; head_dim = width / num_heads.
         num_kv_heads: key/value heads; divides num_heads (grouped-query attention), 1 is multi-query.
         inner: the attention itself, q, k, v -> o.
-        rotary: position embedding of q and k, or None when positions are added to the embedding.
+        rotary: position embedding of q and k, or None when positions are told elsewhere.
         dropout: probability of dropping an output channel of the layer.
     """
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.attention import InnerAttention, KVCache, SelfAttention
 from models.blocks import MLP, Block
+from models.positions import POSITIONS, position_bias_of
 from models.rotary import Rotary
 from models.windows import mean_visible_keys
 
@@ -23,9 +24,11 @@ class GPT(nn.Module):
         num_heads: attention heads.
         num_kv_heads: key/value heads, dividing num_heads; None for num_heads.
         seq_len: the longest context, in bytes.
-        attention: builds a layer's inner attention from num_heads, head_dim, layer (from 0) and num_layers.
+        attention: builds a layer's inner attention from num_heads, head_dim, layer (from 0), num_layers and
+            position_bias.
         block: builds a block from width, num_layers, attention and mlp; says how the stream is normalised.
-        positions: "rotary" (relative, in q and k) or "learned" (absolute, added to the embedding).
+        positions: "rotary" (relative, in q and k), "learned" (absolute, added to the embedding), or added to the
+            logits by distance: "alibi" (a slope a head) or "dynamic" (a learned network a layer).
         tied_head: share the embedding's weights with the head.
         dropout: probability, after the embedding, each attention and each MLP.
         activation: of the MLPs, "gelu" or "relu2".
@@ -58,7 +61,9 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
         def build_layer(layer: int) -> Block:
-            inner = attention(num_heads=num_heads, head_dim=head_dim, layer=layer, num_layers=num_layers)
+            bias = position_bias_of(positions, num_heads=num_heads, seq_len=seq_len)
+            place = {"layer": layer, "num_layers": num_layers}
+            inner = attention(num_heads=num_heads, head_dim=head_dim, **place, position_bias=bias)
             around = SelfAttention(width, num_heads, num_kv_heads, inner=inner, rotary=rotary, dropout=dropout)
             mlp = MLP(width, dropout=dropout, activation=activation)
             return block(width=width, num_layers=num_layers, attention=around, mlp=mlp)
@@ -237,8 +242,8 @@ def _check_sizes(
         raise ValueError(f"model.num_heads must divide model.width = {width}, got {num_heads}")
     if num_heads % num_kv_heads:
         raise ValueError(f"model.num_kv_heads must divide model.num_heads = {num_heads}, got {num_kv_heads}")
-    if positions not in ("rotary", "learned"):
-        raise ValueError(f"model.positions must be rotary or learned, got {positions!r}")
+    if positions not in POSITIONS:
+        raise ValueError(f"model.positions must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}, got {positions!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
 

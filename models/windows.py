@@ -10,6 +10,7 @@ import math
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -60,8 +61,8 @@ def mean_visible_keys(seq_len: int, window: int | None) -> float:
     return visible * (1 - visible / (2 * seq_len))
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v of every position at once, causal, each query seeing `window` keys at most.
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v of all positions at once, causal, a query seeing `window` keys at most.
 
     In a model compiled for a GPU by flex_attention, which leaves out the blocks that nobody sees. Anywhere else by
     PyTorch's scaled_dot_product_attention under an explicit mask, in blocks of rows without the keys beside their
@@ -71,35 +72,48 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Args:
         q: (batch, num_heads, seq_len, head_dim).
         k, v: (batch, num_kv_heads, seq_len, head_dim).
-        window: at least 1, the query's own key among them.
+        window: from 1 to seq_len, the query's own key among them.
+        distance_bias: (num_heads, at least window), entry t added to the logits of keys t positions before their query;
+            None: nothing is. Differentiable.
     """
-    if torch.compiler.is_compiling() and q.is_cuda and _flex_serves(q):
-        return by_flex(q, k, v, window)
+    if torch.compiler.is_compiling() and q.is_cuda and _flex_serves(q, distance_bias):
+        return by_flex(q, k, v, window, distance_bias)
     if not torch.compiler.is_compiling() and q.is_cuda and q.requires_grad:
         _say_that_it_is_not_compiled()
     scale = 1 / math.sqrt(q.shape[-1])
     # Without its l2norm this is attention with any queries and keys; SDPA, not exp alone, holds the logits in range.
+    if distance_bias is not None:  # the library's is for every distance there is
+        distance_bias = F.pad(distance_bias, (0, max(0, k.shape[-2] - distance_bias.shape[-1])))
     return flash_cosine_sim_attention(
-        q, k, v, scale=scale, causal=True, l2norm_qk=False, window_size=(window - 1, 0), backend="sdpa"
-    )
+        q, k, v, scale=scale, causal=True, l2norm_qk=False, window_size=(window - 1, 0), distance_bias=distance_bias,
+        backend="sdpa",
+    )  # fmt: skip
 
 
-def _flex_serves(q: Tensor) -> bool:
+def _flex_serves(q: Tensor, distance_bias: Tensor | None) -> bool:
+    if distance_bias is not None and distance_bias.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return False  # its gradient there is summed in no fixed order
     return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] >= SMALLEST_FLEX_HEAD_DIM
 
 
 @functools.cache
 def _say_that_it_is_not_compiled() -> None:
     log.warning(
-        "attention=regular with attention.window is not compiled here: it trains by an explicit mask, slower than the "
-        "flex_attention of compile=true"
+        "attention=regular with attention.window, or with model.positions=alibi or dynamic, is not compiled here: it "
+        "trains by an explicit mask, slower than the flex_attention of compile=true"
     )
 
 
-def by_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def by_flex(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor | None = None) -> Tensor:
     """The same by flex_attention, to be compiled."""
+
+    def biased(score: Tensor, _batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        # The score of a pair that the mask hides is computed, too, and must not read outside of the table.
+        return score + distance_bias[head, (i - j).clamp(0, distance_bias.shape[-1] - 1)]
+
     blocks = block_mask(q.shape[-2], window, q.device)
-    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    score_mod = None if distance_bias is None else biased
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask:

@@ -505,7 +505,7 @@ def test_sizes_of_the_predecessor():
         ({"num_kv_heads": 3}, "model.num_kv_heads must divide model.num_heads = 4, got 3"),
         ({"num_layers": 0}, "model.num_layers must be at least 1, got 0"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
-        ({"positions": "alibi"}, "model.positions must be rotary or learned, got 'alibi'"),
+        ({"positions": "t5"}, "model.positions must be rotary, learned, alibi or dynamic, got 't5'"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), got 1.0"),
         ({"activation": "relu"}, "model.activation must be gelu or relu2, got 'relu'"),
         ({"width": 48, "num_heads": 4}, "multiple of 8 up to 256, got 12"),

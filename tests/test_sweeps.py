@@ -33,7 +33,7 @@ from models.training.report import read_results
 from models.training.runs import Run, Skipped
 from train import build_module
 
-SWEPT = ("attention_norm", "lr", "scale", "groups", "seq_len")
+SWEPT = ("attention_norm", "lr", "scale", "groups", "seq_len", "positions")
 FINISHED = re.compile(r"^job #(\d+)(?: \((.*?)\))?: (finished|skipped): val bpc (\d\.\d{4}), ", re.MULTILINE)
 
 

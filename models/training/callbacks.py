@@ -1,5 +1,6 @@
 """What is recorded while training: loss, throughput, memory, and a sample of text at each validation."""
 
+import csv
 import logging
 import math
 import time
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from models.gpt import GPT
+from models.positions import DynamicBias
 from models.training.devices import peak_flops
 from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
-from models.training.run_files import SAMPLES_FILE, read_samples
+from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, read_csv, read_samples
 from models.training.tables import decode
 
 log = logging.getLogger(__name__)
@@ -170,8 +172,8 @@ def _memory(device: torch.device) -> dict[str, float]:
 class LogitMetrics(lightning.Callback):
     """At each validation the largest |logit| that one window of the validation split makes.
 
-    Columns: logit/. A logit is scale * cos(q, k), or q k / sqrt(head_dim) with regular attention; counted are all
-    heads, and the pairs of a query and a key that it sees.
+    Columns: logit/. A logit is scale * cos(q, k), or q k / sqrt(head_dim) with regular attention, without a bias by
+    distance; counted are all heads, and the pairs of a query and a key that it sees.
 
     Args:
         window: the bytes, at most the model's seq_len.
@@ -210,6 +212,59 @@ def largest_logits(gpt: GPT, tokens: Tensor) -> list[float]:
         for hook in hooks:
             hook.remove()
     return torch.stack(found).tolist()
+
+
+class PositionBiases(lightning.Callback):
+    """At each validation keeps the learned biases by distance of model.positions=dynamic.
+
+    ``run_dir/position_bias.csv`` has a row for each step, layer and distance, with a column a head.
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
+        self.path = Path(run_dir) / POSITION_BIAS_FILE
+        if resume_step is not None and self.path.exists():
+            self._drop_after(resume_step)
+
+    @rank_zero_only
+    def _drop_after(self, step: int) -> None:
+        # as samples: a run killed between a validation and its checkpoint validates again
+        kept = [row for row in read_csv(self.path) if int(row["step"]) <= step]
+        self.path.unlink()
+        if kept:
+            self._append([list(row.values()) for row in kept], header=list(kept[0]))
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        rows = [[trainer.global_step, *row] for row in position_biases(module.gpt)]
+        heads = [f"head{head}" for head in range(len(rows[0]) - 3)]
+        self._append(rows, header=["step", "layer", "distance", *heads])
+
+    def _append(self, rows: list[list[Any]], header: list[str]) -> None:
+        is_new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows] if is_new else rows)
+
+
+@torch.no_grad()
+def position_biases(gpt: GPT) -> list[list[float]]:
+    """Layer, distance, and the learned bias of each head there; of two distances an octave, and the largest."""
+    distances = _told_distances(gpt.seq_len)
+    rows = []
+    for layer, block in enumerate(gpt.blocks):
+        bias = block.attention.inner.position_bias
+        if isinstance(bias, DynamicBias):
+            table = bias(gpt.seq_len, gpt.embedding.weight).T[distances].tolist()  # a row a distance, a number a head
+            rows += [[layer, distance, *heads] for distance, heads in zip(distances, table, strict=True)]
+    return rows
+
+
+def _told_distances(seq_len: int) -> list[int]:
+    """0, 1, 2, 3, 4, 6, 8, 12 ... below seq_len, and seq_len - 1."""
+    octaves = [1 << octave for octave in range(seq_len.bit_length())]
+    steps = {0, *octaves, *(step + step // 2 for step in octaves), seq_len - 1}
+    return sorted(step for step in steps if step < seq_len)
 
 
 class Profile(lightning.Callback):

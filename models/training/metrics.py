@@ -106,11 +106,15 @@ METRICS = {
     "scale/mean": Metric("learned scale, the mean over all heads"),
     "scale/min": Metric("the smallest of them"),
     "scale/max": Metric("the largest of them"),
-    "scale/clamped": Metric("share of heads whose scale is held at its bound, 60 / `attention.groups`"),
+    "scale/clamped": Metric(
+        "share of heads whose scale is held at its bound, 60 / `attention.groups` (44 with dynamic positions)"
+    ),
     "scale/layerN/mean": Metric("learned scale, the mean over the heads of one layer"),
     "scale/layerN/min": Metric("the smallest of them"),
     "scale/layerN/max": Metric("the largest of them"),
-    "logit/max": Metric("largest absolute logit of a visible pair in one window of validation data"),
+    "logit/max": Metric(
+        "largest absolute logit of a visible pair in one window of validation data, without a bias by distance"
+    ),
     "logit/layerN/max": Metric("the same of one layer"),
 }
 

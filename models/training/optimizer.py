@@ -99,7 +99,7 @@ class Muon:
         weight_decay: of the matrices; nothing else decays.
         embedding_lr: of embeddings, of a head that shares their weights, too.
         head_lr: of the head.
-        gain_lr: of everything else: gains of norms, scales of attention.
+        gain_lr: of everything else: gains of norms, scales of attention, networks over distances.
         betas, eps: AdamW's, as in ``AdamW``.
         warmup_steps, decay, final_lr_fraction, max_steps, cooldown_fraction, rates: as in ``Schedule``.
     """
@@ -169,7 +169,8 @@ def roles_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every parameter of a model once, by what it is for; roles that nothing has are left out.
 
     "matrices" are weights of the blocks' matrix products, "head" is the last one's, which makes logits: its rows are
-    bytes, of different meaning and frequency, as those of "embeddings". "gains" are all others, vectors.
+    bytes, of different meaning and frequency, as those of "embeddings". "gains" are all others: vectors, and the
+    networks over distances.
     """
     head = getattr(model, "head", None)
     linear = _linear_weights(model)

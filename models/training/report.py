@@ -15,7 +15,15 @@ from rich.table import Table
 
 from models.training import metrics
 from models.training.identity import flat
-from models.training.run_files import METRICS_FILE, RECORD_FILE, is_owned, load_config, read_csv, read_record
+from models.training.run_files import (
+    METRICS_FILE,
+    POSITION_BIAS_FILE,
+    RECORD_FILE,
+    is_owned,
+    load_config,
+    read_csv,
+    read_record,
+)
 from models.training.tables import console, print_line, show
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and whoever reads runs does not need it
@@ -23,6 +31,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import, and whoever reads runs d
     from models.training.runs import Run
 
 PLOT_FILE = "loss_and_memory.png"
+POSITION_BIAS_PLOT = "position_bias.png"
 NAMES = ("run", "status")  # the columns of a table of runs before its numbers
 STATUS_STYLES = {"finished": "green", "running": "cyan", "interrupted": "yellow", "killed": "yellow"}  # others: red
 
@@ -177,6 +186,40 @@ def plot(runs: list[Results], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_position_bias(run: Results, path: Path) -> None:
+    """Draws the learned biases of the last validation against the distance, a panel a layer and a line a head."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = _read_rows(run.folder / POSITION_BIAS_FILE)
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    layers = sorted({row["layer"] for row in last})
+    columns = min(4, len(layers))
+    size = {"figsize": (3.2 * columns + 0.6, 2.6 * -(-len(layers) // columns) + 0.4)}
+    figure, grid = pyplot.subplots(
+        -(-len(layers) // columns), columns, squeeze=False, sharex=True, sharey=True, constrained_layout=True, **size
+    )
+    heads = [name for name in last[0] if name.startswith("head")]
+    for axes in grid.flat[len(layers) :]:
+        axes.set_axis_off()
+    for layer, axes in zip(layers, grid.flat, strict=False):
+        own = [row for row in last if row["layer"] == layer]
+        for index, head in enumerate(heads):
+            line = [row[head] for row in own]
+            color = pyplot.get_cmap("viridis")(index / max(1, len(heads) - 1))
+            axes.plot([row["distance"] for row in own], line, color=color, label=head, linewidth=1)
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set(title=f"layer {layer:.0f}", xlabel="distance (bytes)", ylabel="bias of a logit")
+        axes.label_outer()
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{run.name}: biases by distance at step {last[0]['step']:.0f}")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def _legend(run: Results) -> str:
     return run.name if run.status == "finished" else f"{run.name} ({run.status})"
 
@@ -189,6 +232,8 @@ def conclude(run: "Run", config: DictConfig, corpus: "Corpus") -> None:
         run.update(compressors_val_bpc=compressor_bits_per_byte(corpus, "val"))
     results = read_results(run.folder)
     plot([results], run.folder / PLOT_FILE)
+    if (run.folder / POSITION_BIAS_FILE).is_file():
+        plot_position_bias(results, run.folder / POSITION_BIAS_PLOT)
     out = console()
     sample = run.folder / "samples.txt"
     if sample.is_file():
@@ -219,6 +264,7 @@ def print_places(run: "Run") -> None:
     folder, quoted = run.folder, shlex.quote(str(run.folder))
     places = {
         "plot": folder / PLOT_FILE,
+        "positions": folder / POSITION_BIAS_PLOT,
         "metrics": folder / METRICS_FILE,
         "samples": folder / "samples.txt",
         "checkpoints": folder / "checkpoints",

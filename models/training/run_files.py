@@ -16,6 +16,7 @@ CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
 SAMPLES_FILE = "samples.txt"
+POSITION_BIAS_FILE = "position_bias.csv"  # of each validation, where it is learned
 RATES_FILE = "rates.csv"  # of each step, in a run by time
 LOCK_FILE = ".lock"
 
