@@ -31,7 +31,7 @@ backward = torch.ops.flash_cosine_sim_attention.backward
 
 def attend(q, k, v, mask=None, attn_bias=None, scale=8.0, return_partials=False, **options):
     """The operators as the library calls them."""
-    scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    scale, scale_value = (scale, 60.0) if isinstance(scale, torch.Tensor) else (None, scale)
     groups, causal, left, right, l2norm_qk, _ = settings(**options)
     call = Call(q, k, v, mask, attn_bias, scale, None, None, scale_value, groups, causal, left, right, l2norm_qk)
     return ops.kernel_attention(tuple(call), return_partials)
@@ -184,7 +184,7 @@ def test_gradcheck_with_row_sum():
     q, k, v, mask, attn_bias, scale, *_ = inputs(torch.float64, seq_len_q=3, seq_len_k=4)
 
     def attend(q, k, v, attn_bias, scale):
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings(2))
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, None, None, 60.0, *settings(2))
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale))
@@ -203,7 +203,7 @@ def test_scale_of_one_element_gets_one_gradient():
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, None, None, 60.0, *settings())[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
@@ -387,9 +387,9 @@ def test_autocast_keeps_the_scale_in_float32(operator):
     q, k, v, mask, attn_bias, *_ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, None, None, 1.0, *settings())
+        result = operator(q, k, v, mask, attn_bias, scale, None, None, 60.0, *settings())
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, None, None, 1.0, *settings())
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, None, None, 60.0, *settings())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))

@@ -42,14 +42,16 @@ _sdpa_reasons: dict[int, str | None] = {}
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., max_scale: float | None = ...,
+    backend: str = ...,
     return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., backend: str = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., max_scale: float | None = ...,
+    backend: str = ...,
     return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_cosine_sim_attention(
@@ -65,6 +67,7 @@ def flash_cosine_sim_attention(
     attn_bias_batch_dim: bool = False,
     *,
     window_size: Sequence[int] | None = None,
+    max_scale: float | None = None,
     backend: str = "auto",
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -89,7 +92,8 @@ def flash_cosine_sim_attention(
             above 60 are a ValueError, and with a bias scale * groups + max attn_bias must stay at 60 or below (a bias
             may be as negative as one likes, or -inf, where the row sees another key: the CUDA kernels take a row whose
             logits all are below -87 for one without a key). The values of a CUDA tensor are not checked, for
-            that would synchronise, nor those of any tensor under torch.compile: keep them within the range.
+            that would synchronise, nor those of any tensor under torch.compile: beyond 60 / groups they count as
+            that, with a gradient of 0, as where max_scale is given.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
@@ -99,6 +103,9 @@ def flash_cosine_sim_attention(
             both included, where off = seq_len_k - seq_len_q. -1 is unlimited, and None is (-1, -1). With causal,
             right counts as 0. By "cuda" and "sdpa" the time goes with the window. Under torch.compile, other
             numbers may compile anew.
+        max_scale: a number above 0 and at most 60 / groups. A larger scale counts as this one, and a learned one then
+            has gradient 0, as behind torch.clamp. With max_scale * groups of at most 10 a learned scale in float16
+            stays on Hopper's kernels, for its exp(logits) are then known to fit.
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once, and "sdpa" for long
             16-bit calls without mask, bias or window on compute capability 10.x. A named back end that cannot serve
@@ -136,7 +143,7 @@ def flash_cosine_sim_attention(
         check_groups(groups, q.shape[-1], "head_dim")
     mask = _as_2d_mask(mask, q, k)
     attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
-    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged)
+    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged)
     if window_size is None:
         left, right = -1, 0 if causal else -1
     else:
@@ -162,13 +169,15 @@ def flash_cosine_sim_attention(
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[False] = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., max_scale: float | None = ...,
+    return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
-    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., return_partials: Literal[True],
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., max_scale: float | None = ...,
+    return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
@@ -183,6 +192,7 @@ def plain_cosine_sim_attention(
     attn_bias_batch_dim: bool = False,
     *,
     window_size: Sequence[int] | None = None,
+    max_scale: float | None = None,
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Like flash_cosine_sim_attention with backend="reference": plain PyTorch, the specification.
@@ -190,9 +200,9 @@ def plain_cosine_sim_attention(
     It materialises the scores, takes any head_dim and float64, and has every derivative. Arguments, results and errors
     are the same, but that it has no `backend`.
     """
-    return flash_cosine_sim_attention(  # type: ignore[call-overload, no-any-return]  # mypy takes a bool for no Literal
+    return flash_cosine_sim_attention(  # type: ignore[call-overload, misc, no-any-return]  # mypy takes a bool for no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
-        window_size=window_size, backend="reference", return_partials=return_partials,
+        window_size=window_size, max_scale=max_scale, backend="reference", return_partials=return_partials,
     )  # fmt: skip
 
 
@@ -210,6 +220,7 @@ def flash_cosine_sim_attention_varlen(
     causal: bool = False,
     l2norm_qk: bool = True,
     window_size: Sequence[int] | None = None,
+    max_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Like flash_cosine_sim_attention, of sequences of different lengths, packed one behind the other.
@@ -250,7 +261,7 @@ def flash_cosine_sim_attention_varlen(
     _check_shapes(q, k, v, any_head_dim=backend == "reference", packed=True)
     check_groups(groups, q.shape[-1], "head_dim")
     cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged=False)
+    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged=False)
     causal, left, right = _as_limits((-1, -1) if window_size is None else window_size, causal, q, k)
     call = Call(
         q=q, k=k, v=v, mask=None, attn_bias=None, scale=scale_tensor, cu_seqlens_q=cu_seqlens_q,
@@ -492,17 +503,24 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     return attn_bias.to(q.dtype)
 
 
-def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> tuple[Tensor | None, float]:
-    """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and 1; a number as None and it.
+def _as_vector_or_number(
+    scale: float | Tensor, max_scale: float | None, groups: int, q: Tensor, merged: bool
+) -> tuple[Tensor | None, float]:
+    """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and its bound; a number as None
+    and it.
 
     A number stays one: no tensor is made for it, and no gradient.
     """
+    if max_scale is not None:
+        _check_max_scale(max_scale, groups)
     if not isinstance(scale, Tensor):
         plain = type(scale) is float or type(scale) is int  # first: the others take longer to ask for
         if not plain:
             number = isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat))
             if isinstance(scale, bool) or not number:
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
+        if max_scale is not None and scale > max_scale:
+            return None, float(max_scale)
         _check_range(scale, groups)
         return None, float(scale) if plain else torch.sym_float(scale)  # type: ignore[no-untyped-call]
     num_heads = q.shape[1]
@@ -515,9 +533,10 @@ def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: 
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
     if not torch.compiler.is_compiling() and has_readable_values(scale):
         for value in scale.reshape(-1).tolist():
-            _check_range(value, groups)
+            _check_range(value if max_scale is None else min(value, max_scale), groups)
     scale = scale.to(compute_dtype(q.dtype))
-    return scale if scale.ndim == 1 else scale.reshape(1), 1.0
+    bound = MAX_LOGIT * (1 + ROUNDING) / groups if max_scale is None else float(max_scale)
+    return scale if scale.ndim == 1 else scale.reshape(1), bound
 
 
 def _as_limits(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -> tuple[bool, int, int]:
@@ -573,6 +592,14 @@ def _check_cu_seqlens_tensor(name: str, cu_seqlens: Tensor, device: torch.device
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {cu_seqlens.device}")
+
+
+def _check_max_scale(max_scale: float, groups: int) -> None:
+    accepted = f"max_scale must be a number above 0 and at most {MAX_LOGIT} / groups, or None"
+    if isinstance(max_scale, bool) or not isinstance(max_scale, numbers.Real):
+        raise TypeError(f"{accepted}; got {type(max_scale).__name__}")
+    if not 0 < max_scale * groups <= MAX_LOGIT * (1 + ROUNDING):
+        raise ValueError(f"{accepted}; got {max_scale} with groups={groups}")
 
 
 def _check_range(scale: float, groups: int) -> None:

@@ -14,7 +14,7 @@ def inputs(dtype=torch.float32, requires_grad=True, mask=True, bias=True, seq_le
     attn_bias = torch.randn(1, 4, seq_len_q, seq_len_k, **options)
     scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=scale_dtype, requires_grad=requires_grad)
-    scale, scale_value = (None, 1.5) if number else (scale, 1.0)
+    scale, scale_value = (None, 1.5) if number else (scale, 60.0)
     return q, k, v, key_mask if mask else None, attn_bias if bias else None, scale, None, None, scale_value
 
 
