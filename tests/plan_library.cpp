@@ -145,6 +145,12 @@ int held_blocks(int num_kib, int num_threads, int threads, int shared_bytes, int
   return blocks_held(gpu, threads, shared_bytes, min_blocks);
 }
 
+int backward_held_blocks(int num_kib, int num_threads, int math, int head_dim) {
+  const BackwardTile& tile = backward_tile(static_cast<Math>(math), head_dim);
+  return held_blocks(num_kib, num_threads, tile.threads(), tile.shared_bytes(element_size(static_cast<Math>(math))),
+                     BackwardTile::kMinBlocks);
+}
+
 void split_tile_sizes(int math, int head_dim, int64_t num_rows, int* sizes) {
   const SplitTile& tile = split_tile(static_cast<Math>(math), head_dim);
   sizes[0] = tile.warp_rows() * tile.warps_with_rows(num_rows);

@@ -47,6 +47,8 @@ GPUS = {
         "EMULATED_CAPABILITY": "9",
         "EMULATED_MULTIPROCESSORS": os.environ.get("EMULATED_MULTIPROCESSORS", "3"),
     },
+    # Walks are cut into more shares, so that some are empty: what 3 multiprocessors' model of the time has no use for.
+    "sm90-40": {"EMULATED_CAPABILITY": "9", "EMULATED_MULTIPROCESSORS": "40"},
 }
 SHAPES = [(33, 70), (70, 33), (66, 130), (5, 200), (129, 65)]
 RUN = "import sys, test_emulation; test_emulation.run_all(*sys.argv[1:])"
@@ -130,11 +132,15 @@ def check_forward(case):
     assert rms(ours - exact) <= GATES[case.dtype] * rms(exact), rms(ours - exact) / rms(exact)
 
 
-def check_operators(case, rows_limit=1):
-    """row_sum_log2, its gradient, and every gradient alone, with the operators' own arguments."""
+def check_operators(case, rows_limit=1, bound=60.0):
+    """row_sum_log2, its gradient, and every gradient alone, with the operators' own arguments.
+
+    `bound` is a learned scale's: what is beyond counts as it, with gradient 0.
+    """
     tensors, options = case.tensors(case.dtype), case.options()
     q, k, v, bias, scale = (tensors.get(name) for name in ("q", "k", "v", "attn_bias", "scale"))
-    scale_value, mask = options.pop("scale", 1.0), options.pop("mask", None)
+    assert bound == 60 or (scale > bound).any() and (scale < bound).any()
+    scale_value, mask = options.pop("scale", bound), options.pop("mask", None)
     settings = case.groups, case.causal, -1, 0 if case.causal else -1, 0, case.l2norm_qk
     bias = None if bias is None else bias.expand(1, *bias.shape)
     inputs = q, k, v, mask, bias
@@ -177,6 +183,8 @@ def portable_checks():
             "raw": {"l2norm_qk": False, "learned_scale": True, "head_dim": 32},
         }.items():
             checks[f"operators-{label}-{name}"] = functools.partial(check_operators, replace(case, **options))
+        bounded = replace(case, l2norm_qk=dtype != torch.bfloat16, learned_scale=True)
+        checks[f"bounded-scale-{name}"] = functools.partial(check_operators, bounded, bound=4.0)
         checks[f"partials-{name}"] = functools.partial(check_partials, replace(case, causal=True))
         checks[f"partials-d256-{name}"] = functools.partial(check_partials, replace(case, head_dim=256))
         checks[f"deterministic-{name}"] = functools.partial(check_emulated, replace(case, bias="full"), True)
@@ -273,8 +281,6 @@ SM90_BACKWARD_OPTIONS = {
     "GQA": {"seq_len_q": 140, "seq_len_k": 260, "num_heads": 6, "num_kv_heads": 2, "causal": True, "batch": 1},
     "many-keys": {"seq_len_q": 70, "seq_len_k": 700, "num_heads": 2, "num_kv_heads": 1},
     "split": {"batch": 1, "seq_len_q": 300, "seq_len_k": 100, **SM90_GROUP_OF_HEADS, "causal": True},
-    # Three splits of two blocks of queries.
-    "empty-split": {"batch": 1, "seq_len_q": 900, "seq_len_k": 60, "num_heads": 1, "num_kv_heads": 1, "causal": True},
     # So many rows either way that the kernel itself makes q_hat, k_hat and the statistics.
     "rows-ahead": {"seq_len_q": 300, "seq_len_k": 260, "learned_scale": True, "num_heads": 4},
     "rows-ahead-causal": {
@@ -308,7 +314,7 @@ def check_sm90(case, is_sm90=False, expand_v=False):
 
         operators = torch.ops.flash_cosine_sim_attention
         window = -1, 0 if case.causal else -1
-        settings = *[None] * 4, options.get("scale", 1.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
+        settings = *[None] * 4, options.get("scale", 60.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
         before = multiplied_with_wgmma()
         (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
@@ -496,11 +502,14 @@ def sm90_checks():
         for name, options in list(SM90_BACKWARD_OPTIONS.items())[index % 3 :: 3]:
             add(f"gradients-{name}", replace(case, **options), check_sm90_gradients)
         # In order: one block after the other, and tiles that several share.
-        for name in ("causal", "GQA", "split", "empty-split", "rows-ahead-causal")[index % 2 :: 2]:
+        for name in ("causal", "GQA", "split", "rows-ahead-causal")[index % 2 :: 2]:
             ordered = replace(case, **SM90_BACKWARD_OPTIONS[name])
             add(f"deterministic-{name}", ordered, check_sm90_gradients, deterministic=True)
         alone = replace(case, seq_len_q=129, seq_len_k=127, causal=True, mask=True, learned_scale=True)
         add("operators", alone, check_operators, rows_limit=8)  # short vectors have larger cosines
+        if head_dim == 64:
+            bounded = replace(alone, num_heads=4, num_kv_heads=2)
+            add("bounded-scale", bounded, check_operators, rows_limit=8, bound=4.0)
     kernels = [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16), (128, torch.float16)]
     kernels += [(32, torch.bfloat16), (96, torch.float16)]
     for index, (head_dim, dtype) in enumerate(kernels):
@@ -537,7 +546,20 @@ def sm90_checks():
     return checks
 
 
-CHECKS = {"sm80": portable_checks(), "sm90": sm90_checks()}
+# On 40 multiprocessors two splits, or with blocks of 64 queries four: the last keys' walk has one pair, or two.
+EMPTY_SPLIT = {"batch": 1, "seq_len_q": 512, "seq_len_k": 512, "num_heads": 1, "num_kv_heads": 1, "causal": True}
+
+
+def empty_split_checks():
+    checks = {}
+    for index, (head_dim, dtype) in enumerate(itertools.product((32, 64, 96, 128), SM90_DTYPES)):
+        case = Case(dtype=dtype, head_dim=head_dim, **EMPTY_SPLIT)
+        name = f"d{head_dim}-{str(dtype).removeprefix('torch.')}"
+        checks[f"empty-split-{name}"] = functools.partial(check_sm90_gradients, case, index % 3 == 0)
+    return checks
+
+
+CHECKS = {"sm80": portable_checks(), "sm90": sm90_checks(), "sm90-40": empty_split_checks()}
 
 
 def run_all(library, gpu, part, parts):
@@ -557,7 +579,7 @@ def run_all(library, gpu, part, parts):
 
 
 # As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
-PARTS = [("sm80", 0, 1), *(("sm90", part, 3) for part in range(3))]
+PARTS = [("sm80", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
 CPU_SECONDS = (
     3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
 )

@@ -43,7 +43,7 @@ def attend(
     **options,
 ):
     """The operators as the library calls them."""
-    scale, scale_value = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    scale, scale_value = (scale, 60.0) if isinstance(scale, torch.Tensor) else (None, scale)
     *decided, _ = settings(**options)
     call = Call(q, k, v, mask, attn_bias, scale, *[None] * 2, distance_bias, alibi_slopes, scale_value, *decided)
     return ops.kernel_attention(tuple(call), return_partials)
@@ -200,7 +200,7 @@ def test_gradcheck_with_row_sum():
 
     def attend(q, k, v, attn_bias, scale, table):
         by_distance = None, None, table, slopes
-        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, *by_distance, 1.0, *settings(2))
+        o, row_sum_log2 = forward(q, k, v, mask, attn_bias, scale, *by_distance, 60.0, *settings(2))
         return o, row_sum_log2.masked_fill(row_sum_log2.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v, attn_bias, scale, table))
@@ -219,7 +219,7 @@ def test_scale_of_one_element_gets_one_gradient():
     grads = []
     for shape in ((1,), (4,)):
         scale = torch.full(shape, 8.0, requires_grad=True)
-        forward(q, k, v, mask, attn_bias, scale, *[None] * 4, 1.0, *settings())[0].square().sum().backward()
+        forward(q, k, v, mask, attn_bias, scale, *[None] * 4, 60.0, *settings())[0].square().sum().backward()
         assert scale.grad.shape == shape
         grads.append(scale.grad.sum())
     torch.testing.assert_close(*grads)
@@ -403,9 +403,9 @@ def test_autocast_keeps_the_scale_in_float32(operator):
     q, k, v, mask, attn_bias, *_ = inputs()
     scale = torch.full((4,), 8.01, requires_grad=True)  # 8.01 is not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = operator(q, k, v, mask, attn_bias, scale, *[None] * 4, 1.0, *settings())
+        result = operator(q, k, v, mask, attn_bias, scale, *[None] * 4, 60.0, *settings())
     low = [tensor.bfloat16() for tensor in (q, k, v)]
-    expected = operator(*low, mask, attn_bias.bfloat16(), scale, *[None] * 4, 1.0, *settings())
+    expected = operator(*low, mask, attn_bias.bfloat16(), scale, *[None] * 4, 60.0, *settings())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
     result[0].float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, attn_bias, scale))

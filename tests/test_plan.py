@@ -436,7 +436,7 @@ def test_backward_workspace_covers_what_is_written(library, call):
         assert rows >= blocks(call.seq_len_q, block_q) * block_q and columns >= call.head_dim
     else:
         block_q, block_k, slices = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
-        rows, columns, turns = call.seq_len_q, call.head_dim, slices
+        rows, columns, turns = call.seq_len_q, call.head_dim, slices  # slices of the head dim are blocks of their own
     num_blocks_q = blocks(call.seq_len_q, block_q)
     assert plan.dq_accumulator == (call.heads * rows * columns if needs_dq else 0)
     # wait_for_turn, dq_order: a number for each block of queries of each head, of each warp or slice
@@ -450,8 +450,10 @@ def test_backward_workspace_covers_what_is_written(library, call):
             last = 16 + call.kv_heads * num_blocks_k + (call.heads - 1) * num_blocks_q + num_blocks_q - 1
         assert last < plan.num_counters
     else:
-        # take_number: a counter, deterministic
-        assert plan.num_counters == (needs_dq and call.deterministic) and not plan.prepares_rows
+        assert not plan.prepares_rows
+        # take_number, deterministic: a counter, and behind it the number of each block
+        num_blocks = call.kv_heads * blocks(call.seq_len_k, block_k) * slices * max(plan.num_splits, 1)
+        assert plan.num_counters == (1 + num_blocks if plan.dq_order else 0)
 
 
 @many
@@ -549,6 +551,23 @@ def test_few_splits_fill_the_gpu(library, call):
     most_waves, worth_merging = heuristic("kMostWaves"), heuristic("kBlocksWorthMerging")
     assert plan.num_splits * tiles <= most_waves * min_blocks * call.num_multiprocessors
     assert blocks(call.seq_len_k, block_keys) >= worth_merging
+
+
+@pytest.mark.parametrize(("head_dim", "splits", "last"), [(64, 2, 1), (128, 4, 2)])
+def test_the_emulated_empty_split_is_one(library, head_dim, splits, last):
+    """EMPTY_SPLIT of test_emulation.py: more splits than the last keys' walk has pairs."""
+    shape, chosen = backward_splits(library, 1, 1, 512, head_dim, True, num_multiprocessors=40)
+    assert (chosen, shape.pairs(3)) == (splits, last)
+
+
+@pytest.mark.parametrize(("bound", "groups", "stays"), [(10, 1, True), (11, 1, False), (60, 1, False), (5, 2, True)])
+def test_float16_with_a_learned_scale_stays_on_hopper_where_its_bound_allows(library, bound, groups, stays):
+    call = Forward(
+        dtype=FLOAT16, batch=8, num_heads=16, num_kv_heads=16, scale_on_device=True, scale_stride=1, scale_value=bound,
+        groups=groups,
+    )  # fmt: skip
+    plan = plan_of(library, call)
+    assert (plan.sm90, MATHS[plan.math]) == ((1, "fp16") if stays else (0, "fp16_wide"))
 
 
 # How many splits of the backward's walks
@@ -675,6 +694,8 @@ def test_how_many_blocks_a_multiprocessor_holds(library):
     assert [held(*GPUS[gpu], 128, 49 * 1024, 2) for gpu in GPUS] == [2, 2, 2, 2, 2]
     assert [held(*GPUS[gpu], 128, 49 * 1024 + 1, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
     assert [held(*GPUS[gpu], 1024, 1024, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
+    sizes = [library.backward_held_blocks(*GPUS[gpu], MATHS.index("bf16"), dim) for gpu in GPUS for dim in (64, 128)]
+    assert sizes == [2, 2, 1, 1, 1, 1, 2, 2, 1, 1]  # at 64 they fill a 8.0 to the byte
     assert held(*GPUS["8.6"], 128, 99 * 1024, 2) == held(*GPUS["8.6"], 128, 200 * 1024, 2) == 1
 
 

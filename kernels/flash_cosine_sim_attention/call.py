@@ -39,7 +39,7 @@ class Call(NamedTuple):
         Tensor | None
     )  # (num_heads, num_distances), entry t - first_distance; float32, or float64 for float64
     alibi_slopes: Tensor | None  # (1 or batch, num_heads), in that dtype: -slope * |t|; it has no gradient
-    scale_value: float  # ignored where scale is a tensor
+    scale_value: float  # where scale is a tensor the bound of its values: beyond, they count as it, with gradient 0
     groups: int  # divides head_dim
     causal: bool  # True where window_right is 0, and nowhere else
     window_left: int  # query i sees key j iff i + seq_len_k - seq_len_q - j <= window_left, or it is -1: unlimited;
@@ -136,5 +136,5 @@ def limits(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) 
 
 
 def scale_of(call: Call) -> float | Tensor:
-    """The scale, a number or a tensor (1,) or (num_heads,)."""
-    return call.scale_value if call.scale is None else call.scale
+    """The scale, a number or a tensor (1,) or (num_heads,), within its bound."""
+    return call.scale_value if call.scale is None else call.scale.clamp(-call.scale_value, call.scale_value)

@@ -44,14 +44,16 @@ def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
     attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., backend: str = ..., return_partials: Literal[False] = ...,
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., backend: str = ...,
+    return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def flash_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
     attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., backend: str = ..., return_partials: Literal[True],
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., backend: str = ...,
+    return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_cosine_sim_attention(
     q: Tensor,
@@ -68,6 +70,7 @@ def flash_cosine_sim_attention(
     window_size: Sequence[int] | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    max_scale: float | None = None,
     backend: str = "auto",
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -93,7 +96,7 @@ def flash_cosine_sim_attention(
             attn_bias and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees
             another key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values
             of a CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile:
-            keep them within the range.
+            beyond 60 / groups they count as that, with a gradient of 0, as where max_scale is given.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
@@ -111,6 +114,9 @@ def flash_cosine_sim_attention(
         alibi_slopes: float32 (num_heads,) or (batch, num_heads); -slope * |t| is added to the logits, as by
             FlashAttention. It has no gradient, and one that requires it is a ValueError; slopes that are learned are a
             distance_bias, -slopes[:, None] * t.abs().
+        max_scale: a number above 0 and at most 60 / groups. A larger scale counts as this one, and a learned one then
+            has gradient 0, as behind torch.clamp. With max_scale * groups of at most 10, and no bias, a learned scale
+            in float16 stays on Hopper's kernels, for its exp(logits) are then known to fit.
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once, and "sdpa" for long
             16-bit calls without mask, bias or window on compute capability 10.x. A named back end that cannot serve
@@ -148,7 +154,7 @@ def flash_cosine_sim_attention(
         check_groups(groups, q.shape[-1], "head_dim")
     mask = _as_2d_mask(mask, q, k)
     attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
-    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged)
+    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged)
     first_distance = 0
     if distance_bias is not None or alibi_slopes is not None:
         lengths = ("seq_len_q", q.shape[-2]), ("seq_len_k", k.shape[-2])
@@ -182,14 +188,14 @@ def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
     attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., return_partials: Literal[False] = ...,
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., return_partials: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def plain_cosine_sim_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
     scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
     attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., return_partials: Literal[True],
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
@@ -206,6 +212,7 @@ def plain_cosine_sim_attention(
     window_size: Sequence[int] | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    max_scale: float | None = None,
     return_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Like flash_cosine_sim_attention with backend="reference": plain PyTorch, the specification.
@@ -215,8 +222,8 @@ def plain_cosine_sim_attention(
     """
     return flash_cosine_sim_attention(  # type: ignore[call-overload, misc, no-any-return]  # a bool is no Literal
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
-        window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, backend="reference",
-        return_partials=return_partials,
+        window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, max_scale=max_scale,
+        backend="reference", return_partials=return_partials,
     )  # fmt: skip
 
 
@@ -236,6 +243,7 @@ def flash_cosine_sim_attention_varlen(
     window_size: Sequence[int] | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    max_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Like flash_cosine_sim_attention, of sequences of different lengths, packed one behind the other.
@@ -280,7 +288,7 @@ def flash_cosine_sim_attention_varlen(
     _check_shapes(q, k, v, any_head_dim=backend == "reference", packed=True)
     check_groups(groups, q.shape[-1], "head_dim")
     cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    scale_tensor, scale_value = _as_vector_or_number(scale, groups, q, merged=False)
+    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged=False)
     lengths = ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)
     distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths)
     alibi_slopes = _as_slopes(alibi_slopes, q)
@@ -540,17 +548,24 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     return attn_bias.to(q.dtype)
 
 
-def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: bool) -> tuple[Tensor | None, float]:
-    """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and 1; a number as None and it.
+def _as_vector_or_number(
+    scale: float | Tensor, max_scale: float | None, groups: int, q: Tensor, merged: bool
+) -> tuple[Tensor | None, float]:
+    """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and its bound; a number as None
+    and it.
 
     A number stays one: no tensor is made for it, and no gradient.
     """
+    if max_scale is not None:
+        _check_max_scale(max_scale, groups)
     if not isinstance(scale, Tensor):
         plain = type(scale) is float or type(scale) is int  # first: the others take longer to ask for
         if not plain:
             number = isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat))
             if isinstance(scale, bool) or not number:
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
+        if max_scale is not None and scale > max_scale:
+            return None, float(max_scale)
         _check_range(scale, groups)
         return None, float(scale) if plain else torch.sym_float(scale)  # type: ignore[no-untyped-call]
     num_heads = q.shape[1]
@@ -563,9 +578,10 @@ def _as_vector_or_number(scale: float | Tensor, groups: int, q: Tensor, merged: 
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
     if not torch.compiler.is_compiling() and has_readable_values(scale):
         for value in scale.reshape(-1).tolist():
-            _check_range(value, groups)
+            _check_range(value if max_scale is None else min(value, max_scale), groups)
     scale = scale.to(compute_dtype(q.dtype))
-    return scale if scale.ndim == 1 else scale.reshape(1), 1.0
+    bound = MAX_LOGIT * (1 + ROUNDING) / groups if max_scale is None else float(max_scale)
+    return scale if scale.ndim == 1 else scale.reshape(1), bound
 
 
 def _as_table(
@@ -675,6 +691,14 @@ def _check_cu_seqlens_tensor(name: str, cu_seqlens: Tensor, device: torch.device
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {cu_seqlens.device}")
+
+
+def _check_max_scale(max_scale: float, groups: int) -> None:
+    accepted = f"max_scale must be a number above 0 and at most {MAX_LOGIT} / groups, or None"
+    if isinstance(max_scale, bool) or not isinstance(max_scale, numbers.Real):
+        raise TypeError(f"{accepted}; got {type(max_scale).__name__}")
+    if not 0 < max_scale * groups <= MAX_LOGIT * (1 + ROUNDING):
+        raise ValueError(f"{accepted}; got {max_scale} with groups={groups}")
 
 
 def _check_range(scale: float, groups: int) -> None:

@@ -185,6 +185,7 @@ def reference_backward(
         dattn_bias = _laid_out_like(call.attn_bias, dattn_bias.to(call.attn_bias.dtype))
     if need_dscale:
         dscale = (dlogits * cos).sum((0, 2, 3))  # (num_heads,)
+        dscale = dscale.masked_fill(call.scale.abs() > call.scale_value, 0)
         dscale = (dscale.sum(0, keepdim=True) if call.scale.numel() == 1 else dscale).to(call.scale.dtype)
     if need_ddistance_bias:
         ddistance_bias = _sum_by_distance(dlogits, call)

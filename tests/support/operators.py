@@ -25,7 +25,7 @@ def inputs(
     attn_bias = torch.randn(1, 4, seq_len_q, seq_len_k, **options)
     scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=scale_dtype, requires_grad=requires_grad)
-    scale, scale_value = (None, 1.5) if number else (scale, 1.0)
+    scale, scale_value = (None, 1.5) if number else (scale, 60.0)
     table = torch.randn(4, seq_len_k + 1, dtype=scale_dtype).requires_grad_(requires_grad)
     by_distance = (table, torch.rand(2, 4, dtype=scale_dtype)) if by_distance else (None, None)
     biases = key_mask if mask else None, attn_bias if bias else None

@@ -101,7 +101,8 @@ struct Attention {
   Sequences sequences;
   bool l2norm_qk = true;
   bool allow_tf32 = false;  // float32: one TF32 product instead of three
-  // scale: float32 of one element (stride 0) or one per head (stride 1) on the device; nullptr: scale_value
+  // scale: float32 of one element (stride 0) or one per head (stride 1) on the device, which scale_value bounds:
+  // common/scale.cuh; nullptr: scale_value
   const float* scale = nullptr;
   int scale_stride = 0;
   float scale_value = 1.f;
@@ -221,7 +222,8 @@ struct BackwardParams : Attention {
   float* dq_accumulator = nullptr;
   // deterministic: whose turn it is at each block of queries. Lies behind the counters; run_backward zeroes both.
   int* dq_order = nullptr;
-  // sm90/backward.cuh: sm90/tiles/backward.h says what of; sm80/backward.cuh, deterministic: of blocks begun
+  // sm90/backward.cuh: sm90/tiles/backward.h says what of; sm80/backward.cuh, deterministic: of blocks begun, then each
+  // block's number
   uint32_t* counters = nullptr;
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
   // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.

@@ -29,11 +29,10 @@ int64_t queries_of_key(const Attention& params) { return longest_row(params, par
 // Whether causality alone hides keys; then a row sees half of what it might.
 bool is_triangular(const Attention& params) { return params.causal && params.window_left < 0; }
 
-// Whether 2^S may leave float16's range. A scale on the device is not known here, nor are biases: a positive one lifts
-// P out of it, and of a row whose visible keys all are far away ALiBi leaves nothing.
+// Whether 2^S may leave float16's range. Of a scale on the device scale_value is the bound. Biases are not known here:
+// a positive one lifts P out of it, and of a row whose visible keys all are far away ALiBi leaves nothing.
 bool exceeds_fp16(const Attention& params) {
-  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && params.scale == nullptr &&
-                       !params.by_distance.exists();
+  const bool bounded = params.l2norm_qk && params.bias.data == nullptr && !params.by_distance.exists();
   return !bounded || std::abs(params.scale_value) * params.groups > kLargestFp16Logit;
 }
 
@@ -333,12 +332,13 @@ BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
   BackwardPlan plan;
   if (needs_dq(params)) {
     plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
-    if (params.deterministic) {
-      plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
-      plan.num_counters = 1;  // of the numbers that blocks have taken
-    }
+    if (params.deterministic) plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
   }
   plan.num_splits = choose_splits_sm80(params, tile, gpu);
+  if (plan.dq_order > 0) {
+    const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
+    plan.num_counters = 1 + num_tiles * std::max(plan.num_splits, 1) * tile.slices();  // a number for each block
+  }
   plan.dkv_partials = dkv_partials_of(params, plan.num_splits);
   return plan;
 }

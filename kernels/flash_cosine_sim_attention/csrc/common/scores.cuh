@@ -1,6 +1,7 @@
 // What the kernels do with scores between the two products, beyond taking 2^x.
 #pragma once
 
+#include "common/scale.cuh"
 #include "common/tile.cuh"
 
 namespace flash_cosine_sim {
@@ -11,7 +12,7 @@ __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000);
 
 // c = scale * log2(e) of a head.
 __device__ __forceinline__ float scale_log2(const Attention& params, int head) {
-  return (params.scale == nullptr ? params.scale_value : params.scale[int64_t(head) * params.scale_stride]) * kLog2E;
+  return bounded_scale(params, head) * kLog2E;
 }
 
 // Which of up to 64 keys from `first` on exist and are not masked, one bit a key. All lanes of a warp call it.

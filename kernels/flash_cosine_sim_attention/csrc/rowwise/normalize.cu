@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "cuda_check.h"
 #include "common/rows.cuh"
+#include "common/scale.cuh"
 
 namespace flash_cosine_sim {
 namespace {
@@ -47,8 +48,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const __grid_consta
   float factor = 1.f;
   if (is_query) {
     // position.head is in range even where the row is not active.
-    const float scale = params.scale ? params.scale[position.head * params.scale_stride] : params.scale_value;
-    factor = scale * kLog2E;
+    factor = bounded_scale(params.scale, params.scale_stride, params.scale_value, position.head) * kLog2E;
   }
 
   if constexpr (kGrouped) {

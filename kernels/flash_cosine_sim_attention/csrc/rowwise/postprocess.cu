@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "common/band.cuh"
 #include "common/rows.cuh"
+#include "common/scale.cuh"
 #include "cuda_check.h"
 
 namespace flash_cosine_sim {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ Ba
     lanes.load(q, rows::row_of<const T>(params.q, position), active);
   }
   // position.head is in range even where the row is not active.
-  const float scale = params.scale ? params.scale[position.head * params.scale_stride] : params.scale_value;
+  const float scale = bounded_scale(params, position.head);
 #pragma unroll
   for (int i = 0; i < lanes.kSlice; ++i) {
     gradient[i] = scale * accumulator[i];
@@ -138,7 +139,9 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ Ba
   }
   if (params.dscale) {
     // q is q^ by now; the accumulator is without the factor scale.
-    const float share = rows::dot_over_lanes(q, accumulator, lanes.lanes());
+    float share = rows::dot_over_lanes(q, accumulator, lanes.lanes());
+    // A scale beyond its bound does not move what is computed.
+    if (fabsf(params.scale[position.head * params.scale_stride]) > params.scale_value) share = 0.f;
     if (active && lanes.lane == 0) {
       params.delta[flat_row] = share;
     }

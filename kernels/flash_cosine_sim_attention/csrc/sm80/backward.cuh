@@ -45,18 +45,17 @@ struct Backward {
   // Which tile a block has. Deterministic, a block waits for those of lower keys, and CUDA does not promise that they
   // start before it: so blocks take numbers from a counter, and those of lower numbers, which have lower keys of a
   // head, have been started, whatever else the GPU does.
-  static __device__ void take_number(const BackwardParams& params, char* shared) {
+  // Numbers are kept behind the counter: shared memory, of which two blocks just fit on a 8.0, has no room.
+  static __device__ void take_number(const BackwardParams& params) {
     if (params.dq_order == nullptr) return;
-    if (threadIdx.x == 0) *number_in(shared) = atomic_increment(params.counters);
+    if (threadIdx.x == 0) params.counters[1 + blockIdx.x] = atomic_increment(params.counters);
     __syncthreads();
   }
 
-  static __device__ unsigned block_number(const BackwardParams& params, char* shared) {
-    return params.dq_order == nullptr ? blockIdx.x : *number_in(shared);
-  }
-
-  static __device__ unsigned* number_in(char* shared) {
-    return reinterpret_cast<unsigned*>(shared + Traits::kOffsetNumber);
+  // Opaque: found anew, or it would occupy a register through the loop.
+  static __device__ unsigned block_number(const BackwardParams& params) {
+    const auto block = static_cast<unsigned>(opaque(static_cast<int>(blockIdx.x)));
+    return params.dq_order == nullptr ? block : params.counters[1 + block];
   }
 
   static __device__ Work find_work(const BackwardParams& params, unsigned index) {
@@ -286,13 +285,11 @@ struct Backward {
                     raw.stride_row, rows_of(target), target.stride_row);
   }
 
-  static __device__ void write_partial(const BackwardParams& params, char* shared, const Work& work, int which,
+  static __device__ void write_partial(const BackwardParams& params, const Work& work, int which,
                                        const Gradient& gradient, float factor, int row) {
     const int lane = threadIdx.x & 31;
     const int64_t heads = int64_t(params.batch) * params.num_kv_heads;
-    // Found anew, or it would occupy a register through the loop.
-    const auto block = static_cast<unsigned>(opaque(static_cast<int>(block_number(params, shared))));
-    const int split = static_cast<int>(block / Traits::kSlices % params.plan.num_splits);
+    const int split = static_cast<int>(block_number(params) / Traits::kSlices % params.plan.num_splits);
     const int64_t head = (int64_t(split) * 2 + which) * heads + int64_t(work.batch) * params.num_kv_heads +
                          work.kv_head;
     const int column = work.slice * kOutDim + 2 * (lane & 3);
@@ -325,8 +322,8 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   const uint32_t stages = tile_k + Traits::kOffsetQ, tile_ds = tile_k + Traits::kOffsetDS;
   float* statistics = reinterpret_cast<float*>(shared + Traits::kOffsetRows);  // [stage][which][query]
 
-  B::take_number(params, shared);
-  auto work = B::find_work(params, B::block_number(params, shared));
+  B::take_number(params);
+  auto work = B::find_work(params, B::block_number(params));
   const int first_key = work.block_k * B::kBlockK;
   const int row = static_cast<int>(threadIdx.x / 32) * 16 * B::kRowTiles;  // the warp's first
   const unsigned all_keys = ~0u >> (32 - 16 * B::kRowTiles);
@@ -394,7 +391,7 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
 
   // In float32 found anew, or it would occupy registers through the loop.
   if constexpr (sizeof(typename B::T) == 4) {
-    work = B::find_work(params, opaque(static_cast<int>(B::block_number(params, shared))));
+    work = B::find_work(params, B::block_number(params));
   }
   // dK^ = scale dS^T q^. With the norm q_hat = scale log2(e) q^, else it is q^ itself; splits of a group of heads
   // with a scale each then have one head each (plan_backward).
@@ -403,8 +400,8 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
     factor *= scale_log2(params, B::find_item(params, work, work.begin).head);
   }
   if (params.plan.num_splits > 0) {
-    B::write_partial(params, shared, work, 0, dk, factor, row);
-    B::write_partial(params, shared, work, 1, dv, 1.f, row);
+    B::write_partial(params, work, 0, dk, factor, row);
+    B::write_partial(params, work, 1, dv, 1.f, row);
   } else if constexpr (Traits::kSlices == 1) {
     float* tile = reinterpret_cast<float*>(shared);
     B::write_gradient(params, work, tile, dv, 1.f, row, params.dv, false, params.v);

@@ -30,13 +30,11 @@ struct BackwardTile {
     return offset_ds(element_size) + block_k() * block_q * element_size;
   }
   constexpr int pitch() const { return head_dim + 4; }
-  constexpr int offset_number(int element_size) const {
+  constexpr int shared_bytes(int element_size) const {
     const int loop_bytes = offset_rows(element_size) + 2 * 2 * block_q * static_cast<int>(sizeof(float));
     const int epilogue_bytes = slices() == 1 ? block_k() * pitch() * static_cast<int>(sizeof(float)) : 0;
     return loop_bytes > epilogue_bytes ? loop_bytes : epilogue_bytes;
   }
-  // And behind all of it the block's number, deterministic.
-  constexpr int shared_bytes(int element_size) const { return offset_number(element_size) + 16; }
 };
 
 inline constexpr BackwardTile kBackwardTiles16Bit[] = {
@@ -87,7 +85,6 @@ struct BackwardTraits {
   static constexpr int kOffsetDS = kTile.offset_ds(kElementSize);
   static constexpr int kOffsetRows = kTile.offset_rows(kElementSize);
   static constexpr int kPitch = kTile.pitch();
-  static constexpr int kOffsetNumber = kTile.offset_number(kElementSize);
   static constexpr int kSharedBytes = kTile.shared_bytes(kElementSize);
   static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kSlices * kOutDim == kHeadDim && kBlockQ % kChunkQ == 0);
