@@ -54,6 +54,17 @@ def test_one_scale_for_all_heads(backend):
     assert dscale == 0
 
 
+def test_beside_biases_by_distance(backend):
+    table, slopes = torch.linspace(-1, 1, 28).reshape(4, 7), torch.tensor([0.5, 0.2, 0.1, 0.0])
+    biases = {"distance_bias": table, "alibi_slopes": slopes}
+    scale = torch.tensor(SCALES, requires_grad=True)
+    *ours, dscale = results(backend, scale, max_scale=12, **biases)
+    limited = scale.detach().clamp(max=12).requires_grad_()
+    *expected, dlimited = results("reference", limited, **biases)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(dscale, dlimited * torch.tensor([1, 0, 1, 0]))
+
+
 def test_a_number_counts_as_max_scale_beyond_it(backend):
     for scale, counts in ((50, 12), (100, 12), (5, 5)):
         torch.testing.assert_close(results(backend, scale, max_scale=12.0), results("reference", counts))
