@@ -225,7 +225,8 @@ def usage() -> str:
 def _entry(key: str, value: str, meaning: str) -> list[str]:
     left, right = f"{key}={value}", textwrap.wrap(meaning, WIDTH - COLUMN)
     if len(left) >= COLUMN:
-        return [left, *(" " * COLUMN + line for line in right)]
+        options = textwrap.wrap(left.replace("|", "| "), WIDTH, subsequent_indent=" " * (len(key) + 1))  # many sweeps
+        return [*(line.replace("| ", "|") for line in options), *(" " * COLUMN + line for line in right)]
     return [f"{first:<{COLUMN}}{line}" for first, line in itertools.zip_longest([left], right, fillvalue="")]
 
 

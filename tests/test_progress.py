@@ -200,14 +200,14 @@ def test_log_lines_stand_above_the_bar(text, tmp_path):  # noqa: F811
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "xterm"}
     environment.pop("NO_COLOR", None)
-    changes = overrides(text, tmp_path, "trainer.progress_bar=true", "max_steps=40", "trainer.val_every=10")
+    changes = overrides(text, tmp_path, "trainer.progress_bar=true", "max_steps=240", "trainer.val_every=60")
     code = "import sys, models.training.progress as progress; progress.BAR_SECONDS = progress.ESTIMATE_SECONDS = 0\n"
     code += "sys.argv[0] = 'train.py'; import train; train.main()"
     out = in_a_terminal([sys.executable, "-c", code, *changes], environment)
-    assert re.search(r"━ \d+/40 +\d\.\d{3} bpc +[\d,]+ tokens/s +\d+ s left", re.sub(r"\x1b\[[0-9;]*m", "", out))
+    assert re.search(r"━ \d+/240 +\d\.\d{3} bpc +[\d,]+ tokens/s +\d+ s left", re.sub(r"\x1b\[[0-9;]*m", "", out))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     said = [match.start() for match in re.finditer("INFO step", plain)]
     assert len(said) == 4
     assert all(plain[start - 1] in "\r\n" for start in said), plain
-    line = r"INFO step \d+ of 40: train \d\.\d+, val \d\.\d+ bits per byte *\r?\n"
+    line = r"INFO step \d+ of 240: train \d\.\d+, val \d\.\d+ bits per byte *\r?\n"
     assert all(re.match(line, plain[start:]) for start in said), plain
