@@ -6,20 +6,25 @@ import pytest
 import torch
 from support.cases import Case, describe
 from support.gates import GATES, attend, check, results
+from support.gpu import (
+    DEVICE,
+    LOW_DTYPES,
+    NEEDS_HOPPER,
+    NEEDS_KERNELS,
+    assert_repeatable,
+    guarded,
+    hopper_variants,
+    kernels_of,
+    replayed,
+    settings,  # noqa: F401
+)
 from support.packed import DISTANCES, PACKED_DISTANCES, Packed, attend_packed, check_packed
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors, ops
+from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 
-DEVICE = "cuda"
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none"),
-    pytest.mark.skipif(not ops.kernels_available(), reason=f"needs the CUDA kernels: {ops.kernels_error()}"),
-]
+pytestmark = NEEDS_KERNELS
 
 DTYPES = list(GATES)
-LOW_DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 32, 64, 96, 128, 256, 40, 80]
 # Many tiles, walks that several blocks share, rows that the kernels prepare ahead of them.
 LARGE = {
@@ -31,17 +36,6 @@ LARGE = {
     "alibi": {"causal": True, "alibi": "heads"},
     "split": {"batch": 1, "num_heads": 4, "num_kv_heads": 1, "seq_len_k": 150, "distance_bias": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    torch.use_deterministic_algorithms(False)
 
 
 def distance_cases():
@@ -67,16 +61,7 @@ def test_large(name, head_dim, dtype):
     case = Case(**{"dtype": dtype, "head_dim": head_dim, "device": DEVICE, "num_heads": 8, "num_kv_heads": 8,
                    "seq_len_q": 1300, "seq_len_k": 1300, **LARGE[name]})  # fmt: skip
     check(case, ["cuda"])
-    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(case.dtype).items()}
-    options, first = case.options(), None
-    for _ in range(10):
-        torch.use_deterministic_algorithms(True)
-        o = flash_cosine_sim_attention(**tensors, **options, backend="cuda")
-        found = (o.detach(), *torch.autograd.grad(o, tensors.values(), torch.ones_like(o)))
-        torch.use_deterministic_algorithms(False)
-        first = first or found
-        for one, other in zip(found, first, strict=True):
-            assert one.isfinite().all() and torch.equal(one, other)
+    assert_repeatable(case)
 
 
 def packed_cases():
@@ -136,21 +121,7 @@ def test_gradient_by_distance_against_float64_sums_along_diagonals(seq_len, dete
     assert error <= max(dense_error, 1e-3), (error, dense_error)
 
 
-def is_hopper():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-def kernels_of(function):
-    """The names of the kernels that a call launches."""
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events()]
-
-
-@pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute capability 9.0")
+@NEEDS_HOPPER
 @pytest.mark.parametrize("call", ["table", "alibi", "window", "mask", "packed", "deterministic"])
 def test_hopper_kernels_run(call):
     """Scored ones, in both directions; the gradient of the table from the backward kernel itself, in any order."""
@@ -175,10 +146,8 @@ def test_hopper_kernels_run(call):
         torch.use_deterministic_algorithms(False)
 
     names = kernels_of(run)
-    variant = {"alibi": "2", "deterministic": "2"}.get(call, "3")  # of the backward kernel, attention.h's Variant
-    for kernel, number in (("forward_sm90_kernel", "2"), ("backward_sm90_kernel", variant)):
-        found = [name for name in names if kernel in name]
-        assert len(found) == 1 and found[0].split("<")[-1].split(">")[0].endswith(number), (kernel, names)
+    variant = {"alibi": "2", "deterministic": "2"}.get(call, "3")
+    assert hopper_variants(names) == ("2", variant), names
     portable = [name for name in names if "sm80" in name]
     assert len(portable) == (call == "deterministic") and all("distance_gradient" in name for name in portable)
 
@@ -221,16 +190,12 @@ def test_entries_may_hide_keys(dtype, entry):
 def test_wrong_cu_seqlens_and_lengths_end_and_touch_nothing_else(cu_seqlens, deterministic, head_dim):
     case = Packed((100, 30), causal=True, head_dim=head_dim, device=DEVICE, distance_bias=True, alibi=True)
     wrong = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
-    guarded = {}
-    for name, tensor in case.tensors(case.dtype).items():  # a page of NaN on either side of each
-        memory = torch.full((tensor.numel() + 2 * 65536,), torch.nan, dtype=tensor.dtype, device=DEVICE)
-        memory[65536:-65536] = tensor.flatten()
-        guarded[name] = memory[65536:-65536].view(tensor.shape).requires_grad_()
+    tensors = guarded(case.tensors(case.dtype))
     for ends_k in (wrong, wrong.clone()):
         options = {**case.options(), "cu_seqlens_q": wrong, "cu_seqlens_k": ends_k}
         torch.use_deterministic_algorithms(deterministic)
-        o = attend_packed("cuda", **guarded, **options)
-        gradients = torch.autograd.grad(o, guarded.values(), torch.ones_like(o))
+        o = attend_packed("cuda", **tensors, **options)
+        gradients = torch.autograd.grad(o, tensors.values(), torch.ones_like(o))
         torch.cuda.synchronize()
         torch.use_deterministic_algorithms(False)
         assert all(result.isfinite().all() for result in (o, *gradients))
@@ -244,18 +209,7 @@ def test_cuda_graph():
         o = flash_cosine_sim_attention(q, q, q, causal=True, distance_bias=table, backend="cuda")
         return o.detach(), *torch.autograd.grad(o, (q, table), torch.ones_like(o))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        q.copy_(torch.randn_like(q))
-        table.copy_(torch.randn_like(table))
-    graph.replay()
+    captured = replayed(step, q, table)
     o, _, gradient = step()
     assert torch.equal(captured[0], o)
     torch.testing.assert_close(captured[2], gradient, rtol=1e-3, atol=1e-3)

@@ -34,37 +34,19 @@ from support.gates import (
     rms,
     rounding,
 )
+from support.gpu import DEVICE, LOW_DTYPES, NEEDS_KERNELS, settings  # noqa: F401
 from support.operators import seq_first
 from support.operators import settings as operator_settings
 from torch.utils.checkpoint import checkpoint
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, ops, plain_cosine_sim_attention
+from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_sim_attention
 
-DEVICE = "cuda"
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none"),
-    pytest.mark.skipif(not ops.kernels_available(), reason=f"needs the CUDA kernels: {ops.kernels_error()}"),
-]
+pytestmark = NEEDS_KERNELS
 
 forward = torch.ops.flash_cosine_sim_attention.forward
 backward = torch.ops.flash_cosine_sim_attention.backward
 
 DTYPES = list(GATES)
-LOW_DTYPES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    # Of SDPA's kernels cuDNN's is left out: it takes a while to plan for every new shape.
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @pytest.fixture

@@ -7,20 +7,25 @@ import pytest
 import torch
 from support.cases import Case, describe
 from support.gates import GATES, check
+from support.gpu import (
+    DEVICE,
+    LOW_DTYPES,
+    NEEDS_HOPPER,
+    NEEDS_KERNELS,
+    assert_repeatable,
+    guarded,
+    hopper_variants,
+    kernels_of,
+    replayed,
+    settings,  # noqa: F401
+)
 from support.packed import PACKED, WINDOWS, Packed, attend_packed, check_packed
 
-from flash_cosine_sim_attention import flash_cosine_sim_attention, ops
+from flash_cosine_sim_attention import flash_cosine_sim_attention
 
-DEVICE = "cuda"
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none"),
-    pytest.mark.skipif(not ops.kernels_available(), reason=f"needs the CUDA kernels: {ops.kernels_error()}"),
-]
+pytestmark = NEEDS_KERNELS
 
 DTYPES = list(GATES)
-LOW_DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 32, 64, 96, 128, 256, 40, 80]
 # Many tiles, walks that several blocks share, rows that the kernels prepare ahead of them.
 LARGE = {
@@ -37,17 +42,6 @@ LARGE = {
         "causal": True,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    torch.use_deterministic_algorithms(False)
 
 
 def window_cases():
@@ -70,26 +64,11 @@ def test_windows(_name, case):
 @pytest.mark.parametrize("head_dim", [64, 128, 96])
 @pytest.mark.parametrize("name", LARGE)
 def test_large_windows(name, head_dim, dtype):
-    case = Case(**{"dtype": dtype, "head_dim": head_dim, "device": DEVICE, "num_heads": 8, "num_kv_heads": 8,
-                   "seq_len_q": 1300, "seq_len_k": 1300, **LARGE[name]})  # fmt: skip
-    # Of 2.7 million errors the largest is one number's chance: over 20 seeds its ratio to that of "sdpa" is 0.6 to 1.7,
-    # with a window and without, and one of these cases has 2.05. The relative RMS is held to 1.0, as everywhere.
-    check(case, ["cuda"], largest=2.5)
+    # The largest of the errors is one number's chance, the more so the fewer there are: a batch of six.
+    case = Case(**{"dtype": dtype, "head_dim": head_dim, "device": DEVICE, "batch": 6, "num_heads": 8,
+                   "num_kv_heads": 8, "seq_len_q": 1300, "seq_len_k": 1300, **LARGE[name]})  # fmt: skip
+    check(case, ["cuda"])
     assert_repeatable(case)
-
-
-def assert_repeatable(case):
-    """In deterministic mode, for the call under test alone: not all that a check does has a deterministic variant."""
-    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(case.dtype).items()}
-    options, do, first = case.options(), torch.randn_like(tensors["q"]), None
-    for _ in range(10):
-        torch.use_deterministic_algorithms(True)
-        o = flash_cosine_sim_attention(**tensors, **options, backend="cuda")
-        found = (o.detach(), *torch.autograd.grad(o, tensors.values(), do))
-        torch.use_deterministic_algorithms(False)
-        first = first or found
-        for one, other in zip(found, first, strict=True):
-            assert one.isfinite().all() and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,21 +124,7 @@ def test_packed_is_the_batch(dtype, causal):
         assert error <= {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype], error
 
 
-def kernels_of(function):
-    """The names of the kernels that a call launches."""
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events()]
-
-
-def is_hopper():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute capability 9.0")
+@NEEDS_HOPPER
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
 @pytest.mark.parametrize("call", ["window", "packed", "mask", "plain"])
 def test_hopper_kernels_run(call, dtype):
@@ -179,10 +144,8 @@ def test_hopper_kernels_run(call, dtype):
         o.sum().backward()
 
     names = kernels_of(run)
-    variant = "0" if call == "plain" else "1"  # the last template argument, attention.h's Variant
-    for kernel in ("forward_sm90_kernel", "backward_sm90_kernel"):
-        found = [name for name in names if kernel in name]
-        assert len(found) == 1 and found[0].split("<")[-1].split(">")[0].endswith(variant), (kernel, names)
+    variant = "0" if call == "plain" else "1"
+    assert hopper_variants(names) == (variant, variant), names
     assert not any("sm80" in name for name in names)
 
 
@@ -194,15 +157,11 @@ def test_hopper_kernels_run(call, dtype):
 def test_wrong_cu_seqlens_end_and_touch_nothing_else(cu_seqlens, is_deterministic, head_dim):
     case = Packed((100, 30), causal=True, window_size=(20, -1), head_dim=head_dim, device=DEVICE)
     wrong = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
-    guarded = {}
-    for name, tensor in case.tensors(case.dtype).items():  # a page of NaN on either side of each
-        memory = torch.full((tensor.numel() + 2 * 65536,), torch.nan, dtype=case.dtype, device=DEVICE)
-        memory[65536:-65536] = tensor.flatten()
-        guarded[name] = memory[65536:-65536].view(tensor.shape).requires_grad_()
+    tensors = guarded(case.tensors(case.dtype))
     options = {**case.options(), "cu_seqlens_q": wrong, "cu_seqlens_k": wrong}
     torch.use_deterministic_algorithms(is_deterministic)
-    o = attend_packed("cuda", **guarded, **options)
-    gradients = torch.autograd.grad(o, guarded.values(), torch.ones_like(o))
+    o = attend_packed("cuda", **tensors, **options)
+    gradients = torch.autograd.grad(o, tensors.values(), torch.ones_like(o))
     torch.cuda.synchronize()
     assert all(result.isfinite().all() for result in (o, *gradients))
 
@@ -234,15 +193,5 @@ def test_cuda_graph(options):
         o = flash_cosine_sim_attention(q, q, q, causal=True, backend="cuda", **options)
         return o.detach(), *torch.autograd.grad(o, q, torch.ones_like(o))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        q.copy_(torch.randn_like(q))
-    graph.replay()
+    captured = replayed(step, q)
     assert torch.equal(captured[0], step()[0])
