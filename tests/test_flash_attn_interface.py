@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.gates import backend_name
 
 import flash_cosine_sim_attention as library
-from flash_cosine_sim_attention import cosine_scale, flash_attn_interface
+from flash_cosine_sim_attention import cosine_scale, flash_attn_interface, plain_cosine_sim_attention
 from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 # The arguments of FlashAttention 2.8 and 3, in their order.
@@ -215,7 +215,7 @@ def test_another_layout_is_refused(name):
 # What is not there.
 
 WRONG = {
-    "dropout_p": 0.1, "softcap": 30.0, "alibi_slopes": torch.ones(4), "return_attn_probs": True, "qv": torch.ones(1),
+    "dropout_p": 0.1, "softcap": 30.0, "return_attn_probs": True, "qv": torch.ones(1),
     "q_descale": torch.ones(1), "k_descale": torch.ones(1), "v_descale": torch.ones(1), "attention_chunk": 8,
     "deterministic": True,
 }  # fmt: skip
@@ -240,8 +240,26 @@ def test_what_is_not_there_raises(name, value):
 def test_a_refusal_says_what_was_got_and_what_is_accepted():
     with pytest.raises(ValueError, match=r"dropout_p must be 0.0, got 0.1: .*drop outputs instead"):
         flash_attn_func(*inputs(), dropout_p=0.1)
-    with pytest.raises(ValueError, match=r"alibi_slopes must be None, got a tensor \(4,\): .*attn_bias"):
-        flash_attn_func(*inputs(), alibi_slopes=torch.ones(4))
+    with pytest.raises(ValueError, match=r"alibi_slopes must be \(num_heads,\) = \(4,\) .*got \(3,\)"):
+        flash_attn_func(*inputs(), alibi_slopes=torch.ones(3))
+
+
+def test_alibi_slopes_are_added_after_the_scale():
+    """As by FlashAttention: -slope * |distance|, whatever softmax_scale is; packed, inside each sequence."""
+    q, k, v = inputs()
+    slopes = torch.rand(q.shape[2])
+    distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+    bias = -slopes.double()[:, None, None] * distance.abs()
+    expected = plain_cosine_sim_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias, scale=0.1 * q.shape[-1], causal=True
+    ).transpose(1, 2)
+    o = flash_attn_func(q, k, v, softmax_scale=0.1, causal=True, alibi_slopes=slopes)
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)
+    q, k, v, ends, *rest = packed_inputs()
+    packed = flash_attn_varlen_func(q, k, v, ends, *rest, causal=True, alibi_slopes=slopes)
+    for first, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        alone = flash_attn_func(*(x[None, first:end] for x in (q, k, v)), causal=True, alibi_slopes=slopes)
+        torch.testing.assert_close(packed[first:end], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_asks_for_nothing_is_taken():

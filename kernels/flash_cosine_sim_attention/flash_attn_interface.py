@@ -26,7 +26,6 @@ __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 _ABSENT: dict[str, tuple[float | None, str]] = {
     "dropout_p": (0.0, "probabilities cannot be dropped; drop outputs instead"),
     "softcap": (0.0, "logits are not capped; the scale bounds them"),
-    "alibi_slopes": (None, "there is no bias by distance; flash_cosine_sim_attention has attn_bias"),
     "attention_chunk": (0, "there are no chunks; packed sequences of that length are"),
     "qv": (None, "there is no second query"),
     "q_descale": (None, "there is no 8-bit format"),
@@ -88,7 +87,9 @@ def flash_attn_func(
         deterministic: True needs torch.use_deterministic_algorithms(True), on until the backward pass has run, and
             raises without it. The forward pass repeats bit for bit anyway.
         return_attn_probs: True raises; return_partials of flash_cosine_sim_attention has the sums of rows.
-        dropout_p, softcap, alibi_slopes, qv, q_descale, k_descale, v_descale, attention_chunk: not there; what is not
+        alibi_slopes: float32 (num_heads,) or (batch, num_heads); -slope * |i + off - j| is added to the logits, with
+            off as above.
+        dropout_p, softcap, qv, q_descale, k_descale, v_descale, attention_chunk: not there; what is not
             FlashAttention's default raises.
         num_splits, pack_gqa, sm_margin: how FlashAttention's kernels share their work, not what they compute; taken,
             and not used.
@@ -101,11 +102,11 @@ def flash_attn_func(
             and at most 60, or a shape, a device or the back end is not as above.
         TypeError, ImportError, NotImplementedError, RuntimeError: as in flash_cosine_sim_attention.
     """
-    off = alibi_slopes is qv is q_descale is k_descale is v_descale is None
+    off = qv is q_descale is k_descale is v_descale is None
     if not off or dropout_p or softcap or attention_chunk:
         _refuse(
-            dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, attention_chunk=attention_chunk, qv=qv,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            dropout_p=dropout_p, softcap=softcap, attention_chunk=attention_chunk, qv=qv, q_descale=q_descale,
+            k_descale=k_descale, v_descale=v_descale,
         )  # fmt: skip
     _check_results(deterministic, return_attn_probs)
     _check_layout(q, k, v, ("batch", "seq_len", "heads", "head_dim"))
@@ -117,6 +118,7 @@ def flash_attn_func(
         causal=causal,
         l2norm_qk=l2norm_qk,
         window_size=_window(window_size),
+        alibi_slopes=alibi_slopes,
         backend=backend,
     )
     return o.transpose(1, 2).contiguous()  # the kernels lay it out so already
@@ -165,6 +167,7 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 (num_sequences + 1,) on q's device: sequence s has the rows from cu_seqlens[s]
             up to cu_seqlens[s + 1]. flash_cosine_sim_attention_varlen says what is checked, and when.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
+        alibi_slopes: float32 (num_heads,), the same for all sequences.
         block_table, seqused_q, seqused_k: not there; what is not None raises.
 
     Returns:
@@ -174,9 +177,8 @@ def flash_attn_varlen_func(
         ValueError, TypeError, ImportError, NotImplementedError, RuntimeError: as there.
     """
     _refuse(
-        dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table, seqused_q=seqused_q,
-        seqused_k=seqused_k, attention_chunk=attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale,
-        v_descale=v_descale,
+        dropout_p=dropout_p, softcap=softcap, block_table=block_table, seqused_q=seqused_q, seqused_k=seqused_k,
+        attention_chunk=attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
     _check_results(deterministic, return_attn_probs)
     _check_layout(q, k, v, ("total", "heads", "head_dim"))
@@ -192,6 +194,7 @@ def flash_attn_varlen_func(
         causal=causal,
         l2norm_qk=l2norm_qk,
         window_size=_window(window_size),
+        alibi_slopes=alibi_slopes,
         backend=backend,
     )
 
