@@ -296,7 +296,7 @@ def test_flex_attention_within_a_window_is_a_dense_mask(num_kv_heads):
 @pytest.mark.parametrize("seq_len", [300, 1024])
 def test_on_a_gpu_a_window_is_a_dense_mask_compiled_or_not(monkeypatch, caplog, seq_len):
     used = []
-    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[-1]) or by_flex(*inputs))
+    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[3]) or by_flex(*inputs))
     models.windows._say_that_it_is_not_compiled.cache_clear()
     torch.manual_seed(0)
     qkv = torch.randn(2, seq_len, 12, 64, device="cuda", requires_grad=True)  # as the projection leaves them

@@ -180,6 +180,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
         enable_gqa = attn_mask is None and q.dtype in (torch.float16, torch.bfloat16)
         if not enable_gqa:
             k, v = expand_kv_heads(k, num_heads), expand_kv_heads(v, num_heads)
+    if attn_mask is not None and attn_mask.requires_grad and not any(x.requires_grad for x in (q, k, v)):
+        # On CUDA the memory-efficient kernel keeps what its backward pass needs only if q, k or v wants a gradient,
+        # and that pass then raises. The sum over nothing is 0, but wants one.
+        q = q + attn_mask[..., :0].sum()
     try:
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa

@@ -52,6 +52,51 @@ struct DistancePiece {
     }
   }
 
+  // x += the entry of each element, for rows that are queries, from `row` on, 16 columns at a time, in this order. What
+  // the next 16 take is read ahead.
+  struct Slices {
+    uint32_t first;
+    float before[2], ahead[2][2];
+
+    __device__ __forceinline__ void begin(uint32_t piece, int row) {
+      const int lane = opaque(static_cast<int>(threadIdx.x & 31));  // not worth a register through the walk
+      first = entry(piece, row + (lane >> 2), 2 * (lane & 3));
+      load(before, -1);
+      load_slice(0);
+    }
+
+    template <int kBlocks>
+    __device__ __forceinline__ void add(float (&x)[kBlocks][4], int slice) {
+      float here[2][2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        here[n][0] = ahead[n][0];
+        here[n][1] = ahead[n][1];
+      }
+      if (2 * slice + 2 < kBlocks) load_slice(slice + 1);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          x[2 * slice + n][i] += here[n][i];
+          x[2 * slice + n][2 + i] += before[i];
+          before[i] = here[n][i];
+        }
+      }
+    }
+
+   private:
+    __device__ __forceinline__ void load(float (&entries)[2], int n) const {
+      entries[0] = load_shared_f32(first - 32 * n);
+      entries[1] = load_shared_f32(first - 32 * n - 4);
+    }
+
+    __device__ __forceinline__ void load_slice(int slice) {
+      load(ahead[0], 2 * slice);
+      load(ahead[1], 2 * slice + 1);
+    }
+  };
+
   // x += the entry of each element, for rows that are keys, from `row` on.
   template <int kBlocks>
   static __device__ __forceinline__ void add_transposed(float (&x)[kBlocks][4], uint32_t piece, int row) {

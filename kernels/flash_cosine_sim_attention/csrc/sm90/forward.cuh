@@ -65,6 +65,9 @@ struct ForwardSm90 {
   static constexpr int kPanelBytes = Traits::kPanelBytes, kPanels = Traits::kPanels, kPanelDim = Traits::kPanelDim;
   static constexpr bool kOnes = Traits::kOnes;
   static constexpr int kSlices = kBlockK / 16;
+  // kScored: entries of distances are added beside the 2^x, 16 keys at a time, and come with V; or all at once as soon
+  // as scores are there, and come with K, where V may come too late for that.
+  static constexpr bool kAddsInSlices = kScored && Traits::kSliced, kAddsAtOnce = kScored && !Traits::kSliced;
   using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
@@ -208,7 +211,7 @@ struct ForwardSm90 {
     __device__ __forceinline__ uint32_t distances(int stage) const {
       return base + Traits::kOffsetDistances + stage * Traits::kDistanceBytes;
     }
-    // kScored: what a warp multiplies scores by, 1, or c if q_hat does not contain it. A register would spill.
+    // kAddsAtOnce: what a warp multiplies scores by, 1, or c if q_hat does not contain it. A register would spill.
     __device__ __forceinline__ uint32_t scale(int first_row) const {
       return base + Traits::kOffsetScales + first_row / 16 * 4;
     }
@@ -306,19 +309,23 @@ struct ForwardSm90 {
     __device__ __forceinline__ void load_keys(const Work& work, int first_key) {
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
       const uint32_t full = shared.k_full(k_stage.index);
-      load<kBlockK, kScored ? Distances::kBytes : 0>(maps.k, shared.k(k_stage.index), full, first_key, work.kv_head,
-                                                     work.batch);
-      if constexpr (kScored) {
-        Distances::load(params, shared.distances(k_stage.index), full, work.batch, work.head, work.first_query,
-                        first_key);
-      }
+      load<kBlockK, kAddsAtOnce ? Distances::kBytes : 0>(maps.k, shared.k(k_stage.index), full, first_key, work.kv_head,
+                                                         work.batch);
+      if constexpr (kAddsAtOnce) load_distances(work, first_key, k_stage, full);
       k_stage.advance();
     }
 
     __device__ __forceinline__ void load_values(const Work& work, int first_key) {
       mbarrier_wait(shared.v_empty(v_stage.index), v_stage.parity ^ 1);
-      load<kBlockK>(maps.v, shared.v(v_stage.index), shared.v_full(v_stage.index), first_key, work.kv_head, work.batch);
+      const uint32_t full = shared.v_full(v_stage.index);
+      load<kBlockK, kAddsInSlices ? Distances::kBytes : 0>(maps.v, shared.v(v_stage.index), full, first_key,
+                                                           work.kv_head, work.batch);
+      if constexpr (kAddsInSlices) load_distances(work, first_key, v_stage, full);
       v_stage.advance();
+    }
+
+    __device__ __forceinline__ void load_distances(const Work& work, int first_key, const Stage& stage, uint32_t full) {
+      Distances::load(params, shared.distances(stage.index), full, work.batch, work.head, work.first_query, first_key);
     }
 
     // The keys of a step, the words of their mask, and the step behind it.
@@ -511,6 +518,14 @@ struct ForwardSm90 {
   static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
                                                      const Shared& shared, const Work& work, int first_row,
                                                      int first_key, const RingStage<kStages>& stage) {
+    if (!kAddsAtOnce && !params.l2norm_qk) {
+      const float score_scale = scale_log2(params, work.head);
+#pragma unroll
+      for (auto& columns : scores) {
+#pragma unroll
+        for (float& x : columns) x *= score_scale;
+      }
+    }
     const int lane = threadIdx.x & 31;
     int keys[2][2];
 #pragma unroll
@@ -532,14 +547,6 @@ struct ForwardSm90 {
           float& score = scores[4 * i + column / 8][2 * half + column % 8];
           if ((seen >> column & 1) == 0) score = -infinity();
         }
-      }
-    }
-    if (!kScored && !params.l2norm_qk) {
-      const float score_scale = scale_log2(params, work.head);
-#pragma unroll
-      for (auto& columns : scores) {
-#pragma unroll
-        for (float& x : columns) x *= score_scale;
       }
     }
   }
@@ -613,7 +620,7 @@ struct ForwardSm90 {
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) exact_sums[half] = rounded_sums[half] = 0.f;
-      if constexpr (kScored) {
+      if constexpr (kAddsAtOnce) {
         const float scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
         if ((threadIdx.x & 31) == 0) store_shared_b32(shared.scale(first_row), __float_as_uint(scale));
         __syncwarp();
@@ -688,7 +695,7 @@ struct ForwardSm90 {
     __device__ __forceinline__ void finish_qk() {
       wgmma_wait<kPending>();
       pin(scores);
-      if constexpr (kScored) {
+      if constexpr (kAddsAtOnce) {
         const float scale = load_shared_f32(shared.scale(first_row));
         Distances::add(scores, scale, shared.distances(k_stage.index), first_row);
         __syncwarp();  // all lanes have read it before the first releases it
@@ -698,6 +705,7 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void finish_pv() {
+      if constexpr (kAddsInSlices) __syncwarp();  // all lanes have read the entries
       release(shared.v_empty(v_stage.index));
       v_stage.advance();
     }
@@ -739,8 +747,11 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void start_pv_as_p_is_made() {
       mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
+      typename Distances::Slices entries;
+      if constexpr (kAddsInSlices) entries.begin(shared.distances(v_stage.index), first_row);
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
+        if constexpr (kAddsInSlices) entries.add(scores, slice);
         exponentiate(slice);
         round(slice);
         add_rounded(slice);
@@ -830,7 +841,7 @@ struct ForwardSm90 {
       const auto is_plain = [&](Step step) {
         const Range all = kHeadDim >= 128 ? read_band().all : band.all;  // no registers are left to keep it in
         const int first_key = step.first_key();
-        return (params.l2norm_qk || kScored) && step.is_whole() && all.first <= first_key &&
+        return (params.l2norm_qk || kAddsAtOnce) && step.is_whole() && all.first <= first_key &&
                first_key + kBlockK <= all.end;
       };
       const auto finish = [&](Step step) {
