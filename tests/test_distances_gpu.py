@@ -122,14 +122,18 @@ def test_gradient_by_distance_against_float64_sums_along_diagonals(seq_len, dete
 
 
 @NEEDS_HOPPER
-@pytest.mark.parametrize("call", ["table", "alibi", "window", "mask", "packed", "deterministic"])
+@pytest.mark.parametrize("call", ["table", "alibi", "window", "mask", "packed", "deterministic", "raw"])
 def test_hopper_kernels_run(call):
-    """Scored ones, in both directions; the gradient of the table from the backward kernel itself, in any order."""
+    """Scored ones, in both directions; the gradient of the table from the backward kernel itself, in any order.
+
+    Without the norm the backward pass multiplies scores where it would add what distances say.
+    """
     q = torch.randn(2, 4, 512, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    table = torch.randn(4, 512, device=DEVICE, requires_grad=call != "alibi")
+    table = torch.randn(4, 512, device=DEVICE, requires_grad=call not in ("alibi", "raw"))
     options = {"distance_bias": table, "causal": True}
     options |= {
         "alibi": {"distance_bias": None, "alibi_slopes": torch.rand(4, device=DEVICE)},
+        "raw": {"distance_bias": None, "l2norm_qk": False, "scale": 0.1},
         "window": {"window_size": (100, -1)},
         "mask": {"mask": torch.ones(2, 512, device=DEVICE, dtype=torch.bool)},
     }.get(call, {})
@@ -146,8 +150,8 @@ def test_hopper_kernels_run(call):
         torch.use_deterministic_algorithms(False)
 
     names = kernels_of(run)
-    variant = {"alibi": "2", "deterministic": "2"}.get(call, "3")
-    assert hopper_variants(names) == ("2", variant), names
+    variants = {"alibi": ("2", "2"), "deterministic": ("2", "2"), "raw": ("0", "2")}.get(call, ("2", "3"))
+    assert hopper_variants(names) == variants, names
     portable = [name for name in names if "sm80" in name]
     assert len(portable) == (call == "deterministic") and all("distance_gradient" in name for name in portable)
 

@@ -293,6 +293,18 @@ SM90_BACKWARD_OPTIONS = {
     "small-scale": {"seq_len_q": 130, "seq_len_k": 140, "scale": 1.0},
 }
 
+# The same without the norm, and with a scale that is a number: what distances are added to is multiplied by it.
+SM90_RAW_OPTIONS = {
+    "dense": {"seq_len_q": 150, "seq_len_k": 270, "strided": True},
+    "causal": {"seq_len_q": 200, "seq_len_k": 200, "causal": True, "num_heads": 4},
+    "causal-more-keys": {"seq_len_q": 130, "seq_len_k": 331, "causal": True, "scale": 0.5},
+    "causal-empty-rows": {"seq_len_q": 231, "seq_len_k": 130, "causal": True, "groups": 2},
+    "mask": {"seq_len_q": 130, "seq_len_k": 270, "mask": True, "num_heads": 4, "num_kv_heads": 2},
+    "window": {"seq_len_q": 280, "seq_len_k": 280, "causal": True, "window_size": (70, -1), "scale": 20},
+    "alibi": {"seq_len_q": 150, "seq_len_k": 150, "causal": True, "alibi": "heads"},
+    "split": {"batch": 1, "seq_len_q": 300, "seq_len_k": 100, **SM90_GROUP_OF_HEADS, "causal": True},
+}
+
 
 def multiplied_with_wgmma():
     """Of how many warps, since the library was loaded."""
@@ -391,7 +403,8 @@ def check_distances_sm90(case, deterministic=False):
         first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
         counts.append(multiplied_with_wgmma())
         again = torch.autograd.grad(o, tensors.values(), do)
-    assert (counts[1] > counts[0]) == (case.l2norm_qk and case.head_dim <= 128)
+    takes = case.l2norm_qk or not (case.distance_bias or case.learned_scale)
+    assert (counts[1] > counts[0]) == (takes and case.head_dim <= 128)
     for name, one, other in zip(tensors, first, again, strict=True):
         if name == "distance_bias" and not deterministic:  # warps add to it in any order
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -510,6 +523,11 @@ def sm90_checks():
         if head_dim == 64:
             bounded = replace(alone, num_heads=4, num_kv_heads=2)
             add("bounded-scale", bounded, check_operators, rows_limit=8, bound=4.0)
+    for index, head_dim in enumerate(SM90_BACKWARD_HEAD_DIMS):
+        case = Case(dtype=torch.bfloat16, head_dim=head_dim, num_heads=2, num_kv_heads=2, l2norm_qk=False)
+        for place, (name, options) in list(enumerate(SM90_RAW_OPTIONS.items()))[index % 2 :: 2]:
+            ordered = (place + index) % 3 == 0
+            add(f"raw-{name}", replace(case, **options), check_sm90_gradients, deterministic=ordered)
     kernels = [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16), (128, torch.float16)]
     kernels += [(32, torch.bfloat16), (96, torch.float16)]
     for index, (head_dim, dtype) in enumerate(kernels):

@@ -280,10 +280,19 @@ def assert_one_kernel(call, plan):
     if plan.sm90:
         variant = list(SETUP.VARIANTS)[plan.variant]
         assert variant == "" or variant in kernel.variants[math], (header, math, variant)
-        assert (plan.variant >= SCORED) == call.is_scored
-        assert not call.is_scored or (call.dtype == BFLOAT16 and (call.num_sequences < 0 or call.one_cu_seqlens))
+        assert (plan.variant >= SCORED) == (call.is_scored or multiplies_scores(call, plan))
+        if plan.variant >= SCORED:
+            assert call.dtype == BFLOAT16 and (call.num_sequences < 0 or call.one_cu_seqlens)
+        if multiplies_scores(call, plan):
+            assert not (call.scale_on_device or plan.prepares_rows)
+            assert not (call.ddistance_bias and call.num_distances >= 0)
     else:
         assert plan.variant == CAUSAL
+
+
+def multiplies_scores(call, plan):
+    """Hopper's backward pass without the norm does so where it would add what distances say."""
+    return isinstance(call, Backward) and bool(plan.sm90) and not call.l2norm_qk
 
 
 def assert_norms(call, plan):
@@ -460,12 +469,13 @@ def test_backward_workspace_covers_what_is_written(library, call):
 @given(call=st.one_of(forward_calls, backward_calls))
 def test_the_table_has_every_distance_and_every_piece_that_is_copied(library, call):
     plan = plan_of(library, call)
-    if not call.is_scored or call.batch == 0:
+    zeros = multiplies_scores(call, plan) and not call.is_scored
+    if not (call.is_scored or zeros) or call.batch == 0:
         if call.batch > 0:
             assert plan.num_distance_scores == plan.num_diagonals == 0
         return
-    assert plan.num_diagonals == (call.seq_len_q if call.num_sequences >= 0 else 0)
-    rows = call.num_heads * (call.batch if call.slopes == 2 else 1)
+    assert plan.num_diagonals == (call.seq_len_q if call.is_scored and call.num_sequences >= 0 else 0)
+    rows = 1 if zeros else call.num_heads * (call.batch if call.slopes == 2 else 1)
     assert plan.num_distance_scores == rows * plan.num_scores
     assert plan.scores_stride_batch == (call.num_heads * plan.num_scores if call.slopes == 2 else 0)
     least, most = call.distances

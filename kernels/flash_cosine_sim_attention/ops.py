@@ -279,6 +279,8 @@ def _eager_keys() -> int | None:
         keys = torch._C.DispatchKeySet(key.BackendSelect).add(key.ADInplaceOrView).raw_repr()
         torch._C._dispatch_tls_local_include_set().raw_repr()
         torch._C._any_requires_grad()
+        torch._C._functorch.is_functorch_wrapped_tensor(torch.empty(0))
+        super(torch.autograd.Function, torch.autograd.Function).apply  # noqa: B018
         with torch._C._AutoDispatchBelowAutograd():
             return int(keys)
     except (AttributeError, TypeError) as error:
@@ -342,12 +344,14 @@ def _register_autograd_fast(overload, operator: Operator, backward, saves: bool)
     required = picker(operator.fields, operator.required)
     tensors, values = picker(operator.fields, TENSORS), picker(operator.fields, VALUES)
     pick_qkv = picker(operator.fields, ("q", "k", "v"))
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    below = getattr(overload, "_op", overload)  # past a Python function that does nothing else
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
             with torch._C._AutoDispatchBelowAutograd():
-                output = overload(*arguments)
+                output = below(*arguments)
             if saves:
                 ctx.save_for_backward(*tensors(arguments), *output)  # mask, attn_bias, scale may be None
                 ctx.values = values(arguments)
@@ -358,12 +362,15 @@ def _register_autograd_fast(overload, operator: Operator, backward, saves: bool)
         def backward(ctx, *grads):
             return backward(ctx, *grads)
 
-    def kernel(*arguments):
+    # Function.apply, where no transform is active, does this and looks at each argument first: see `call`.
+    apply_in_eager_mode = super(torch.autograd.Function, Differentiable).apply
+
+    def attend(arguments, apply):
         if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
             raise NotImplementedError(_NO_FORWARD_MODE)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             try:
-                return Differentiable.apply(*required(arguments))
+                return apply(*required(arguments))
             except RuntimeError as error:
                 if "functorch transforms" not in str(error):
                     raise
@@ -373,7 +380,10 @@ def _register_autograd_fast(overload, operator: Operator, backward, saves: bool)
                     "has every derivative"
                 ) from error
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*arguments)
+            return below(*arguments)
+
+    def kernel(*arguments):
+        return attend(arguments, Differentiable.apply)
 
     _library.impl(operator.name, kernel, "Autograd")
 
@@ -384,8 +394,9 @@ def _register_autograd_fast(overload, operator: Operator, backward, saves: bool)
         eager = (
             torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER_KEYS
             and type(q) is type(k) is type(v) is Tensor  # a subclass may dispatch itself
+            and not (is_wrapped(q) or is_wrapped(k) or is_wrapped(v))  # what a transform left behind
         )
-        return kernel(*arguments) if eager else overload(*arguments)
+        return attend(arguments, apply_in_eager_mode) if eager else overload(*arguments)
 
     return call
 

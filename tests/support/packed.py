@@ -130,6 +130,7 @@ PACKED = {
     "one-token-each": Packed((1,) * 40, causal=True),
     "rows-behind": Packed((90, 61), behind=140, causal=True),
     "both-windows": Packed((129, 65, 191), (190, 65, 128), window_size=(31, 17), l2norm_qk=False),
+    "raw": Packed((150, 90, 41), num_kv_heads=1, window_size=(64, -1), causal=True, l2norm_qk=False, behind=9),
     "empty": Packed((0, 0), behind=70),
 }
 # What distances add: at, below and above the edges of tiles, with all that it goes together with.

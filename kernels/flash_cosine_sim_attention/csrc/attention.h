@@ -83,9 +83,13 @@ struct DistanceScores {
   float* data = nullptr;
   int first = 0, num = 0;  // num is a multiple of 4
   int least = 0, most = -1;
-  int64_t stride_batch = 0, stride_head = 0;
+  int64_t stride_batch = 0, stride_head = 0;  // 0 where all have the same
   // Of packed sequences, (seq_len_q,): the key at the distance 0 of each query.
   int* diagonal = nullptr;
+
+  constexpr int64_t num_rows(int batch, int num_heads) const {
+    return stride_head == 0 ? 1 : int64_t{num_heads} * (stride_batch == 0 ? 1 : batch);
+  }
 };
 
 // What forward and backward share.
@@ -107,7 +111,7 @@ struct Attention {
   int scale_stride = 0;
   float scale_value = 1.f;
   Tensor q, k, v;  // as the user gave them
-  // What enters the products. With l2norm_qk, buffers that launch_normalize fills: q_hat = c * q^ and
+  // What enters the products. With l2norm_qk, buffers that a launch before the kernel fills: q_hat = c * q^ and
   // k_hat = k^, each rounded once; but see ForwardPlan. Without it q_hat is q and k_hat is k, and the kernels multiply
   // scores by c.
   Tensor q_hat, k_hat;
@@ -226,7 +230,8 @@ struct BackwardParams : Attention {
   // block's number
   uint32_t* counters = nullptr;
   // The gradients of k^ and v, float32 (num_splits, 2, batch, num_kv_heads, seq_len_k, head_dim), which
-  // launch_dkv_merge adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a share.
+  // launch_postprocess adds up in order; nullptr if num_splits is 0. sm90/backward.cuh leaves out splits without a
+  // share.
   float* dkv_partials = nullptr;
   // What launch_bias_gradient_sm80 leaves for launch_distance_merge: bias_gradient.cuh.
   float* distance_sums = nullptr;
@@ -249,14 +254,15 @@ void launch_normalize(const Attention& params, uint32_t* counters, int64_t num_c
 // visibility.cu: key_ranges, query_ranges, mask_words and distance_scores, where they have memory.
 void launch_visibility(const Attention& params, cudaStream_t stream);
 
+// preprocess.cu: q_hat and k_hat as launch_normalize makes them, delta, and zeros in the counters; for
+// sm90/backward.cuh also in dq_accumulator. One launch.
+void launch_preprocess(const BackwardParams& params, int64_t num_counters, cudaStream_t stream);
+
 // postprocess.cu
-// delta; for sm90/backward.cuh also zeros in dq_accumulator.
-void launch_delta(const BackwardParams& params, cudaStream_t stream);
-// dq from dq_accumulator, through the factor scale and the norm; its rows' shares of dscale go into delta,
-// which nobody reads any more, and are then added up in order.
-void launch_dq(const BackwardParams& params, cudaStream_t stream);
-// dk and dv from dkv_partials, dk through the norm.
-void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream);
+// dq from dq_accumulator, through the factor scale and the norm; dk and dv from dkv_partials, if there are any, dk
+// through the norm. One launch. The rows' shares of dscale go into delta, which nobody reads any more, and are then
+// added up in order.
+void launch_postprocess(const BackwardParams& params, cudaStream_t stream);
 // ddistance_bias from distance_sums.
 void launch_distance_merge(const BackwardParams& params, cudaStream_t stream);
 // Zeros in dk and dv where nobody sees a key, after sm90/backward.cuh's banded variant.

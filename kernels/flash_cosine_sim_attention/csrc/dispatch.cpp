@@ -153,8 +153,8 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   const BackwardPlan& plan = params.plan;
   const int64_t num_counters = plan.num_counters + plan.dq_order;
   launch_visibility(params, stream);
-  if (params.l2norm_qk && !plan.prepares_rows) {
-    launch_normalize(params, params.counters, num_counters, stream);
+  if (!plan.prepares_rows) {
+    launch_preprocess(params, num_counters, stream);
   } else if (num_counters > 0) {
     CUDA_CHECK(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(*params.counters), stream));
   }
@@ -164,16 +164,13 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
       const int64_t entries = int64_t{params.num_heads} * params.by_distance.num_distances;
       CUDA_CHECK(cudaMemsetAsync(params.ddistance_bias, 0, entries * sizeof(float), stream));
     }
-    if (!plan.prepares_rows) launch_delta(params, stream);
     launch_bias_gradients(params, stream);
     with_backward_sm90(params.head_dim, [&](auto head_dim) { run_backward_sm90<head_dim.value>(params, stream); });
     if (plan.variant != Variant::kCausal) launch_unseen(params, stream);
-    launch_dkv_merge(params, stream);
-    launch_dq(params, stream);
+    launch_postprocess(params, stream);
     return;
   }
 #endif
-  launch_delta(params, stream);
   launch_bias_gradients(params, stream);
   with_math(math_of(params), [&](auto math) {
     with_head_dim(params.head_dim, [&](auto head_dim) {
@@ -184,8 +181,7 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
       if (params.seq_len_k > 0) launch_backward_sm80<math.value, head_dim.value>(params, stream);
     });
   });
-  launch_dkv_merge(params, stream);
-  launch_dq(params, stream);
+  launch_postprocess(params, stream);
 }
 
 }  // namespace flash_cosine_sim

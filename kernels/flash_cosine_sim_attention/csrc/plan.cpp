@@ -68,7 +68,7 @@ DistanceScores distance_scores_of(const Attention& params) {
   scores.first -= (scores.first - first_of_tile) & 3;
   const int num = std::max(scores.most - scores.least + 1, 0) + 2 * DistanceScores::kMargin + 3;
   scores.num = (num + 3) / 4 * 4;
-  scores.stride_head = scores.num;
+  scores.stride_head = by_distance.exists() ? scores.num : 0;
   scores.stride_batch = by_distance.slopes_stride_batch == 0 ? 0 : int64_t(params.num_heads) * scores.num;
   return scores;
 }
@@ -76,11 +76,10 @@ DistanceScores distance_scores_of(const Attention& params) {
 // What both plans say of by_distance.
 template <typename Plan>
 void plan_distance_scores(Plan& plan, const Attention& params) {
-  if (!params.by_distance.exists()) return;
+  if (!params.by_distance.exists() && plan.variant < Variant::kScored) return;
   plan.distance_scores = distance_scores_of(params);
-  const int64_t rows = int64_t(params.num_heads) * (plan.distance_scores.stride_batch == 0 ? 1 : params.batch);
-  plan.num_distance_scores = rows * plan.distance_scores.num;
-  if (params.sequences.queries != nullptr) plan.num_diagonals = params.seq_len_q;
+  plan.num_distance_scores = plan.distance_scores.num_rows(params.batch, params.num_heads) * plan.distance_scores.num;
+  if (params.by_distance.exists() && params.sequences.queries != nullptr) plan.num_diagonals = params.seq_len_q;
 }
 
 // They are there for bfloat16 alone: float16's forward pass, in which P might leave its range, is the portable
@@ -207,10 +206,18 @@ ForwardPlan plan_split(const ForwardParams& params, const Gpu& gpu) {
 
 bool needs_dq(const BackwardParams& params) { return params.dq.data != nullptr || params.dscale != nullptr; }
 
-// What it does not take goes to the portable kernel, as above; so do head dims above 128 and l2norm_qk=False.
+// Whether they take q and k as they are: scores are then multiplied by c where what a distance says is added, so that
+// there is a table by distance, of zeros if need be. With sums by distance, registers are left for neither. A learned
+// scale may be another for each head that shares a key, and dk would be a sum over heads.
+bool takes_raw_rows_in_sm90(const BackwardParams& params) {
+  return adds_distances_in_sm90(params) && params.ddistance_bias == nullptr && params.scale == nullptr &&
+         queries_have_tensor_map(params, params.q) && keys_have_tensor_map(params, params.k);
+}
+
+// What it does not take goes to the portable kernel, as above; so do head dims above 128.
 bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
-  if (!gpu.runs_sm90 || params.dtype == DType::kFloat32 || !params.l2norm_qk || params.head_dim > 128 ||
-      params.bias.data != nullptr || params.seq_len_q == 0 || params.seq_len_k == 0) {
+  if (!gpu.runs_sm90 || params.dtype == DType::kFloat32 || params.head_dim > 128 || params.bias.data != nullptr ||
+      params.seq_len_q == 0 || params.seq_len_k == 0 || (!params.l2norm_qk && !takes_raw_rows_in_sm90(params))) {
     return false;
   }
   if (params.by_distance.exists() && !adds_distances_in_sm90(params)) return false;
@@ -225,7 +232,7 @@ bool takes_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
 // those that are done.
 bool can_prepare_rows_in_sm90(const BackwardParams& params) {
   const int64_t fewest = std::min(group_of(params) * queries_of_key(params), keys_of_query(params));
-  return params.groups == 1 && (is_triangular(params) ? fewest / 2 : fewest) >= kManyProductsPerRow;
+  return params.l2norm_qk && params.groups == 1 && (is_triangular(params) ? fewest / 2 : fewest) >= kManyProductsPerRow;
 }
 
 // The gradients of k and v of every split.
@@ -281,7 +288,7 @@ BackwardPlan plan_backward_sm90(const BackwardParams& params, const Gpu& gpu) {
   const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * divide_up(params.seq_len_k, tile.block_k());
   BackwardPlan plan;
   plan.sm90 = true;
-  plan.variant = variant_of(params);
+  plan.variant = params.l2norm_qk ? variant_of(params) : Variant::kScored;
   // Its sums by distance are in any order.
   if (params.ddistance_bias != nullptr && !params.deterministic) plan.variant = Variant::kScoredGradient;
   plan.padded_rows = static_cast<int>(num_blocks_q * tile.block_q);

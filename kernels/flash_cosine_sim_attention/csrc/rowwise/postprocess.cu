@@ -1,5 +1,5 @@
-// What the backward pass does row by row, before and after its main kernel: delta, dq with dscale, and the sum of
-// the partial dk and dv.
+// What the backward pass does row by row after its main kernel: dq and the sums of the partial dk and dv in one launch,
+// then dscale; what keys nobody sees get; the gradient by distance.
 #include "attention.h"
 #include "common/band.cuh"
 #include "common/rows.cuh"
@@ -63,35 +63,6 @@ constexpr size_t shared_bytes(bool grouped) {
   return grouped ? 2 * kThreads * rows::RowLanes<T>::kSlice * sizeof(float) : 0;
 }
 
-// How many rows of a head delta_kernel goes through: sm90/backward.cuh adds to whole tiles of dq_accumulator.
-__host__ __device__ int rows_of_delta(const BackwardParams& params) {
-  return params.plan.sm90 ? params.plan.padded_rows : params.seq_len_q;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__ BackwardParams params) {
-  const rows::RowLanes<T> lanes(params.head_dim);
-  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x);
-  const rows::Position position = rows::position_of(flat_row, params.num_heads, rows_of_delta(params));
-  const bool exists = position.batch < params.batch;
-  const bool active = exists && position.row < params.seq_len_q;
-  typename rows::RowLanes<T>::Slice o, dout;
-  lanes.load(o, rows::row_of<const T>(params.o, position), active);
-  lanes.load(dout, rows::row_of<const T>(params.dout, position), active);
-  const float sum = rows::dot_over_lanes(dout, o, lanes.lanes());
-  if (exists && params.plan.sm90 && params.dq_accumulator) {
-    // Which row's tiles put here does not matter.
-    float4* zeros = reinterpret_cast<float4*>(params.dq_accumulator + flat_row * params.plan.padded_dim);
-    for (int i = lanes.lane; i < params.plan.padded_dim / 4; i += lanes.lanes()) {
-      zeros[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-    }
-  }
-  if (active && lanes.lane == 0) {
-    const int64_t row = (position.batch * params.num_heads + position.head) * params.seq_len_q + position.row;
-    params.delta[row] = params.drow_sum_log2 ? fmaf(-kLog2E, params.drow_sum_log2[row], sum) : sum;
-  }
-}
-
 // A slice of a row of dq_accumulator, in order.
 template <typename T>
 __device__ void load_accumulator(const BackwardParams& params, const rows::RowLanes<T>& lanes,
@@ -117,9 +88,9 @@ __device__ void load_accumulator(const BackwardParams& params, const rows::RowLa
 }
 
 template <typename T, bool kGrouped>
-__global__ void __launch_bounds__(kThreads) dq_kernel(const __grid_constant__ BackwardParams params) {
+__device__ __forceinline__ void write_dq(const BackwardParams& params, unsigned block) {
   const rows::RowLanes<T> lanes(params.head_dim);
-  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x);
+  const int64_t flat_row = flat_row_of_thread(lanes, block);
   const bool active = flat_row < int64_t{params.batch} * params.num_heads * params.seq_len_q;
   const rows::Position position = rows::position_of(flat_row, params.num_heads, params.seq_len_q);
 
@@ -236,11 +207,10 @@ __device__ int splits_of_key(const BackwardParams& params, int key) {
 
 // The first key_blocks blocks have rows of dk, the others of dv.
 template <typename T, bool kGrouped>
-__global__ void __launch_bounds__(kThreads)
-    dkv_merge_kernel(const __grid_constant__ BackwardParams params, unsigned key_blocks) {
+__device__ __forceinline__ void merge_dkv(const BackwardParams& params, unsigned block, unsigned key_blocks) {
   const rows::RowLanes<T> lanes(params.head_dim);
-  const bool is_key = blockIdx.x < key_blocks;
-  const int64_t flat_row = flat_row_of_thread(lanes, blockIdx.x - (is_key ? 0 : key_blocks));
+  const bool is_key = block < key_blocks;
+  const int64_t flat_row = flat_row_of_thread(lanes, block - (is_key ? 0 : key_blocks));
   const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
   const bool active = flat_row < num_rows;
   const rows::Position position = rows::position_of(flat_row, params.num_kv_heads, params.seq_len_k);
@@ -269,6 +239,14 @@ __global__ void __launch_bounds__(kThreads)
   lanes.store(rows::row_of<T>(is_key ? params.dk : params.dv, position), gradient, active);
 }
 
+// The first dq_blocks blocks have rows of dq; with kMerges others add up dk and dv.
+template <typename T, bool kGrouped, bool kMerges>
+__global__ void __launch_bounds__(kThreads)
+    postprocess_kernel(const __grid_constant__ BackwardParams params, unsigned dq_blocks, unsigned key_blocks) {
+  if (!kMerges || blockIdx.x < dq_blocks) return write_dq<T, kGrouped>(params, blockIdx.x);
+  if constexpr (kMerges) merge_dkv<T, kGrouped>(params, blockIdx.x - dq_blocks, key_blocks);
+}
+
 // Zeros for keys that nobody sees: sm90/backward.cuh leaves out tiles of nothing else. Most often there are none: a
 // lane looks at a key, and the warp writes the rows that it finds.
 template <typename T>
@@ -290,42 +268,19 @@ __global__ void __launch_bounds__(kThreads) unseen_kernel(const __grid_constant_
   }
 }
 
-template <typename T>
-void launch_delta_as(const BackwardParams& params, cudaStream_t stream) {
-  const int64_t num_rows = int64_t{params.batch} * params.num_heads * rows_of_delta(params);
-  if (num_rows == 0) {
-    return;
-  }
-  delta_kernel<T><<<blocks_for<T>(num_rows, params.head_dim), kThreads, 0, stream>>>(params);
-  CUDA_CHECK(cudaGetLastError());
-}
-
-template <typename T>
-void launch_dq_as(const BackwardParams& params, cudaStream_t stream) {
-  const int64_t num_rows = int64_t{params.batch} * params.num_heads * params.seq_len_q;
-  if (num_rows > 0) {
-    const bool grouped = params.l2norm_qk && params.groups > 1;
-    const auto kernel = grouped ? dq_kernel<T, true> : dq_kernel<T, false>;
-    kernel<<<blocks_for<T>(num_rows, params.head_dim), kThreads, shared_bytes<T>(grouped), stream>>>(params);
-    CUDA_CHECK(cudaGetLastError());
-  }
-  if (params.dscale) {
-    sum_shares(params, stream);
-  }
-}
-
-template <typename T>
-void launch_dkv_merge_as(const BackwardParams& params, cudaStream_t stream) {
-  const int64_t num_rows = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
-  const unsigned blocks_per_tensor = blocks_for<T>(num_rows, params.head_dim);
-  const unsigned key_blocks = params.dk.data ? blocks_per_tensor : 0;
-  const unsigned blocks = key_blocks + (params.dv.data ? blocks_per_tensor : 0);
-  if (blocks == 0 || params.plan.num_splits == 0) {
-    return;
-  }
-  const bool grouped = params.l2norm_qk && params.groups > 1;
-  const auto kernel = grouped ? dkv_merge_kernel<T, true> : dkv_merge_kernel<T, false>;
-  kernel<<<blocks, kThreads, shared_bytes<T>(grouped), stream>>>(params, key_blocks);
+template <typename T, bool kGrouped>
+void launch_postprocess_as(const BackwardParams& params, cudaStream_t stream) {
+  const bool needs_dq = params.dq.data != nullptr || params.dscale != nullptr;
+  const int64_t num_queries = int64_t{params.batch} * params.num_heads * params.seq_len_q;
+  const int64_t num_keys = int64_t{params.batch} * params.num_kv_heads * params.seq_len_k;
+  const unsigned dq_blocks = needs_dq ? blocks_for<T>(num_queries, params.head_dim) : 0;
+  const unsigned blocks_per_tensor = params.plan.num_splits == 0 ? 0 : blocks_for<T>(num_keys, params.head_dim);
+  const unsigned key_blocks = params.dk.data != nullptr ? blocks_per_tensor : 0;
+  const unsigned merge_blocks = key_blocks + (params.dv.data != nullptr ? blocks_per_tensor : 0);
+  if (dq_blocks + merge_blocks == 0) return;
+  const auto kernel = merge_blocks > 0 ? postprocess_kernel<T, kGrouped, true> : postprocess_kernel<T, kGrouped, false>;
+  const size_t bytes = shared_bytes<T>(kGrouped);
+  kernel<<<dq_blocks + merge_blocks, kThreads, bytes, stream>>>(params, dq_blocks, key_blocks);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -367,29 +322,23 @@ void launch_distance_merge(const BackwardParams& params, cudaStream_t stream) {
   CUDA_CHECK(cudaGetLastError());
 }
 
-void launch_delta(const BackwardParams& params, cudaStream_t stream) {
-  rows::with_dtype(params.dtype, [&]<typename T>() { launch_delta_as<T>(params, stream); });
-}
-
-void launch_dq(const BackwardParams& params, cudaStream_t stream) {
-  if (!params.dq.data && !params.dscale) {
-    return;
-  }
-  rows::with_dtype(params.dtype, [&]<typename T>() { launch_dq_as<T>(params, stream); });
-}
-
 void launch_unseen(const BackwardParams& params, cudaStream_t stream) {
   // Without a mask the query at distance 0 sees a key, if there is one.
   const bool all_seen = params.mask.data == nullptr && params.sequences.queries == nullptr &&
                         params.seq_len_q >= params.seq_len_k;
   if (all_seen || params.plan.num_splits > 0) {
-    return;  // launch_dkv_merge writes all rows
+    return;  // launch_postprocess writes all rows
   }
   rows::with_dtype(params.dtype, [&]<typename T>() { launch_unseen_as<T>(params, stream); });
 }
 
-void launch_dkv_merge(const BackwardParams& params, cudaStream_t stream) {
-  rows::with_dtype(params.dtype, [&]<typename T>() { launch_dkv_merge_as<T>(params, stream); });
+void launch_postprocess(const BackwardParams& params, cudaStream_t stream) {
+  const bool grouped = params.l2norm_qk && params.groups > 1;
+  rows::with_dtype(params.dtype, [&]<typename T>() {
+    if (grouped) return launch_postprocess_as<T, true>(params, stream);
+    launch_postprocess_as<T, false>(params, stream);
+  });
+  if (params.dscale != nullptr) sum_shares(params, stream);
 }
 
 }  // namespace flash_cosine_sim

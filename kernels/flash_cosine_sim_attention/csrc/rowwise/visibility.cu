@@ -85,15 +85,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A head has one row of them, or each batch has rows of its own.
-__host__ __device__ int64_t rows_of_distance_scores(const Attention& params) {
-  return int64_t{params.num_heads} * (params.distance_scores.stride_batch == 0 ? 1 : params.batch);
-}
-
 __global__ void __launch_bounds__(kThreads) distance_scores_kernel(const __grid_constant__ Attention params) {
   const DistanceScores& scores = params.distance_scores;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, row = index / scores.num;
-  if (row >= rows_of_distance_scores(params)) return;
+  if (row >= scores.num_rows(params.batch, params.num_heads)) return;
   const int t = scores.first + static_cast<int>(index - row * scores.num);
   const int batch = static_cast<int>(row / params.num_heads), head = static_cast<int>(row % params.num_heads);
   const bool occurs = scores.least <= t && t <= scores.most;
@@ -119,7 +114,8 @@ void launch_visibility(const Attention& params, cudaStream_t stream) {
     CUDA_CHECK(cudaGetLastError());
   }
   if (params.distance_scores.data != nullptr) {
-    const int64_t entries = rows_of_distance_scores(params) * params.distance_scores.num;
+    const DistanceScores& scores = params.distance_scores;
+    const int64_t entries = scores.num_rows(params.batch, params.num_heads) * scores.num;
     distance_scores_kernel<<<static_cast<unsigned>((entries + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
     CUDA_CHECK(cudaGetLastError());
   }

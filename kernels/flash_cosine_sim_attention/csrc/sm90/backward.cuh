@@ -49,6 +49,7 @@ template <Math kMath, int kHeadDim, bool kDeterministic, Variant kVariant>
 struct BackwardSm90 {
   static constexpr bool kBanded = kVariant != Variant::kCausal, kScored = kVariant >= Variant::kScored;
   static constexpr bool kSumsDistances = kVariant == Variant::kScoredGradient;
+  static constexpr bool kRaw = kVariant == Variant::kScored;  // q and k may come without the norm
   using Traits = BackwardSm90Traits<kMath, kHeadDim>;
   using T = Element<kMath>;
   using Statistics = RowStatistics<T>;
@@ -239,6 +240,7 @@ struct BackwardSm90 {
         const bool exists = first + 32 * i < params.seq_len_q;
         numbers.delta[i] = exists ? delta[32 * i] : 0.f;
         numbers.row_sum_log2[i] = exists ? row_sum_log2[32 * i] : -INFINITY;
+        if constexpr (kRaw) numbers.row_sum_log2[i] *= schedule.row_sum_scale;
       }
       return numbers;
     }
@@ -326,7 +328,7 @@ struct BackwardSm90 {
       if (kBanded && !kDeterministic && is_hidden(work)) walk.count = 0;
       if (walk.count <= 1) answer = ask_for_tile();
       // A causal mask leaves to the last keys so few queries that some splits have none; banded, nobody may see a
-      // tile's keys. launch_dkv_merge and launch_unseen know.
+      // tile's keys. launch_postprocess and launch_unseen know.
       if (walk.count == 0) return answer;
       load_q(work, walk);
       if (is_leader()) {
@@ -708,7 +710,9 @@ struct BackwardSm90 {
         wgmma_wait<1>();
         pin(scores);
       }
-      if constexpr (kScored) Distances::add_transposed(scores, shared.distances(stage.index), 16 * warp);
+      if constexpr (kScored) {
+        Distances::add_transposed(scores, kRaw ? schedule.score_scale : 1.f, shared.distances(stage.index), 16 * warp);
+      }
       if constexpr (kBanded) {
         if (is_cut(work, walk)) mask_band(work, walk);
       } else {
@@ -896,16 +900,17 @@ struct BackwardSm90 {
       const bool is_whole = params.plan.num_splits == 0;
       if constexpr (kDeterministic) pass_turn(work);
       // dK^ = scale dS^T q^, and q_hat = scale log2(e) q^.
+      const float factor = kRaw ? kLn2 * schedule.score_scale : kLn2;
 #pragma unroll
       for (auto& columns : dk) {
 #pragma unroll
-        for (float& x : columns) x *= kLn2;
+        for (float& x : columns) x *= factor;
       }
       if (is_whole) {
         if (params.dv.data != nullptr) write_rows(maps.dv, work, dv);
         finish_dq(work);  // the other warpgroup has come so far by now
         if (params.dk.data == nullptr) return;
-        project_dk(work);
+        if (!kRaw || params.l2norm_qk) project_dk(work);
         write_rows(maps.dk, work, dk);
       } else {
         finish_dq(work);
@@ -969,6 +974,10 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   if (params.dv.data != nullptr) maps.dv = keys_map(params.dv, Traits::kPanelDim, 16);
 
   BackwardSchedule schedule;
+  if (!params.l2norm_qk) {
+    schedule.score_scale = params.scale_value * kLog2E;
+    schedule.row_sum_scale = 1.f / schedule.score_scale;
+  }
   schedule.num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
   schedule.num_splits = std::max(params.plan.num_splits, 1);
   const int64_t num_tiles = int64_t(params.batch) * params.num_kv_heads * schedule.num_blocks_k * schedule.num_splits;

@@ -23,6 +23,9 @@ struct BackwardSchedule {
   int num_blocks_k, num_splits, num_tiles;
   int num_static_tiles;  // which begin without being asked for: every block's first
   int num_chunks;
+  // What is not in q_hat, without the norm: what scores are multiplied by in the variants that add what distances say,
+  // and its inverse, for what is taken off before that.
+  float score_scale = 1.f, row_sum_scale = 1.f;
 };
 
 // A warp. It takes chunks of rows from a counter, and publishes them by a counter for each block of rows.

@@ -97,9 +97,9 @@ struct DistancePiece {
     }
   };
 
-  // x += the entry of each element, for rows that are keys, from `row` on.
+  // x = scale * x + the entry of each element, for rows that are keys, from `row` on.
   template <int kBlocks>
-  static __device__ __forceinline__ void add_transposed(float (&x)[kBlocks][4], uint32_t piece, int row) {
+  static __device__ __forceinline__ void add_transposed(float (&x)[kBlocks][4], float scale, uint32_t piece, int row) {
     const int lane = opaque(static_cast<int>(threadIdx.x & 31));  // not worth a register through the walk
     const uint32_t first = entry(piece, 2 * (lane & 3), row + (lane >> 2));
     float before[2] = {load_shared_f32(first - 32), load_shared_f32(first - 28)};
@@ -108,8 +108,8 @@ struct DistancePiece {
       const float here[2] = {load_shared_f32(first + 32 * n), load_shared_f32(first + 32 * n + 4)};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        x[n][i] += here[i];
-        x[n][2 + i] += before[i];
+        x[n][i] = fmaf(x[n][i], scale, here[i]);
+        x[n][2 + i] = fmaf(x[n][2 + i], scale, before[i]);
         before[i] = here[i];
       }
     }
