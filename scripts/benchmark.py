@@ -20,6 +20,9 @@ with the dense bias that it stands for, made in every call, as for naive einsum 
 varlen_attn, and ours of the same tokens as a batch where all lengths are equal. --padding adds ours without the mask,
 which sees every key.
 
+flex_attention whose tiles need more shared memory than the GPU has, as those of --distance-bias can, is compiled again
+with smaller ones: of its forward pass, of its backward pass, or of both.
+
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, a window shrinking with it, and a batch of two) or the first list of
 packed lengths (of 4096 tokens at most, every length shrinking with their sum); one that is wrong, or that cannot serve
