@@ -102,12 +102,13 @@ APART = {
 class Timer:
     """Medians of repeated calls on one device."""
 
-    WARM_UP_S = 0.05  # at least, and at least three calls
+    WARM_UP_S = 0.05  # at least, and at least three calls, or two where one takes SLOW_S
+    SLOW_S = 0.3
     # At its power limit a GPU lowers its clock, by up to a fifth: without a pause, a contender would be timed with the
     # clock that the one before has left. Calls of less than a millisecond get less.
     PAUSE_S, PAUSE_CALLS = 0.5, 500
     LONGEST_S = 1.5  # a measurement stops at so much, but not before
-    FEWEST = 5  # calls
+    FEWEST = 3  # calls; those of less than SLOW_S get more
     HOST_ROUNDS, HOST_CALLS = 5, 200
     SUSTAINED_LOAD_S, SUSTAINED_S = 0.2, 0.25  # calls before the measurement and during it
 
@@ -176,12 +177,13 @@ class Timer:
         """Seconds of a call, each waited for; the first, which may compile, does not count."""
         call()
         self._synchronize()
-        start, calls = time.perf_counter(), 0
-        while calls < 2 or time.perf_counter() - start < self.WARM_UP_S:
+        start, calls, seconds = time.perf_counter(), 0, 0.0
+        while seconds < self.WARM_UP_S or (calls < 2 and seconds < self.SLOW_S):
             call()
             self._synchronize()
             calls += 1
-        return (time.perf_counter() - start) / calls
+            seconds = time.perf_counter() - start
+        return seconds / calls
 
     def _synchronize(self) -> None:
         if self.on_gpu:
@@ -837,7 +839,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-times",
         type=integer(1),
         default=20,
-        help="timed calls (default: 20); fewer, down to 5, where they take long",
+        help="timed calls (default: 20); fewer, down to 3, where they take long",
     )
     parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
     parser.add_argument("--sustained", action="store_true", help="also measure under continuous load, with the clock")

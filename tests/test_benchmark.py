@@ -372,7 +372,7 @@ def call(monkeypatch):
         (20, 9.0, 0.0, 3 + 20),
         (2, 9.0, 0.0, 3 + 2),
         (20, 0.075, 0.0, 3 + 7),
-        (20, 0.001, 0.0, 3 + 5),
+        (20, 0.001, 0.0, 3 + 3),
         (2, 0.001, 0.0, 3 + 2),
         (2, 9.0, 0.095, 1 + 10 + 2),
     ],
@@ -381,6 +381,16 @@ def test_the_number_of_calls_follows_their_length(monkeypatch, call, num_times, 
     monkeypatch.setattr(Timer, "LONGEST_S", longest_s)
     monkeypatch.setattr(Timer, "WARM_UP_S", warm_up_s)
     assert Timer(CPU, num_times).median_ms(call) == pytest.approx(10)
+    assert call.count == calls
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.09, 3 + 16), (0.29, 3 + 5), (0.31, 2 + 4), (1, 2 + 3), (3.7, 2 + 3)])
+def test_slow_calls_are_few(call, seconds, calls):
+    def slow():
+        call()
+        call.now += seconds - 0.01
+
+    assert Timer(CPU, 20).median_ms(slow) == pytest.approx(1e3 * seconds)
     assert call.count == calls
 
 
