@@ -20,6 +20,9 @@ with the dense bias that it stands for, made in every call, as for naive einsum 
 varlen_attn, and ours of the same tokens as a batch where all lengths are equal. --padding adds ours without the mask,
 which sees every key.
 
+flex_attention whose tiles need more shared memory than the GPU has, as those of --distance-bias can, is compiled again
+with smaller ones: of its forward pass, of its backward pass, or of both.
+
 Before anything is timed, output and gradients of every contender are compared with float64 attention on the same
 inputs, at the smallest length (2048 at most, a window shrinking with it, and a batch of two) or the first list of
 packed lengths (of 4096 tokens at most, every length shrinking with their sum); one that is wrong, or that cannot serve
@@ -34,7 +37,11 @@ Large GPUs lower their clock after tens of milliseconds of such work, to stay wi
 measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
 
 A call takes the host some time, more than a short one takes the GPU. --graphs times the replays of a CUDA graph of each
-forward pass instead, as a server that captures its decoding step has them.
+forward pass instead, as a server that captures its decoding step has them. --busy times, in every direction, what the
+GPU is busy for, by the profiler: neither the host nor gaps between kernels count, kernels that run at once count once,
+copies and memsets count, too. It is a median over 3 rounds, each after a pause, of --num-times calls one after the
+other. Nothing is flushed between them: a short call finds in the L2 cache what the one before it left there, so do not
+set its time beside one with a flush. On a CPU a clock times as ever, which the tables say.
 """
 
 import argparse
@@ -62,7 +69,7 @@ from torch import Tensor
 from flash_cosine_sim_attention.ops import kernels_error
 from models.training.environment import environment
 from models.training.tables import print_line, show
-from scripts import Parser, choose_device, integer, packing, run_script
+from scripts import Parser, choose_device, integer, packing, profiling, run_script
 from scripts.contenders import (
     DTYPES,
     INSTALL_PREDECESSOR,
@@ -93,26 +100,45 @@ APART = {
     "padding": ("mask_prob",),
     "distance_bias": ("alibi", "bias", "padding", "packed"),
     "alibi": ("bias", "padding", "packed"),
+    "busy": ("graphs", "host", "sustained"),
 }
 
 
 class Timer:
-    """Medians of repeated calls on one device."""
+    """Medians of repeated calls on one device; ``busy``: call_ms() is busy_ms()."""
 
-    WARM_UP_S = 0.05  # at least, and at least three calls
+    WARM_UP_S = 0.05  # at least, and at least three calls, or two where one takes SLOW_S
+    SLOW_S = 0.3
     # At its power limit a GPU lowers its clock, by up to a fifth: without a pause, a contender would be timed with the
     # clock that the one before has left. Calls of less than a millisecond get less.
     PAUSE_S, PAUSE_CALLS = 0.5, 500
     LONGEST_S = 1.5  # a measurement stops at so much, but not before
-    FEWEST = 5  # calls
+    FEWEST = 3  # calls; those of less than SLOW_S get more
+    BUSY_ROUNDS = 3
     HOST_ROUNDS, HOST_CALLS = 5, 200
     SUSTAINED_LOAD_S, SUSTAINED_S = 0.2, 0.25  # calls before the measurement and during it
 
-    def __init__(self, device: torch.device, num_times: int):
-        self.device, self.num_times = device, num_times
+    def __init__(self, device: torch.device, num_times: int, busy: bool = False):
+        self.device, self.num_times, self.busy = device, num_times, busy
         self.on_gpu = device.type == "cuda"
         # larger than any L2 cache
         self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.on_gpu else None
+
+    @property
+    def times(self) -> str:
+        """What the times of call_ms() are."""
+        return "clock" if not self.on_gpu else "busy" if self.busy else "events"
+
+    @property
+    def note(self) -> str:
+        """A line for titles of tables and plots whose times are, or were to be, busy times; else nothing."""
+        if not self.busy:
+            return ""
+        return "\nbusy times of the GPU, by the profiler" if self.on_gpu else "\nby a clock: only a GPU has busy times"
+
+    def call_ms(self, call: Callable[[], object]) -> float:
+        """busy_ms() if that is asked for, else median_ms()."""
+        return self.busy_ms(call) if self.busy else self.median_ms(call)
 
     def median_ms(self, call: Callable[[], object]) -> float:
         """The median time of a call in ms, the L2 cache flushed before each."""
@@ -120,7 +146,7 @@ class Timer:
         count = min(self.num_times, max(self.FEWEST, int(self.LONGEST_S / seconds)))
         if not self.on_gpu:
             return 1e3 * statistics.median(self._clock(call) for _ in range(count))
-        time.sleep(min(self.PAUSE_S, self.PAUSE_CALLS * seconds))
+        self._pause(seconds)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self.flush.zero_()
@@ -129,6 +155,27 @@ class Timer:
             end.record()
         self._synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    def busy_ms(self, call: Callable[[], object], rounds: int = BUSY_ROUNDS, calls: int | None = None) -> float:
+        """What a call keeps the GPU busy for in ms, by the profiler: the median over rounds of so many calls (default:
+        num_times), one after the other and without a flush. On a CPU median_ms().
+        """
+        if not self.on_gpu:
+            return self.median_ms(call)
+        seconds = self._warm_up(call)
+        fewest = math.ceil(self.FEWEST / rounds)
+        count = min(calls or self.num_times, max(fewest, int(self.LONGEST_S / rounds / seconds)))
+
+        def several() -> None:
+            for _ in range(count):
+                call()
+
+        busy_us = []
+        for _ in range(rounds):
+            self._pause(seconds)
+            spans = [(start, end) for _, start, end in profiling.kernels(several, self.device)]
+            busy_us.append(profiling.covered(spans))
+        return statistics.median(busy_us) / count / 1e3
 
     def sustained_ms(self, call: Callable[[], object]) -> tuple[float, float | None]:
         """The mean time of a call in ms under continuous load, and a GPU's clock in GHz at its end."""
@@ -173,12 +220,17 @@ class Timer:
         """Seconds of a call, each waited for; the first, which may compile, does not count."""
         call()
         self._synchronize()
-        start, calls = time.perf_counter(), 0
-        while calls < 2 or time.perf_counter() - start < self.WARM_UP_S:
+        start, calls, seconds = time.perf_counter(), 0, 0.0
+        while seconds < self.WARM_UP_S or (calls < 2 and seconds < self.SLOW_S):
             call()
             self._synchronize()
             calls += 1
-        return (time.perf_counter() - start) / calls
+            seconds = time.perf_counter() - start
+        return seconds / calls
+
+    def _pause(self, seconds: float) -> None:
+        """Lets the GPU rest before calls that take so long."""
+        time.sleep(min(self.PAUSE_S, self.PAUSE_CALLS * seconds))
 
     def _synchronize(self) -> None:
         if self.on_gpu:
@@ -279,7 +331,7 @@ def measure(
     sustained: bool = False,
     graphs: bool = False,
 ) -> dict[str, Any]:
-    """Median times in ms, peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
+    """Times in ms (call_ms), peak memory in MiB beyond the inputs, host times in us; `error` says what stopped it."""
     case, result = contender.problem(case), {}
     try:
         with contender.setting():
@@ -323,13 +375,13 @@ def _measure(
             result["host_us_both"] = timer.host_us(both)
     if "forward_ms" in directions:
         with torch.no_grad():
-            result["forward_ms"] = timer.median_ms(captured(attend_detached) if graphs else attend_detached)
+            result["forward_ms"] = timer.call_ms(captured(attend_detached) if graphs else attend_detached)
     if "backward_ms" in directions:
         o = attend()
-        result["backward_ms"] = timer.median_ms(lambda: torch.autograd.grad(o, leaves, inputs.do, retain_graph=True))
+        result["backward_ms"] = timer.call_ms(lambda: torch.autograd.grad(o, leaves, inputs.do, retain_graph=True))
         del o
     if "both_ms" in directions:
-        result["both_ms"] = timer.median_ms(both)
+        result["both_ms"] = timer.call_ms(both)
         if timer.on_gpu:
             result["peak_mib"] = peak_mib(both)
     if sustained and "forward_ms" in directions:
@@ -371,7 +423,7 @@ def gemm_tflops(timer: Timer, dtype: str) -> float | None:
     if not timer.on_gpu:
         return None
     a, b = torch.randn(2, 8192, 8192, device=timer.device, dtype=DTYPES[dtype]).unbind(0)
-    return 2 * 8192**3 / timer.median_ms(lambda: a @ b) / 1e9
+    return 2 * 8192**3 / timer.call_ms(lambda: a @ b) / 1e9
 
 
 def copy_tb_s(timer: Timer) -> float | None:
@@ -379,7 +431,7 @@ def copy_tb_s(timer: Timer) -> float | None:
     if not timer.on_gpu:
         return None
     a, b = torch.empty(2, 2**30, dtype=torch.int8, device=timer.device).unbind(0)
-    return 2 * 2**30 / timer.median_ms(lambda: b.copy_(a)) / 1e9
+    return 2 * 2**30 / timer.call_ms(lambda: b.copy_(a)) / 1e9
 
 
 def _first_line(error: Exception) -> str:
@@ -461,16 +513,17 @@ def _batch_and_heads(arguments: argparse.Namespace, seq_len: int) -> tuple[int, 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, times, prints, writes."""
     device = choose_device(arguments.device)
+    problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
     if arguments.graphs and not (device.type == "cuda" and arguments.only_forwards):
         raise ValueError("--graphs needs a GPU and --only-forwards: it times CUDA graphs of forward passes")
-    problems = [cases(arguments, dtype) for dtype in dict.fromkeys(arguments.dtype)]
     every = [case for listed in problems for case in listed]
     candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q), every)
     candidates = picked(candidates, arguments.contenders)
     for path in filter(None, (arguments.json, arguments.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    timer = Timer(device, arguments.num_times, arguments.busy)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
-    timer = Timer(device, arguments.num_times)
+    report["times"] = "graphs" if arguments.graphs else timer.times
     parts = {listed[0].dtype: _compare(listed, candidates, timer, arguments) for listed in problems}
     for dtype, part in parts.items():
         for name, reason in part["refused"].items():
@@ -488,7 +541,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("nothing was timed: no contender is right and serves this case")
     if arguments.plot:
         name = torch.cuda.get_device_name() if timer.on_gpu else "CPU"
-        plot(report["rows"], arguments.plot, f"{name}, {', '.join(parts)}: {_shapes(problems[0])}")
+        plot(report["rows"], arguments.plot, f"{name}, {', '.join(parts)}: {_shapes(problems[0])}{timer.note}")
 
 
 def picked(candidates: list[Contender], parts: Sequence[str] | None) -> list[Contender]:
@@ -538,9 +591,9 @@ def _compare(
         if not measured:
             break
         results = {contender.name: result for contender, result in measured.items()}
-        show(_table(case, measured, peak))
+        show(_table(case, measured, peak, timer.note))
         if case.seq_len_q:
-            show(_bandwidth_table(case, results, copy))
+            show(_bandwidth_table(case, results, copy, timer.note))
         if arguments.sustained:
             show(_sustained_table(case, measured))
         if host:
@@ -550,7 +603,7 @@ def _compare(
             rows.append({**asdict(contender.problem(case)), **names, **result})
     ratios = ratios_by_contender(rows)
     if smallest.lengths and len(listed) > 1 and ratios:
-        show(_lists_table(listed, ratios))
+        show(_lists_table(listed, ratios, timer.note))
     accuracy = []
     for name, results in errors.items():
         numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
@@ -635,8 +688,9 @@ def _host_table(case: Case, measured: dict[str, dict]) -> Table:
     return table
 
 
-def _bandwidth_table(case: Case, measured: dict[str, dict], copy: float | None) -> Table:
-    table = Table(title=f"reading keys and values, forward\nseq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+def _bandwidth_table(case: Case, measured: dict[str, dict], copy: float | None, note: str = "") -> Table:
+    shapes = f"seq_len {case.seq_len}, {case.dtype}, {_shapes([case])}"
+    table = Table(title=f"reading keys and values, forward\n{shapes}{note}")
     table.add_column("contender")
     table.add_column("us", justify="right")
     table.add_column("TB/s", justify="right")
@@ -650,9 +704,9 @@ def _bandwidth_table(case: Case, measured: dict[str, dict], copy: float | None) 
     return table
 
 
-def _lists_table(listed: list[Case], ratios: dict[str, dict[str, list[float]]]) -> Table:
+def _lists_table(listed: list[Case], ratios: dict[str, dict[str, list[float]]], note: str = "") -> Table:
     """Others' times over ours: the median over the lists of lengths, and the lowest."""
-    table = Table(title=f"x ours, over all lists: median, lowest\n{listed[0].dtype}, {_shapes(listed)}")
+    table = Table(title=f"x ours, over all lists: median, lowest\n{listed[0].dtype}, {_shapes(listed)}{note}")
     table.add_column("contender")
     keys = [key for key in DIRECTIONS if any(key in found for found in ratios.values())]
     for key in keys:
@@ -695,8 +749,8 @@ def _sustained_table(case: Case, measured: dict[Contender, dict]) -> Table:
     return table
 
 
-def _table(case: Case, measured: dict[Contender, dict], peak: float | None) -> Table:
-    table = Table(title=f"seq_len {case.seq_len}, {case.dtype}, {_shapes([case])}")
+def _table(case: Case, measured: dict[Contender, dict], peak: float | None, note: str = "") -> Table:
+    table = Table(title=f"seq_len {case.seq_len}, {case.dtype}, {_shapes([case])}{note}")
     table.add_column("contender")
     ours = next((result for contender, result in measured.items() if contender.name.startswith("ours")), {})
     times = [key for key in DIRECTIONS if any(key in result for result in measured.values())]
@@ -834,11 +888,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-times",
         type=integer(1),
         default=20,
-        help="timed calls (default: 20); fewer, down to 5, where they take long",
+        help="timed calls (default: 20), with --busy a round; fewer, down to 3 in all, where they take long",
     )
     parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
     parser.add_argument("--sustained", action="store_true", help="also measure under continuous load, with the clock")
     parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of forward passes: no host")
+    parser.add_argument(
+        "--busy", action="store_true", help="time what the GPU is busy for, by the profiler: no host, no gaps, no flush"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
     parser.add_argument("--plot", type=Path, help="draw TFLOP/s against length into this PNG")

@@ -182,42 +182,13 @@ def region_call(contender: Contender, model: Model, inputs: Inputs) -> Callable[
     return lambda: torch.autograd.grad(region(*tensors), leaves, inputs.do)
 
 
-def busy_ms(call: Callable[[], object], timer: Timer) -> float:
-    """What a call keeps the GPU busy for, in ms, by the profiler; on a CPU what it takes."""
-    for _ in range(3):  # compiles, and warms up
-        call()
-    if not timer.on_gpu:
-        return timer.median_ms(call)
-    torch.cuda.synchronize(timer.device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED_CALLS):
-            call()
-        torch.cuda.synchronize(timer.device)
-    spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    if not spans:
-        raise ValueError("the profiler saw no kernel: is another one attached to this GPU?")
-    return covered(spans) / PROFILED_CALLS / 1e3
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """How much of the time (start, end) spans cover: where kernels run at once, it counts once."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
 def measure(
     candidates: Sequence[Contender], model: Model, timer: Timer, dtype: str, modes: Sequence[str], rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Times in ms by contender: of each mode the median and every round's; `error` says what stopped one."""
     inputs = make_inputs(model, timer.device, DTYPES[dtype])
-    makers = {"eager": (eager_call, timer.median_ms), "region": (region_call, partial(busy_ms, timer=timer))}
+    busy_ms = partial(timer.busy_ms, rounds=1, calls=PROFILED_CALLS)  # the rounds are those of the contenders here
+    makers = {"eager": (eager_call, timer.median_ms), "region": (region_call, busy_ms)}
     measured: dict[str, dict[str, Any]] = {contender.name: {} for contender in candidates}
     for mode in modes:
         torch._dynamo.reset()

@@ -56,7 +56,7 @@ from models.training.devices import choose_precision, compiles_by_default, uses_
 from models.training.environment import environment
 from models.training.report import read_results
 from models.training.tables import show
-from scripts import Parser, autocast, integer, run_script
+from scripts import Parser, autocast, integer, profiling, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
 
@@ -215,31 +215,22 @@ def lightning_loop(config: DictConfig) -> dict[str, Any]:
 
 def profile(take_step: Callable[[int], None], device: torch.device) -> dict[str, Any]:
     """The kernels of a step by the GPU's time in them, and the share of the time in which it runs none."""
-    _synchronize(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+
+    def steps() -> None:
         for step in range(PROFILED_STEPS):
             take_step(step)
-        _synchronize(device)
-    on_gpu = [
-        event
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    return summed_up([(event.name, event.time_range.start, event.time_range.end) for event in on_gpu], PROFILED_STEPS)
+
+    return summed_up(profiling.kernels(steps, device), PROFILED_STEPS)
 
 
 def summed_up(kernels: Iterable[tuple[str, float, float]], steps: int) -> dict[str, Any]:
     """The profile of kernels (name, start, end), in microseconds, of so many steps."""
-    kernels = sorted(kernels, key=lambda kernel: kernel[1])
-    if not kernels:
-        raise ValueError("the profiler saw no kernel: is another one attached to this GPU?")
     times: dict[str, list[float]] = defaultdict(list)
-    busy, reached = 0.0, kernels[0][1]
+    spans = []
     for name, start, end in kernels:
         times[name].append(end - start)
-        busy += max(0.0, end - max(start, reached))  # streams overlap
-        reached = max(reached, end)
-    span = reached - kernels[0][1]
+        spans.append((start, end))
+    span, busy = max(end for _, end in spans) - min(start for start, _ in spans), profiling.covered(spans)
     rows = [
         {"kernel": name, "calls": len(durations) / steps, "ms": sum(durations) / steps / 1e3}
         for name, durations in sorted(times.items(), key=lambda item: -sum(item[1]))

@@ -34,6 +34,11 @@ FLASH_ATTENTION: dict[str, tuple[str, str, int | None]] = {
     "FlashAttention-4": ("flash_attn.cute", "flash-attn-4", None),
     "FlashAttention-3": ("flash_attn_interface", "flash-attn-3", -1),
 }
+# kernel_options of flex_attention: its own choice, and what is tried where the GPU has too little shared memory for it.
+SMALLER_FORWARD = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2}
+SMALLER_BACKWARD = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 2}
+TILES = (None, SMALLER_FORWARD, SMALLER_BACKWARD, SMALLER_FORWARD | SMALLER_BACKWARD)
+NO_SHARED_MEMORY = "No valid triton configs"  # what PyTorch's compiler says then, of either pass
 VARLEN_ATTN, VARLEN_MODULE = "varlen_attn", "torch.nn.attention.varlen"
 PREDECESSOR = "flash_cosine_sim_attention"  # 0.1 and 0.2 on PyPI: a module of the same name as ours
 INSTALL_PREDECESSOR = "pip install --no-deps --no-build-isolation --target PATH flash-cosine-sim-attention==0.2.2"
@@ -389,19 +394,43 @@ def flex(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
     """PyTorch's flex_attention, compiled, with or without l2norm in front in the same compilation."""
     if inputs.mask is not None or inputs.bias is not None or case.lengths is not None:
         raise ValueError("here it takes no mask, no bias and no packed sequences")
-    attend = compiled_flex(normalise, case.kv_heads != case.heads)
+    gradient = inputs.q.requires_grad and torch.is_grad_enabled()
+    return _flex(inputs, case, normalise, _tiles_that_fit(case, normalise, gradient, inputs.q.device))
+
+
+@cache
+def _tiles_that_fit(case: Case, normalise: bool, gradient: bool, device: torch.device) -> int:
+    """The first of TILES that the GPU has the shared memory for: found in the first call, which no time counts."""
+    inputs = make_inputs(case, device)
+    inputs = inputs if gradient else inputs.detached()
+    last = len(TILES) - 1
+    for tiles in range(last):
+        try:
+            o = _flex(inputs, case, normalise, tiles)
+            if gradient:  # its kernel is compiled when it first runs
+                torch.autograd.grad(o, inputs.leaves(), inputs.do)
+            return tiles
+        except Exception as error:
+            if NO_SHARED_MEMORY not in str(error):
+                raise
+    return last  # where that does not fit either, the call itself raises
+
+
+def _flex(inputs: Inputs, case: Case, normalise: bool, tiles: int) -> Tensor:
+    attend = compiled_flex(normalise, case.kv_heads != case.heads, tiles)
     blocks = block_mask(case.queries, case.seq_len, case.limits(), inputs.q.device)
     first = 0 if case.causal else case.queries - 1
     return attend(inputs.q, inputs.k, inputs.v, blocks, inputs.table, inputs.slopes, first)
 
 
 @cache
-def compiled_flex(normalise: bool, grouped: bool) -> Callable[..., Tensor]:
+def compiled_flex(normalise: bool, grouped: bool, tiles: int) -> Callable[..., Tensor]:
     """flex_attention of (q, k, v, block_mask, table, slopes, entry of distance 0) as torch.compile makes it for each
-    shape, l2norm and the score of a distance with it.
+    shape, l2norm and the score of a distance with it, by one of TILES.
     """
     # Each length compiles twice, with and without gradients; beyond torch's limit of 8 it would raise.
     torch._dynamo.config.recompile_limit = 64
+    options = TILES[tiles]
 
     @torch.compile(fullgraph=True, dynamic=False)
     def attend(
@@ -418,7 +447,9 @@ def compiled_flex(normalise: bool, grouped: bool) -> Callable[..., Tensor]:
         score_mod = None if table is None and slopes is None else score
         if normalise:
             (q, k), scale = l2norm(q, k), SCALE
-        return flex_attention(q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped)
+        return flex_attention(
+            q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options
+        )
 
     return attend
 

@@ -17,6 +17,7 @@ import flash_cosine_sim_attention
 from scripts import benchmark
 from scripts.benchmark import Timer, captured, check, main
 from scripts.contenders import Case, Contender, cache_normalised_keys, contenders, is_absent, make_inputs
+from scripts.profiling import covered
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "1", "--heads", "2", "--head-dim", "16", "--num-times", "2", "--device", "cpu"]
@@ -372,7 +373,7 @@ def call(monkeypatch):
         (20, 9.0, 0.0, 3 + 20),
         (2, 9.0, 0.0, 3 + 2),
         (20, 0.075, 0.0, 3 + 7),
-        (20, 0.001, 0.0, 3 + 5),
+        (20, 0.001, 0.0, 3 + 3),
         (2, 0.001, 0.0, 3 + 2),
         (2, 9.0, 0.095, 1 + 10 + 2),
     ],
@@ -381,6 +382,16 @@ def test_the_number_of_calls_follows_their_length(monkeypatch, call, num_times, 
     monkeypatch.setattr(Timer, "LONGEST_S", longest_s)
     monkeypatch.setattr(Timer, "WARM_UP_S", warm_up_s)
     assert Timer(CPU, num_times).median_ms(call) == pytest.approx(10)
+    assert call.count == calls
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.09, 3 + 16), (0.29, 3 + 5), (0.31, 2 + 4), (1, 2 + 3), (3.7, 2 + 3)])
+def test_slow_calls_are_few(call, seconds, calls):
+    def slow():
+        call()
+        call.now += seconds - 0.01
+
+    assert Timer(CPU, 20).median_ms(slow) == pytest.approx(1e3 * seconds)
     assert call.count == calls
 
 
@@ -443,6 +454,147 @@ def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
     assert timer.sustained_ms(lambda: happened.append("call")) == (7.0 / 5, 1.5)
     load, measured = ["call"] * 4, ["event"] + ["call"] * 5 + ["event"]
     assert happened == ["clock", *load, *measured, "clock", "synchronize"]
+
+
+def test_kernels_that_run_at_once_keep_the_gpu_busy_once():
+    assert covered([(10.0, 14.0), (0.0, 3.0), (12.0, 13.0), (13.5, 20.0), (2.0, 4.0)]) == 4 + 10
+    assert covered([(5.0, 6.0)]) == 1
+
+
+class Profiler:
+    """Sees of each call two kernels that overlap, one of them of another stream, after a gap and inside two ranges."""
+
+    happened: list = []
+    round_us = 0.0
+
+    def __init__(self, activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+    def __enter__(self):
+        self.happened.append("profile")
+        return self
+
+    def __exit__(self, *_):
+        self.happened.append("end")
+
+    def events(self):
+        calls = self.happened[-self.happened[::-1].index("profile") :].count("call")
+        type(self).round_us += 1000.0  # each round is slower
+        for start in range(0, calls * 100_000, 100_000):
+            yield self.event("one", start + 50, start + 250)
+            yield self.event("two", start + 200, start + 250 + self.round_us)
+            yield self.event("range", start, start + 90_000, is_user_annotation=True)
+            yield self.event("on the host", start, start + 90_000, device_type=torch.autograd.DeviceType.CPU)
+
+    @staticmethod
+    def event(name, start, end, device_type=torch.autograd.DeviceType.CUDA, **more):
+        time_range = types.SimpleNamespace(start=start, end=end)
+        return types.SimpleNamespace(name=name, time_range=time_range, device_type=device_type, **more)
+
+
+@pytest.fixture
+def busy_timer(monkeypatch):
+    """A GPU's timer of busy times, by a profiler and a GPU that are not there; profiler.happened says what was done."""
+    monkeypatch.setattr(Profiler, "happened", [])
+    monkeypatch.setattr(Profiler, "round_us", 0.0)
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: Profiler.happened.append("synchronize"))
+    monkeypatch.setattr(time, "sleep", lambda _: Profiler.happened.append("pause"))
+    timer = Timer(CPU, 4, busy=True)
+    timer.on_gpu = True
+    return timer
+
+
+def test_busy_times_are_those_of_kernels_alone(busy_timer):
+    happened = Profiler.happened
+    busy = busy_timer.call_ms(lambda: happened.append("call"))
+    assert busy == pytest.approx(2.2)  # the second of three rounds: 200 us, and 2000 of the other kernel
+    one_round = ["pause", "synchronize", "profile", *["call"] * 4, "synchronize", "end"]
+    assert happened == ["call", "synchronize"] * 3 + one_round * 3
+    happened.clear()
+    assert busy_timer.busy_ms(lambda: happened.append("call"), rounds=1, calls=10) == pytest.approx(4.2)
+    assert happened.count("profile") == 1 and happened.count("call") == 3 + 10
+    assert busy_timer.times == "busy" and "busy times of the GPU" in busy_timer.note
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "calls"), [(0.05, 3, 10), (0.3, 3, 1), (3.7, 3, 1), (3.7, 1, 3)])
+def test_slow_calls_are_profiled_few_times(busy_timer, monkeypatch, seconds, rounds, calls):
+    monkeypatch.setattr(Timer, "_warm_up", lambda *_: seconds)
+    busy_timer.num_times = 20
+    busy_timer.busy_ms(lambda: Profiler.happened.append("call"), rounds)
+    assert Profiler.happened.count("call") == rounds * calls
+
+
+def test_a_profiler_that_sees_nothing_is_no_busy_time(busy_timer, monkeypatch):
+    monkeypatch.setattr(Profiler, "events", lambda _: [])
+    with pytest.raises(ValueError, match="the profiler saw no kernel"):
+        busy_timer.busy_ms(lambda: None)
+
+
+def test_busy_times_of_each_direction_are_of_that_alone(busy_timer, monkeypatch):
+    happened = Profiler.happened
+    monkeypatch.setattr(Profiler, "events", lambda profiler: [profiler.event("one", 0, 1)])
+    monkeypatch.setattr(benchmark, "peak_mib", lambda _: 0.0)
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            happened.append("forward")
+            return x * x
+
+        @staticmethod
+        def backward(_ctx, do):
+            happened.append("backward")
+            return do
+
+    contender = Contender("square", lambda inputs, _: Square.apply(inputs.q + inputs.k + inputs.v), cosine=False)
+    monitored = {"forward_ms": ["forward"], "backward_ms": ["backward"], "both_ms": ["forward", "backward"]}
+    for direction, expected in monitored.items():
+        happened.clear()
+        benchmark._measure({}, contender, case(), busy_timer, {direction}, *[False] * 3)
+        profiled = " ".join(happened).split("profile ")[1:]
+        assert len(profiled) == 3
+        for one in profiled:
+            assert one.split(" synchronize end")[0].split() == expected * 4
+
+
+def test_tables_and_json_say_that_times_are_busy_times(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Timer, "times", "busy")
+    monkeypatch.setattr(Timer, "note", property(lambda timer: "\nbusy, it says" if timer.busy else ""))
+    titles = []
+    monkeypatch.setattr(benchmark, "plot", lambda _rows, _path, title: titles.append(title))
+    found = report(tmp_path, "--busy", "--seq-len", "32", "--seq-len-q", "2", f"--plot={tmp_path / 'b.png'}")
+    assert found["times"] == "busy" and all(row["forward_ms"] > 0 for row in found["rows"])
+    assert capsys.readouterr().out.count("busy, it says") == 2 and titles[0].endswith("\nbusy, it says")
+    assert benchmark._lists_table([case()], {}, "\nbusy").title.endswith("\nbusy")
+
+
+def test_on_a_cpu_busy_times_are_a_clocks_and_said_to_be(tmp_path, capsys):
+    found = report(tmp_path, "--busy", "--each-direction", "--seq-len", "16")
+    assert found["times"] == found["timed_on"].replace("cpu", "clock") == "clock"
+    assert all(row["backward_ms"] > 0 for row in found["rows"])
+    assert "by a clock: only a GPU has busy times" in capsys.readouterr().out
+    assert report(tmp_path, "--seq-len", "16")["times"] == "clock"
+    assert "busy" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["--graphs", "--host", "--sustained"])
+def test_busy_goes_with_no_other_way_of_timing(capsys, other):
+    assert main([*SMALL, "--only-forwards", "--busy", other]) == 2
+    assert f"--busy takes no {other}" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_long_call_is_busy_for_the_time_of_its_events():
+    device, long = torch.device("cuda"), case(heads=16, kv_heads=16, seq_len=8192, head_dim=64, dtype="bfloat16")
+    ours = contenders(["cuda"], device)[0][0]
+    events, busy = (
+        benchmark.measure(ours, long, Timer(device, 10, busy), set(benchmark.DIRECTIONS), host=False)
+        for busy in (False, True)
+    )
+    for key in benchmark.DIRECTIONS:
+        assert 0.8 * events[key] < busy[key] < 1.1 * events[key], (key, events, busy)
+    assert busy["forward_ms"] + busy["backward_ms"] == pytest.approx(busy["both_ms"], rel=0.1)
 
 
 def test_the_gpu_is_described(monkeypatch):

@@ -3,7 +3,7 @@
 import json
 import sys
 import types
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -274,6 +274,77 @@ def test_flex_attention_has_the_mask_of_the_window_and_the_score_of_the_distance
     for refused in (case(mask_prob=0.5), case(bias=True), packed(9, 1)):
         with pytest.raises(ValueError, match="it takes no mask, no bias and no packed sequences"):
             contenders.flex(make_inputs(refused, CPU), refused, True)
+
+
+@pytest.mark.parametrize(("needed", "expected"), [
+    ("", [""]),
+    ("fwd", ["", "fwd"]),
+    ("bwd", ["", "fwd", "bwd"]),
+    ("fwd bwd", ["", "fwd", "bwd", "fwd bwd"]),
+])  # fmt: skip
+def test_flex_attention_that_lacks_shared_memory_gets_smaller_tiles(monkeypatch, needed, expected):
+    tried, attend = stand_in_for_flex(monkeypatch, lambda tiles: set(needed.split()) <= set(tiles.split()))
+    attend(gradient=True)
+    # One after the other, then the call itself, which alone tries the last.
+    assert tried == (expected if needed == "fwd bwd" else [*expected, expected[-1]])
+    tried.clear()
+    attend(gradient=True)
+    assert tried == [expected[-1]]  # it is known now
+    tried.clear()
+    attend(gradient=False)
+    assert tried == (["", "fwd", "fwd"] if "fwd" in needed else ["", ""])
+
+
+def test_flex_attention_that_no_tiles_help_says_why(monkeypatch):
+    tried, attend = stand_in_for_flex(monkeypatch, lambda _: False)
+    with pytest.raises(RuntimeError, match="No valid triton configs"):
+        attend(gradient=True)
+    assert tried == ["", "fwd", "bwd", "fwd bwd"]
+    tried, attend = stand_in_for_flex(monkeypatch, lambda _: False, "another reason")
+    with pytest.raises(RuntimeError, match="another reason"):
+        attend(gradient=True)
+    assert tried == [""]  # which smaller tiles are no cure for
+
+
+LACKING = "No valid triton configs. OutOfResources: out of resource: shared memory, Required: 245760"
+
+
+def stand_in_for_flex(monkeypatch, fits, reason=LACKING):
+    """A list of the tiles that were smaller in each call of flex_attention, "fwd bwd" being both, and a function that
+    calls contenders.flex. What does not fit raises: forward, or, as it is compiled when it first runs, backward.
+    """
+    tried, problem = [], case(kv_heads=4)
+    inputs = make_inputs(problem, CPU)
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, tiles):
+            ctx.tiles = tiles
+            if not fits(f"{tiles} bwd"):
+                raise RuntimeError(reason)
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx, do):
+            if not fits(ctx.tiles):
+                raise RuntimeError(reason)
+            return do, do, do, None
+
+    def flex_attention(q, k, v, *_, kernel_options, **__):
+        tried.append(" ".join(dict.fromkeys(option.split("_")[0] for option in kernel_options or ())))
+        return Attend.apply(q, k, v, tried[-1])
+
+    def attend(gradient):
+        o = contenders.flex(inputs if gradient else inputs.detached(), problem, normalise=False)
+        if gradient:
+            torch.autograd.grad(o, inputs.leaves(), inputs.do)
+
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    monkeypatch.setattr(contenders, "flex_attention", flex_attention)
+    for name in ("compiled_flex", "_tiles_that_fit"):  # caches of their own, gone with the test
+        function = getattr(contenders, name)
+        monkeypatch.setattr(contenders, name, cache(getattr(function, "__wrapped__", function)))
+    return tried, attend
 
 
 @pytest.mark.parametrize("changes", [{"causal": True}, {}, {"window": (5, 2)}], ids=str)

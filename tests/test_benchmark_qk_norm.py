@@ -9,7 +9,7 @@ import torch
 
 from scripts import benchmark_qk_norm
 from scripts.benchmark import Timer
-from scripts.benchmark_qk_norm import Contender, check, contenders, covered, main, measure, ratios, sdpa
+from scripts.benchmark_qk_norm import Contender, check, contenders, main, measure, ratios, sdpa
 from scripts.qk_norm_models import MODELS, make_inputs, ours, results, theirs
 
 CPU = torch.device("cpu")
@@ -100,9 +100,19 @@ def test_the_fastest_of_theirs_counts():
     assert ratios(measured) == {"eager": pair}
 
 
-def test_kernels_that_run_at_once_keep_the_gpu_busy_once():
-    assert covered([(10.0, 14.0), (0.0, 3.0), (12.0, 13.0), (13.5, 20.0), (2.0, 4.0)]) == 4 + 10
-    assert covered([(5.0, 6.0)]) == 1
+def test_a_region_is_timed_by_what_the_gpu_is_busy_for(monkeypatch):
+    asked = []
+
+    def busy_ms(_timer, _call, rounds, calls):
+        asked.append((rounds, calls))
+        return 1.0 + len(asked)
+
+    monkeypatch.setattr(Timer, "busy_ms", busy_ms)
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    model = BY_NAME["nanochat d12"]
+    found = measure(contenders(model, "sdpa", CPU)[0][:1], model, Timer(CPU, 1), "bfloat16", ["region"], rounds=3)
+    assert found == {"ours (sdpa)": {"region_rounds_ms": [2.0, 3.0, 4.0], "region_ms": 3.0}}
+    assert asked == [(1, benchmark_qk_norm.PROFILED_CALLS)] * 3
 
 
 @pytest.mark.parametrize("name", ["nanochat d12", "nanochat d12, window", "modded-nanogpt, long window"])
