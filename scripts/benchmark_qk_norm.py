@@ -174,12 +174,15 @@ def eager_call(contender: Contender, model: Model, inputs: Inputs) -> Callable[[
 def region_call(contender: Contender, model: Model, inputs: Inputs) -> Callable[[], object]:
     """Forward + backward of rotary embedding, norms and attention, compiled as one function."""
 
-    @torch.compile(backend=COMPILER, fullgraph=contender.whole, dynamic=False)
     def region(*tensors: Tensor) -> Tensor:
         return contender.call(model, inputs.with_tensors(tensors))
 
+    # torch.compile keeps what it made by code object, and its guards do not see which contender this is: with one code
+    # for all, one would run what was compiled for another, or not at all where the other breaks the graph.
+    region.__code__ = region.__code__.replace()
+    compiled = torch.compile(region, backend=COMPILER, fullgraph=contender.whole, dynamic=False)
     leaves, tensors = inputs.leaves(), inputs.tensors()
-    return lambda: torch.autograd.grad(region(*tensors), leaves, inputs.do)
+    return lambda: torch.autograd.grad(compiled(*tensors), leaves, inputs.do)
 
 
 def measure(

@@ -105,6 +105,27 @@ def learning_rates(folder: str, seq_len: str) -> str:
     return markdown(("attention", "norm", *(f"{rate:g}" for rate in rates)), lines)
 
 
+def trained_windows(folder: str) -> str:
+    """Each attention with full context and with windows, at one learning rate, and its speed over full context's."""
+    arms = {_windowed(arm): arm for arm in _arms(folder)}
+    rows = []
+    for (seq_len, attention, lr, window), arm in sorted(arms.items(), key=lambda item: item[0]):
+        full = arms.get((seq_len, attention, lr, ""))
+        speeds = [one and one.mean("tokens/s") for one in (arm, full)]
+        factor = f"{speeds[0] / speeds[1]:.2f}x" if all(speeds) else "-"
+        loss, speed, memory = (arm.cell(number) for number in ("val bpc", "tokens/s", "peak GiB"))
+        settings = str(seq_len), attention, window or "full", f"{lr:g}"
+        rows.append([*settings, arm.ends(), loss, speed, factor, memory])
+    numbers = ("val bpc", "tokens/s", "speed of full", "peak GiB")
+    return markdown(("seq_len", "attention", "window", "peak lr", "n", *numbers), rows)
+
+
+def _windowed(arm: Arm) -> tuple[int, str, float, str]:
+    window, pattern = (arm.settings.get(f"attention.{key}") for key in ("window", "window_pattern"))
+    named = "" if window is None else f"{window}{f' {pattern}' if pattern else ''}"
+    return arm.settings["seq_len"], arm.settings["attention"], arm.settings["lr"], named
+
+
 def _bold_lowest(cells: Sequence[str]) -> list[str]:
     numbers = [float(cell) for cell in cells if cell[:1].isdigit()]
     return [f"**{cell}**" if numbers and cell == f"{min(numbers):.4f}" else cell for cell in cells]
@@ -404,7 +425,7 @@ TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
-        *(windows, packed, padding, aims),
+        *(windows, trained_windows, packed, padding, aims),
     )
 }
 

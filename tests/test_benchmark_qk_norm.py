@@ -6,10 +6,21 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from scripts import benchmark_qk_norm
 from scripts.benchmark import Timer
-from scripts.benchmark_qk_norm import Contender, check, contenders, main, measure, ratios, sdpa
+from scripts.benchmark_qk_norm import (
+    Contender,
+    _theirs,
+    check,
+    contenders,
+    main,
+    measure,
+    ratios,
+    region_call,
+    sdpa,
+)
 from scripts.qk_norm_models import MODELS, make_inputs, ours, results, theirs
 
 CPU = torch.device("cpu")
@@ -87,6 +98,36 @@ def test_what_fails_later_is_said_and_the_others_go_on():
     measured = measure(found, model, Timer(CPU, 1), "bfloat16", ["eager"], rounds=4)
     assert measured["twice"]["error"] == "eager: out of memory" and calls == [False] * 6
     assert len(measured["ours (sdpa)"]["eager_rounds_ms"]) == 4
+
+
+def test_each_runs_what_was_compiled_for_it(monkeypatch):
+    """Also those that call one function in other settings, and beside one that breaks the graph."""
+    ran = []
+
+    def compiler(graph, _):
+        def run(*inputs):
+            ran.append(graph)
+            return graph(*inputs)
+
+        return run
+
+    monkeypatch.setattr(benchmark_qk_norm, "COMPILER", compiler)
+    model = BY_NAME["nanochat d12"]
+    inputs = make_inputs(model, CPU)
+    found = [_theirs(kernel.name, sdpa, kernel) for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)]
+    found.append(_theirs("opaque", lambda *arguments: sdpa(*arguments), whole=False))
+    calls = [(contender, region_call(contender, model, inputs)) for contender in found]
+    rounds = []
+    for _ in range(2):
+        for contender, call in calls:
+            ran.clear()
+            with contender.setting():
+                call()
+            rounds.append([id(graph) for graph in ran])
+    first, again = rounds[: len(found)], rounds[len(found) :]
+    assert (
+        first == again and all(first) and len({graph for graphs in first for graph in graphs}) == sum(map(len, first))
+    )
 
 
 def test_the_fastest_of_theirs_counts():

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from omegaconf import OmegaConf
 
 from scripts import results
 from scripts.contenders import Case
@@ -53,6 +54,33 @@ def test_windows(files):
     assert len(lines) == 4
 
 
+def test_trained_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for attention, window, speed, loss in (
+        *(("regular", 16, 150.0, 2.5), ("regular", None, 100.0, 2.0)),
+        *(("cosine", None, 120.0, 1.75), ("cosine", 16, 240.0, 1.5)),
+    ):
+        folder = tmp_path / "runs" / f"{attention}-{window}"
+        folder.mkdir(parents=True)
+        settings = {"kind": attention, "window": window, "window_pattern": window and "SL"}
+        configuration = {"seq_len": 64, "lr": 0.002, "seed": 0, "attention": settings, "norm": {"kind": "pre"}}
+        OmegaConf.save(configuration, folder / "config.yaml")
+        choices = {"attention": attention, "norm": "pre"}
+        (folder / "run.json").write_text(json.dumps({"status": "finished", "choices": choices}))
+        columns = "step,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc"
+        (folder / "metrics.csv").write_text(f"{columns}\n5,{speed},1.5,{loss}\n")
+    lines = results.trained_windows("runs").splitlines()
+    assert lines[0] == (
+        "| seq_len | attention | window | peak lr | n | val bpc | tokens/s | speed of full | peak GiB |"
+    )
+    assert lines[2:] == [
+        "| 64 | cosine | full | 0.002 | 1 | 1.7500 | 120 | 1.00x | 1.50 |",
+        "| 64 | cosine | 16 SL | 0.002 | 1 | 1.5000 | 240 | 2.00x | 1.50 |",
+        "| 64 | regular | full | 0.002 | 1 | 2.0000 | 100 | 1.00x | 1.50 |",
+        "| 64 | regular | 16 SL | 0.002 | 1 | 2.5000 | 150 | 1.50x | 1.50 |",
+    ]
+
+
 def test_packed(files):
     lists = [(600, 400), (10, 990), (1000,)]
     several = [
@@ -97,4 +125,4 @@ def test_padding(files):
 
 
 def test_documents_can_have_these_tables():
-    assert {"windows", "packed", "padding"} <= results.TABLES.keys()
+    assert {"windows", "trained_windows", "packed", "padding"} <= results.TABLES.keys()
