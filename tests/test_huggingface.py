@@ -364,6 +364,7 @@ PADDING = torch.tensor([[False] * 3 + [True] * 17, [True] * 20])
         (CHUNKS, 4, (2, 5), (5, 2)),
         (masking_utils.bidirectional_mask_function, None, (8, 8), (0, 0)),
         (masking_utils.bidirectional_mask_function, None, (3, 8), (0, 0)),
+        (masking_utils.bidirectional_mask_function, None, (8, 5), (0, 0)),  # a decoder's, of a shorter encoder
         (masking_utils.sliding_window_bidirectional_mask_function(2), 2, (8, 8), (0, 0)),
     ],
 )
@@ -414,8 +415,10 @@ def test_a_mask_function_that_is_not_understood_raises_and_is_named():
         cosine_sim_mask(1, 8, 8, mask_function=both)
     with pytest.raises(TypeError, match="unknown"):
         cosine_sim_mask(1, 8, 8, unknown=1)
-    with pytest.raises(ValueError, match="queries 0 to 7 cannot have keys 0 to 5"):
-        cosine_sim_mask(1, 8, 6)
+    window = masking_utils.sliding_window_bidirectional_mask_function(2)
+    for function in (CAUSAL, window):
+        with pytest.raises(ValueError, match="queries 0 to 7 cannot have keys 0 to 5"):
+            cosine_sim_mask(1, 8, 6, mask_function=function)
 
 
 def test_muse_glimmer_with_its_gain_and_windows_equals_eager_attention():

@@ -96,7 +96,8 @@ def cosine_sim_mask(
         del sizes["chunks"]
     causal, window = _causal_and_window(sizes)
     beyond = kv_offset + kv_length - end  # keys of a static cache behind the last query
-    if beyond < 0 or (beyond > 0 and not causal and "window" in sizes):
+    # Without either, queries and keys are not aligned: a decoder's queries see an encoder's keys.
+    if (causal and beyond < 0) or (not causal and "window" in sizes and beyond != 0):
         raise ValueError(
             f"a mask for queries {q_offset} to {end - 1} cannot have keys {kv_offset} to {kv_offset + kv_length - 1}"
         )
