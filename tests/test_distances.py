@@ -99,6 +99,20 @@ def test_packed_sequences_are_each_by_itself(backend, causal):
     torch.testing.assert_close(*(torch.autograd.grad(x, table, do) for x in (o, expected)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_empty_sequences_before_other_rows_need_no_distance(backend, causal):
+    q, k, v = (torch.randn(3, 2, 8, requires_grad=True) for _ in range(3))
+    table, ends = torch.zeros(2, 0, requires_grad=True), cu_seqlens([0])
+    o = attend_packed(
+        backend, q=q, k=k, v=v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=0, max_seqlen_k=0, causal=causal,
+        distance_bias=table,
+    )  # fmt: skip
+    assert o.shape == q.shape and not o.any()
+    for gradient in torch.autograd.grad(o.sum(), (q, k, v, table), materialize_grads=True):
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("function", [plain_cosine_sim_attention, flash_cosine_sim_attention])
 def test_gradcheck(function):
     tensors = [torch.randn(1, 2, n, 4 if function is plain_cosine_sim_attention else 8).double() for n in (3, 4, 4)]

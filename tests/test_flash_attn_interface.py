@@ -287,20 +287,36 @@ def test_deterministic_is_pytorchs_setting():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"softmax_scale": 0}, r"softmax_scale \* head_dim \(16\) \* gain_q \* gain_k is the scale, .* positive, got"),
+        (
+            {"softmax_scale": 0},
+            r"softmax_scale \* head_dim \(16\) \* gain_q \* gain_k is the cosines' scale, .* positive, got",
+        ),
         ({"gain_q": -1.0}, r"got softmax_scale 0.25, gain_q -1, gain_k 1: scale must be positive, got -4"),
         ({"softmax_scale": 4.0}, "must be at most 60, got 64"),
         ({"gain_q": float("nan")}, "must be at most 60, got nan"),
         ({"gain_q": torch.tensor([1.0, 1.0, 99.0, 1.0])}, r"gain_q of shape \(4,\), gain_k 1: .* got 396"),
-        ({"softmax_scale": 61.0, "l2norm_qk": False}, r"^softmax_scale \* gain_q \* gain_k is the scale, .* got 61"),
-        ({"gain_k": torch.ones(3)}, "gain_k must have one entry a key/value head, or a head of 4; got 3"),
-        ({"gain_q": torch.ones(3)}, r"scale tensor must be of shape \(\) or \(num_heads = 4,\)"),
+        (
+            {"softmax_scale": 61.0, "l2norm_qk": False},
+            r"^softmax_scale \* gain_q \* gain_k is the cosines' scale, .* got 61",
+        ),
+        ({"gain_k": torch.ones(3)}, "gain_k must have one entry a key/value head of 2, or a head of 4; got 3"),
+        ({"gain_q": torch.ones(3)}, r"gain_q must be a number or of shape \(\) or \(4,\), got \(3,\)"),
+        ({"softmax_scale": torch.ones(3)}, r"softmax_scale must be a number or of shape \(\) or \(4,\), got \(3,\)"),
         ({"gain_q": torch.ones(2, 2)}, r"gain_q must be a number or of shape \(\) or \(heads,\), got \(2, 2\)"),
     ],
 )
 def test_a_scale_out_of_range_names_its_factors(options, message):
     with pytest.raises(ValueError, match=message):
         flash_attn_func(*inputs(), **options)
+
+
+def test_a_gain_for_fewer_heads_than_keys_have_is_refused():
+    q, k, v = inputs(kv_heads=4)
+    with pytest.raises(ValueError, match="gain_k must have one entry a key/value head of 4, .* got 2"):
+        flash_attn_func(q, k, v, gain_k=torch.ones(2, dtype=q.dtype))
+    offsets = torch.tensor([0, 7], dtype=torch.int32)
+    with pytest.raises(ValueError, match="gain_k must have one entry a key/value head of 4, .* got 2"):
+        flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, 7, 7, gain_k=torch.ones(2, dtype=q.dtype))
 
 
 @pytest.mark.parametrize("value", ["1", True, torch.ones(4, dtype=torch.int64)])

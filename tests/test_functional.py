@@ -144,7 +144,10 @@ def test_gains_are_as_in_flash_attn_func():
         ({"attn_mask": [True]}, TypeError, "attn_mask must be a tensor, .* got list"),
         ({"attn_mask": BAND[:5]}, ValueError, r"attn_mask must be broadcastable to .* = \(2, 4, 7, 7\), got \(5, 7\)"),
         ({"attn_mask": BAND[None, None, None]}, ValueError, "attn_mask must be broadcastable"),
-        ({"scale": 5.0}, ValueError, "softmax_scale 5, .* must be at most 60, got 80"),
+        ({"attn_mask": BAND.to("meta")}, ValueError, "attn_mask must be on query's device cpu, got meta"),
+        ({"scale": 5.0}, ValueError, "^scale .* got scale 5, .* must be at most 60, got 80"),
+        ({"scale": "1"}, TypeError, "^scale must be a number or a tensor"),
+        ({"scale": torch.ones(3)}, ValueError, r"^scale must be a number or of shape \(\) or \(4,\), got \(3,\)"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
     ],
 )

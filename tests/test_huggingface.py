@@ -359,8 +359,12 @@ PADDING = torch.tensor([[False] * 3 + [True] * 17, [True] * 20])
         (WINDOW, 3, (1, 16), (7, 0)),
         (CHUNKS, 4, (4, 4), (0, 0)),
         (CHUNKS, 4, (1, 4), (9, 6)),
+        (CHUNKS, 4, (3, 8), (5, 0)),  # in the second chunk, behind a cache that has the first
+        (CHUNKS, 4, (3, 16), (5, 0)),
+        (CHUNKS, 4, (2, 5), (5, 2)),
         (masking_utils.bidirectional_mask_function, None, (8, 8), (0, 0)),
         (masking_utils.bidirectional_mask_function, None, (3, 8), (0, 0)),
+        (masking_utils.bidirectional_mask_function, None, (8, 5), (0, 0)),  # a decoder's, of a shorter encoder
         (masking_utils.sliding_window_bidirectional_mask_function(2), 2, (8, 8), (0, 0)),
     ],
 )
@@ -411,8 +415,10 @@ def test_a_mask_function_that_is_not_understood_raises_and_is_named():
         cosine_sim_mask(1, 8, 8, mask_function=both)
     with pytest.raises(TypeError, match="unknown"):
         cosine_sim_mask(1, 8, 8, unknown=1)
-    with pytest.raises(ValueError, match="queries 0 to 7 cannot have keys 0 to 5"):
-        cosine_sim_mask(1, 8, 6)
+    window = masking_utils.sliding_window_bidirectional_mask_function(2)
+    for function in (CAUSAL, window):
+        with pytest.raises(ValueError, match="queries 0 to 7 cannot have keys 0 to 5"):
+            cosine_sim_mask(1, 8, 6, mask_function=function)
 
 
 def test_muse_glimmer_with_its_gain_and_windows_equals_eager_attention():
@@ -452,7 +458,14 @@ def test_llama4_in_chunks_equals_eager_attention():
     padding = torch.ones_like(ids)
     padding[0, :3] = 0
     assert_equal(model, ids[:, :8], rows=padding[:, :8].bool(), dtype=torch.float32, attention_mask=padding[:, :8])
-    model.set_attn_implementation("cosine_sim")
+    pieces = []
+    model = model.double()
+    for attention in ("eager", "cosine_sim"):
+        model.set_attn_implementation(attention)
+        cache = transformers.DynamicCache(config=model.config)
+        outputs = [model(input_ids=piece, **{CACHE: cache}).logits for piece in ids.split([8, 5, 3, 5], 1)]
+        pieces.append(torch.cat(outputs, 1))
+    torch.testing.assert_close(*pieces, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="chunks of 8 keys, go neither with padding"):
         model(input_ids=ids, attention_mask=padding)
 

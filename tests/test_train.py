@@ -353,9 +353,9 @@ def test_names_have_no_characters_that_hydra_or_a_shell_reads(text, tmp_path):
     config = validate(configure(*overrides(text, tmp_path)))
     choices = {"attention": "cosine", "norm": "pre", "model": "tiny", "data": "file", "experiment": "a/b"}
     told = ["lr=1e-3", "max_steps=9", "micro_batch_tokens=64", "optimizer.betas=[0.8,0.9]", "model.positions=learned",
-            "data.path='my notes/é'", "+trainer.devices=2", "attention.scale=8.5"]  # fmt: skip
+            "data.path='my notes/é'", "+trainer.devices=2", "attention.scale=8.5", "optimizer=muon"]  # fmt: skip
     name = default_name(config, choices, told)
-    assert name == "a-b-cosine-pre-tiny-file-len32-lr0.001-seed0-betas-0.8-0.9-positionslearned-scale8.5"
+    assert name == "a-b-cosine-pre-tiny-file-len32-lr0.001-seed0-betas-0.8-0.9-positionslearned-scale8.5-optimizermuon"
     long = default_name(config, choices, [f"model.x{index}=1" for index in range(60)])
     assert len(long) <= 120 and re.fullmatch(r"[A-Za-z0-9._-]+", long)
     for name in ("a=b", "a,b", "a b", "é", "-x", "../x"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .interface import flash_cosine_sim_attention, flash_cosine_sim_attention_varlen
-from .scales import cosine_scale
+from .scales import scale_by_names
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 
@@ -114,7 +114,7 @@ def flash_attn_func(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        scale=cosine_scale(q.shape[-1], softmax_scale, gain_q, gain_k, num_heads=q.shape[-2], l2norm_qk=l2norm_qk),
+        scale=_scale(q, k, softmax_scale, gain_q, gain_k, l2norm_qk),
         causal=causal,
         l2norm_qk=l2norm_qk,
         window_size=_window(window_size),
@@ -190,13 +190,21 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        scale=cosine_scale(q.shape[-1], softmax_scale, gain_q, gain_k, num_heads=q.shape[-2], l2norm_qk=l2norm_qk),
+        scale=_scale(q, k, softmax_scale, gain_q, gain_k, l2norm_qk),
         causal=causal,
         l2norm_qk=l2norm_qk,
         window_size=_window(window_size),
         alibi_slopes=alibi_slopes,
         backend=backend,
     )
+
+
+def _scale(
+    q: Tensor, k: Tensor, softmax_scale: float | Tensor | None, gain_q: float | Tensor, gain_k: float | Tensor,
+    l2norm_qk: bool,
+) -> float | Tensor:  # fmt: skip
+    heads = q.shape[-2], k.shape[-2]
+    return scale_by_names("softmax_scale", q.shape[-1], softmax_scale, gain_q, gain_k, heads, l2norm_qk)
 
 
 def _refuse(**given: Any) -> None:

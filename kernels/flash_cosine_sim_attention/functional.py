@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .interface import flash_cosine_sim_attention
-from .scales import cosine_scale
+from .scales import scale_by_names
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
         value,
         mask,
         attn_bias,
-        cosine_scale(query.shape[-1], scale, gain_q, gain_k, num_heads=query.shape[1], l2norm_qk=l2norm_qk),
+        scale_by_names("scale", query.shape[-1], scale, gain_q, gain_k, (query.shape[1], key.shape[1]), l2norm_qk),
         causal=is_causal,
         l2norm_qk=l2norm_qk,
         window_size=window_size,
@@ -119,6 +119,8 @@ def _as_mask_or_bias(
             f"attn_mask must be broadcastable to (batch, num_heads, seq_len_q, seq_len_k) = {full}, got "
             f"{tuple(attn_mask.shape)}"
         )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
     attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if attn_mask.dtype != torch.bool:
         return None, attn_mask

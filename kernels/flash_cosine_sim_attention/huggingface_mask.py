@@ -96,7 +96,8 @@ def cosine_sim_mask(
         del sizes["chunks"]
     causal, window = _causal_and_window(sizes)
     beyond = kv_offset + kv_length - end  # keys of a static cache behind the last query
-    if beyond < 0 or (beyond > 0 and not causal and "window" in sizes):
+    # Without either, queries and keys are not aligned: a decoder's queries see an encoder's keys.
+    if (causal and beyond < 0) or (not causal and "window" in sizes and beyond != 0):
         raise ValueError(
             f"a mask for queries {q_offset} to {end - 1} cannot have keys {kv_offset} to {kv_offset + kv_length - 1}"
         )
@@ -105,6 +106,8 @@ def cosine_sim_mask(
     cu_seqlens = one_sequence = None
     if not compiling and ("chunks" in sizes or "packed" in sizes):
         cu_seqlens = _starts(mask_function, batch_size, q_length, q_offset, device)
+        if cu_seqlens is None and "chunks" in sizes:
+            keys = _of_chunk(mask_function, batch_size, q_offset, kv_offset, num_keys, keys, device)
     if compiling and "packed" in sizes and attention_mask is None:
         one_sequence = _is_one_sequence(mask_function, batch_size, q_length, q_offset, device)
     if cu_seqlens is not None and (keys is not None or num_keys != q_length):
@@ -248,6 +251,24 @@ def _sizes_by_arguments(
             f"under torch.compile one of {known} must be the size of a window or of a chunk, got {local_size}"
         )
     return {**sizes, "window" if found == ["sliding_window"] else "chunks": local_size}
+
+
+def _of_chunk(
+    mask_function: Callable[..., Any],
+    batch_size: int,
+    q_offset: int,
+    kv_offset: int,
+    num_keys: int,
+    keys: Tensor | None,
+    device: torch.device | str,
+) -> Tensor | None:
+    """Those of `keys` that are in the chunk of all queries, (batch, num_keys): a cache holds keys of earlier ones."""
+    batch = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    key = torch.arange(kv_offset, kv_offset + num_keys, device=device)[None]
+    shown = mask_function(batch, head, torch.full_like(key, q_offset), key) | (key > q_offset)
+    shown = shown if keys is None else shown & keys
+    return None if bool(shown.all()) else shown
 
 
 def _is_one_sequence(

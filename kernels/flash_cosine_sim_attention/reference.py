@@ -262,6 +262,8 @@ def distance_scores(
     """
     scores = None
     if distance_bias is not None:  # only hidden keys are at distances that it does not have
+        if distance_bias.shape[1] == 0:  # all keys are hidden
+            distance_bias = torch.nn.functional.pad(distance_bias, (0, 1))
         scores = distance_bias[:, (distance - first_distance).clamp(0, distance_bias.shape[1] - 1)][None]
     if alibi_slopes is not None:
         alibi = -alibi_slopes[:, :, None, None] * distance.abs()
@@ -318,6 +320,8 @@ def _sum_by_distance(dlogits: Tensor, call: Call) -> Tensor:
     """Sums (batch, num_heads, seq_len_q, seq_len_k) to the shape of call.distance_bias."""
     assert call.distance_bias is not None
     num_heads, num_distances = call.distance_bias.shape
+    if num_distances == 0:  # all keys are hidden
+        return dlogits.new_zeros(num_heads, 0)
     place = (_distances(call) - call.first_distance).clamp(0, num_distances - 1)  # hidden keys, at others, have zeros
     sums = dlogits.new_zeros(num_heads, num_distances)
     return sums.index_add_(1, place.flatten(), dlogits.sum(0).flatten(1))

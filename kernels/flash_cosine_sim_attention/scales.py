@@ -46,39 +46,56 @@ def cosine_scale(
             under torch.compile), or a shape is not as above.
         TypeError: something is neither a number nor a tensor of a floating dtype.
     """
+    return scale_by_names("softmax_scale", head_dim, softmax_scale, gain_q, gain_k, (num_heads, None), l2norm_qk)
+
+
+def scale_by_names(
+    name: str,
+    head_dim: int,
+    softmax_scale: float | Tensor | None,
+    gain_q: float | Tensor,
+    gain_k: float | Tensor,
+    heads: tuple[int | None, int | None],
+    l2norm_qk: bool,
+) -> float | Tensor:
+    """cosine_scale, for so many heads of q and of k if they are known; errors call softmax_scale by `name`."""
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
+    num_heads, num_kv_heads = heads
     if not type(softmax_scale) is type(gain_q) is type(gain_k) is float:  # what follows takes longer
-        softmax_scale = _checked("softmax_scale", softmax_scale)
-        gain_q, gain_k = _checked("gain_q", gain_q), _checked("gain_k", gain_k)
+        softmax_scale = _checked(name, softmax_scale, num_heads)
+        gain_q, gain_k = _checked("gain_q", gain_q, num_heads), _checked("gain_k", gain_k, None)
         if isinstance(gain_k, Tensor) and num_heads is not None:
-            gain_k = _for_each_head(gain_k, num_heads)
+            gain_k = _for_each_head(gain_k, num_heads, num_kv_heads)
     scale = softmax_scale * (head_dim if l2norm_qk else 1) * gain_q * gain_k
     if type(scale) is not float or not 0 < scale <= MAX_LOGIT:
-        factors = {"softmax_scale": softmax_scale, "gain_q": gain_q, "gain_k": gain_k}
+        factors = {name: softmax_scale, "gain_q": gain_q, "gain_k": gain_k}
         _check_product(scale, head_dim if l2norm_qk else None, factors)
     return scale
 
 
-def _checked(name: str, factor: float | Tensor) -> float | Tensor:
+def _checked(name: str, factor: float | Tensor, num_heads: int | None) -> float | Tensor:
     if isinstance(factor, Tensor):
         if not factor.is_floating_point():
             raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {factor.dtype}")
         if factor.ndim > 1:
             raise ValueError(f"{name} must be a number or of shape () or (heads,), got {tuple(factor.shape)}")
+        if num_heads is not None and factor.numel() not in (1, num_heads):
+            raise ValueError(f"{name} must be a number or of shape () or ({num_heads},), got {tuple(factor.shape)}")
         return factor if factor.dtype == torch.float64 else factor.float()
     if isinstance(factor, bool) or not isinstance(factor, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {type(factor).__name__}")
     return factor
 
 
-def _for_each_head(gain_k: Tensor, num_heads: int) -> Tensor:
+def _for_each_head(gain_k: Tensor, num_heads: int, num_kv_heads: int | None) -> Tensor:
     """gain_k of the key/value heads as (num_heads,)."""
     count = gain_k.numel()
     if count in (1, num_heads):
         return gain_k
-    if count == 0 or num_heads % count:
-        raise ValueError(f"gain_k must have one entry a key/value head, or a head of {num_heads}; got {count}")
+    if count == 0 or num_heads % count or num_kv_heads not in (None, count):
+        of = "" if num_kv_heads is None else f" of {num_kv_heads}"
+        raise ValueError(f"gain_k must have one entry a key/value head{of}, or a head of {num_heads}; got {count}")
     return gain_k.repeat_interleave(num_heads // count)
 
 
@@ -94,9 +111,10 @@ def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[st
         try:
             _check_range(value, groups=1)
         except ValueError as error:
-            names = ["softmax_scale", *([] if head_dim is None else [f"head_dim ({head_dim})"]), "gain_q", "gain_k"]
+            first, *others = factors
+            names = [first, *([] if head_dim is None else [f"head_dim ({head_dim})"]), *others]
             given = ", ".join(f"{name} {_shown(factor)}" for name, factor in factors.items())
-            raise ValueError(f"{' * '.join(names)} is the scale, got {given}: {error}") from None
+            raise ValueError(f"{' * '.join(names)} is the cosines' scale, got {given}: {error}") from None
 
 
 def _shown(factor: float | Tensor) -> str:

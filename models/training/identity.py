@@ -61,7 +61,7 @@ def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequenc
     parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
     parts += [choices.get(group) or "none" for group in groups]
     parts += [f"len{config.seq_len}", f"lr{config.lr:g}", f"seed{config.seed}"]
-    told = {*groups, "optimizer", "trainer", "seq_len", "lr", "seed"}
+    told = {*groups, "trainer", "seq_len", "lr", "seed"}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
