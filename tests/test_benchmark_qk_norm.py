@@ -149,7 +149,7 @@ def test_a_region_is_timed_by_what_the_gpu_is_busy_for(monkeypatch):
         return 1.0 + len(asked)
 
     monkeypatch.setattr(Timer, "busy_ms", busy_ms)
-    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = BY_NAME["nanochat d12"]
     found = measure(contenders(model, "sdpa", CPU)[0][:1], model, Timer(CPU, 1), "bfloat16", ["region"], rounds=3)
     assert found == {"ours (sdpa)": {"region_rounds_ms": [2.0, 3.0, 4.0], "region_ms": 3.0}}
