@@ -361,26 +361,90 @@ def training(*paths: str) -> str:
     return markdown(("model", "seq_len", "", "tokens/s", "ms a step", "peak GiB", "speed of nanoGPT's"), rows)
 
 
+# Models with QK-norm.
+
+
+def qk_norm(path: str, aims_path: str) -> str:
+    """Each model's attention part: ours and the fastest of theirs in ms, and where a ratio falls short of its aim."""
+    aimed, rows = [aim for aim in json.loads((RESULTS / aims_path).read_text()) if path in aim["files"]], []
+    for model in _report(path)["models"]:
+        pairs, cells = model["ratios"], []
+        for mode in ("eager", "region"):
+            pair = pairs.get(mode)
+            if pair is None:
+                cells += ["-"] * 3
+                continue
+            at_least = max((aim["at_least"] for aim in aimed if _is_of(model, mode, aim)), default=0.0)
+            short = _short_by(round(pair["ratio"], 2), at_least)
+            cells += [
+                f"{pair['ours_ms']:.3f}",
+                f"{pair['theirs_ms']:.3f}",
+                f"{pair['ratio']:.2f}x{short and f', {short}'}",
+            ]
+        lengths, heads = model["lengths"], dict.fromkeys((model["heads"], model["kv_heads"]))
+        tokens = f"{model['batch']} x {model['seq_len']}" if lengths is None else described(lengths)
+        fastest = " / ".join(dict.fromkeys(_attention_of(pair["fastest"]) for pair in pairs.values())) or "-"
+        rows.append([model["name"], tokens, "/".join(map(str, heads)), str(model["head_dim"]), fastest, *cells])
+    times = ("ms", "theirs", "ratio")
+    heads = [f"{mode}, {times[0]}" if time == "ms" else time for mode in ("eager", "region") for time in times]
+    return markdown(("model", "tokens", "heads", "head dim", "fastest of theirs", *heads), rows)
+
+
+def qk_norm_errors(path: str) -> str:
+    """Relative RMS errors in thousandths: ours / those of the fastest of theirs; ours bold where it is larger."""
+    names, rows = ("o", "dq", "dk", "dv", "dgain_q"), []
+    for model in _report(path)["models"]:
+        errors = {row["contender"]: row["errors"] for row in model["rows"]}
+        ours = errors.get(OURS, {})
+        theirs = errors[next(iter(model["ratios"].values()))["fastest"]] if model["ratios"] else {}
+        rows.append([model["name"], *(_errors(ours.get(name), theirs.get(name)) for name in names)])
+    return markdown(("model", *names), rows)
+
+
+def _errors(ours: float | None, theirs: float | None) -> str:
+    if ours is None or theirs is None:
+        return "-"
+    first, second = f"{1e3 * ours:.2f}", f"{1e3 * theirs:.2f}"
+    return f"**{first}** / {second}" if float(first) > float(second) else f"{first} / {second}"
+
+
+def _attention_of(name: str) -> str:
+    return name.removeprefix("norms + ")
+
+
+def _is_of(model: dict[str, Any], mode: str, aim: dict[str, Any]) -> bool:
+    return mode in aim["modes"] and model["head_dim"] in aim["head_dims"]
+
+
 # What was aimed at.
 
 
-def aims(path: str) -> str:
-    """Every aim of a JSON file, whether what was measured last reaches it, and where that was measured.
+def aims(path: str, folder: str | None = None) -> str:
+    """Every aim of a JSON file, or those of a folder; whether what was measured last reaches it, and where that is.
 
     An aim has what and case (its names), at_least, key, files and seq_lens: every row of these files and lengths has to
     reach it, or, with ``of``, their median or lowest. What is compared is ``over``'s ``key`` over ours, or, without
-    ``over``, a training's ``key``.
+    ``over``, a training's ``key``. One with ``modes`` is about models with QK-norm: their ratios in these modes, at
+    ``head_dims``.
     """
     rows = []
     for aim in json.loads((RESULTS / path).read_text()):
+        if folder is not None and folder not in {str(Path(name).parent) for name in aim["files"]}:
+            continue
         reports = [_report(name) for name in aim["files"]]
         values = [value for report in reports for value in _values(report, aim)]
         names = aim["what"], aim["case"], _number(aim["at_least"])
-        rows.append([*names, _verdict(values, aim["at_least"]), _range(values), _source(aim["files"], reports)])
-    return markdown(("what", "case", "at least", "", "measured", "where"), rows)
+        where = _source(aim["files"], reports) if folder is None else _commits(reports)
+        rows.append([*names, _verdict(values, aim["at_least"]), _range(values), where])
+    return markdown(("what", "case", "at least", "", "measured", "where" if folder is None else "commit"), rows)
 
 
 def _values(report: dict[str, Any], aim: dict[str, Any]) -> list[float]:
+    if "modes" in aim:
+        found = [
+            (model["ratios"], mode) for model in report["models"] for mode in aim["modes"] if _is_of(model, mode, aim)
+        ]
+        return [round(pairs[mode]["ratio"], 2) if mode in pairs else 0.0 for pairs, mode in found]
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
         if row["seq_len"] in aim["seq_lens"]:
@@ -400,8 +464,12 @@ def _verdict(values: Sequence[float], at_least: float) -> str:
     met = [value >= at_least for value in values]
     if all(met):
         return "met"
-    missing = max(1.0, 100 * (1 - min(values) / at_least))
-    return f"{f'met in {sum(met)} of {len(met)}' if any(met) else 'missed'}, {missing:.0f} % short"
+    short = _short_by(min(values), at_least)
+    return f"{f'met in {sum(met)} of {len(met)}' if any(met) else 'missed'}, {short}"
+
+
+def _short_by(value: float, at_least: float) -> str:
+    return "" if value >= at_least else f"{max(1.0, 100 * (1 - value / at_least)):.0f} % short"
 
 
 def _number(value: float) -> str:
@@ -417,15 +485,19 @@ def _range(values: Sequence[float]) -> str:
 
 def _source(paths: Sequence[str], reports: Sequence[dict[str, Any]]) -> str:
     folder = Path(paths[0]).parent
+    return f"[{folder}](../results/{folder}/README.md) {_commits(reports)}"
+
+
+def _commits(reports: Sequence[dict[str, Any]]) -> str:
     commits = dict.fromkeys(f"{report['started'][:10]} `{report['git_commit'][:7]}`" for report in reports)
-    return f"[{folder}](../results/{folder}/README.md) {', '.join(commits)}"
+    return ", ".join(commits)
 
 
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
-        *(windows, trained_windows, packed, padding, aims),
+        *(windows, trained_windows, packed, padding, qk_norm, qk_norm_errors, aims),
     )
 }
 

@@ -125,9 +125,8 @@ def test_each_runs_what_was_compiled_for_it(monkeypatch):
                 call()
             rounds.append([id(graph) for graph in ran])
     first, again = rounds[: len(found)], rounds[len(found) :]
-    assert (
-        first == again and all(first) and len({graph for graphs in first for graph in graphs}) == sum(map(len, first))
-    )
+    assert first == again and all(first)
+    assert len({graph for graphs in first for graph in graphs}) == sum(map(len, first))
 
 
 def test_the_fastest_of_theirs_counts():

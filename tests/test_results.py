@@ -124,5 +124,49 @@ def test_padding(files):
     ]
 
 
+def test_qk_norm(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    sizes = {"batch": 2, "seq_len": 8, "heads": 4, "kv_heads": 4, "head_dim": 128, "lengths": None}
+
+    def model(name, eager, region, mine=0.003, other=0.004, **changes):
+        pairs = {
+            mode: {"fastest": f"norms + {fastest}", "ours_ms": 2.0, "theirs_ms": 2 * ratio, "ratio": ratio}
+            for mode, fastest, ratio in (("eager", "slow", eager), ("region", "fast", region))
+            if ratio is not None
+        }
+        rows = [{"contender": "ours (auto)", "errors": {"o": mine, "dq": 0.005, "dk": 0.005, "dv": 0.004}}]
+        rows.append({"contender": "norms + slow", "errors": {"o": other, "dq": 0.005, "dk": 0.006, "dv": 0.004}})
+        return {"name": name, **sizes, **changes, "rows": rows, "ratios": pairs}
+
+    (tmp_path / "qk").mkdir()
+    models = [
+        model("a", 1.5, 1.04),
+        model("b", 1.26, 1.046, mine=0.0045, kv_heads=2, lengths=[5, 5, 5]),
+        model("c", 1.6, None, head_dim=64),
+    ]
+    report = {"models": models, "started": "2026-11-29T11:00:00", "git_commit": "0123456789"}
+    (tmp_path / "qk" / "qk.json").write_text(json.dumps(report))
+    aim = {"what": "norms", "case": "all", "modes": ["eager"], "head_dims": [64, 128], "at_least": 1.4}
+    aims = [aim | {"files": ["qk/qk.json"]}, aim | {"files": ["other/qk.json"], "at_least": 9.0}]
+    aims.append(aims[0] | {"case": "128", "modes": ["region"], "head_dims": [128], "at_least": 1.05})
+    aims.append(aims[0] | {"case": "64", "modes": ["region"], "head_dims": [64], "at_least": 1.1})
+    (tmp_path / "aims.json").write_text(json.dumps(aims))
+    lines = results.qk_norm("qk/qk.json", "aims.json").splitlines()
+    assert lines[2:] == [
+        "| a | 2 x 8 | 4 | 128 | slow / fast | 2.000 | 3.000 | 1.50x | 2.000 | 2.080 | 1.04x, 1 % short |",
+        "| b | 3 x 5 | 4/2 | 128 | slow / fast | 2.000 | 2.520 | 1.26x, 10 % short | 2.000 | 2.092 | 1.05x |",
+        "| c | 2 x 8 | 4 | 64 | slow | 2.000 | 3.200 | 1.60x | - | - | - |",
+    ]
+    assert results.aims("aims.json", "qk").splitlines()[2:] == [
+        "| norms | all | 1.40 | met in 2 of 3, 10 % short | 1.26 to 1.60 | 2026-11-29 `0123456` |",
+        "| norms | 128 | 1.05 | met in 1 of 2, 1 % short | 1.04, 1.05 | 2026-11-29 `0123456` |",
+        "| norms | 64 | 1.10 | missed, 100 % short | 0.00 | 2026-11-29 `0123456` |",  # what has no ratio is no success
+    ]
+    assert results.qk_norm_errors("qk/qk.json").splitlines()[2:4] == [
+        "| a | 3.00 / 4.00 | 5.00 / 5.00 | 5.00 / 6.00 | 4.00 / 4.00 | - |",
+        "| b | **4.50** / 4.00 | 5.00 / 5.00 | 5.00 / 6.00 | 4.00 / 4.00 | - |",
+    ]
+
+
 def test_documents_can_have_these_tables():
-    assert {"windows", "trained_windows", "packed", "padding"} <= results.TABLES.keys()
+    assert {"windows", "trained_windows", "packed", "padding", "qk_norm", "qk_norm_errors"} <= results.TABLES.keys()
