@@ -341,6 +341,8 @@ def opening_line(config: DictConfig, run: Run) -> str:
 def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: Length) -> list[lightning.Callback]:
     """What is recorded while training."""
     options = config.trainer
+    # A run stopped before a validation, and then killed in it, made that step's sample, and makes it again.
+    keep_to = None if run.resume_step is None else run.validated_step or 0
     metrics = TrainingMetrics(
         log_every=options.log_every,
         length=length,
@@ -352,7 +354,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: 
         prompt=data.val[: min(64, config.seq_len)].tobytes(),
         num_bytes=options.sample_bytes,
         seed=config.seed,
-        resume_step=run.resume_step,
+        keep_to=keep_to,
     )
     progress = ProgressReport(
         length=length,
@@ -364,7 +366,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: 
     logits = LogitMetrics(data.val[: config.seq_len].tobytes())
     profile = [Profile(run.folder, options.profile_steps, config.max_steps)] if options.profile_steps else []
     is_learned = config.model.positions == "dynamic"
-    biases = [PositionBiases(run.folder, resume_step=run.resume_step)] if is_learned else []
+    biases = [PositionBiases(run.folder, keep_to=keep_to)] if is_learned else []
     return [*profile, metrics, logits, *biases, sample, progress]
 
 

@@ -195,9 +195,18 @@ def test_packing_that_transformers_overlooks_raises():
     """With a cache, which is its default, eager attention sees one sequence where positions begin anew."""
     model = nanochat()
     model.set_attn_implementation("cosine_sim")
-    for arguments in ({}, {"use_cache": False, "attention_mask": torch.ones(1, 24)}):
+    padding = torch.arange(24)[None] < 20
+    for arguments in (
+        {},
+        {"use_cache": False, "attention_mask": torch.ones(1, 24)},
+        {"use_cache": False, "attention_mask": padding.long()},
+        {"attention_mask": padding.flip(1).long()},
+    ):
         with pytest.raises(ValueError, match="layer 0 .* position_ids that begin anew"):
             model(input_ids=tokens(1, 24), position_ids=packed_positions(7, 17), **arguments)
+    for mask in (padding, padding.flip(1)):  # padded tokens may have any position
+        positions = (mask.cumsum(1) - 1).masked_fill(~mask, 1)
+        model(input_ids=tokens(1, 24), position_ids=positions, attention_mask=mask.long())
 
 
 @models

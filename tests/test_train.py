@@ -32,7 +32,7 @@ from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
-from models.training.run_files import is_owned, read_samples
+from models.training.run_files import is_owned, read_csv, read_samples
 from models.training.stopping import NOTED
 from models.training.tables import decode
 from scripts import benchmark_training
@@ -542,6 +542,20 @@ GPTModule.validation_step = step
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(rf"step {at} of 12: val \d\.\d+ bits per byte", resumed.stdout) and "nan" not in resumed.stdout
     equal_runs(uninterrupted, tmp_path / "run")
+
+
+def test_a_validation_that_is_made_twice_leaves_one_sample_and_one_table_of_biases(text, tmp_path):
+    line = ["name=run", "model.positions=dynamic"]
+    code = killed_in("step 7").replace("== 7", "== 8").replace("SIGKILL", "SIGTERM")  # before its validation
+    stopped = command(text, tmp_path, *line, code=code)
+    assert stopped.returncode == 143, stopped.stderr
+    killed = command(text, tmp_path, *line, "resume=auto", code=killed_in("sample of step 8"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command(text, tmp_path, *line, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [step for step, _ in read_samples(tmp_path / "run/samples.txt")] == [4, 8]
+    rows = [(row["step"], row["distance"]) for row in read_csv(tmp_path / "run/position_bias.csv")]
+    assert len(rows) == len(set(rows)) and {step for step, _ in rows} == {"4", "8"}
 
 
 def test_a_signal_ends_a_sweep(text, tmp_path):

@@ -405,12 +405,18 @@ def _check_packing(
         return
     if visible is None or isinstance(mask, Tensor):  # which says it all
         return
-    told = visible.cu_seqlens is not None or visible.one_sequence is not None or visible.keys is not None
+    told = visible.cu_seqlens is not None or visible.one_sequence is not None
     if told or position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
         return
     if getattr(module, "layer_idx", 0) != 0:  # all get the same, and on a GPU this waits for it
         return
-    rising = (position_ids.diff() == 1).all()
+    rising = position_ids.diff() == 1
+    if visible.keys is not None:  # what is padded may have any positions
+        if visible.keys.shape[1] < position_ids.shape[1]:  # another sequence's: a decoder's queries, its encoder's keys
+            return
+        seen = visible.keys[:, -position_ids.shape[1] :]
+        rising = rising | ~(seen[:, 1:] & seen[:, :-1])
+    rising = rising.all()
     message = (
         f"{_name(module)} gets position_ids that begin anew, but a mask of one sequence: with a cache or an "
         "attention_mask transformers overlooks packed sequences. Pass use_cache=False and no attention_mask, or "

@@ -218,12 +218,16 @@ class PositionBiases(lightning.Callback):
     """At each validation keeps the learned biases by distance of model.positions=dynamic.
 
     ``run_dir/position_bias.csv`` has a row for each step, layer and distance, with a column a head.
+
+    Args:
+        run_dir: the run's folder.
+        keep_to: the step that a resumed run validated last, or 0: rows of later ones are dropped.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
+    def __init__(self, run_dir: str | Path, *, keep_to: int | None = None):
         self.path = Path(run_dir) / POSITION_BIAS_FILE
-        if resume_step is not None and self.path.exists():
-            self._drop_after(resume_step)
+        if keep_to is not None and self.path.exists():
+            self._drop_after(keep_to)
 
     @rank_zero_only
     def _drop_after(self, step: int) -> None:
@@ -313,18 +317,17 @@ class Profile(lightning.Callback):
 class TextSample(lightning.Callback):
     """At each validation continues the first bytes of the validation split and keeps the text.
 
-    Written to ``run_dir/samples.txt`` and, where the logger takes text, logged as a table.
+    Written to ``run_dir/samples.txt`` and, where the logger takes text, logged as a table. Samples of a resumed run
+    behind ``keep_to``, the step that it validated last, or 0, are dropped.
     """
 
-    def __init__(
-        self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int, resume_step: int | None = None
-    ):
+    def __init__(self, run_dir: str | Path, *, prompt: bytes, num_bytes: int, seed: int, keep_to: int | None = None):
         self.path = Path(run_dir) / SAMPLES_FILE
         self.prompt = prompt
         self.num_bytes = num_bytes
         self.seed = seed
-        if resume_step is not None and self.path.exists():
-            self._drop_after(resume_step)
+        if keep_to is not None and self.path.exists():
+            self._drop_after(keep_to)
 
     @rank_zero_only
     def _drop_after(self, step: int) -> None:
