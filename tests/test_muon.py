@@ -12,7 +12,7 @@ from conf.schema import builder, validate
 from models.training import muon
 from models.training.load import build_gpt
 from models.training.muon import MuonAndAdamW, orthogonalized, orthogonalized_alike
-from models.training.optimizer import roles_of
+from models.training.optimizer import place_steps, roles_of
 
 TINY = ["model=tiny", "model.num_layers=2", "model.width=32", "model.num_heads=4", "seq_len=16", "max_steps=40"]
 
@@ -29,6 +29,21 @@ def give_gradients(gpt, step):
     generator = torch.Generator().manual_seed(step)
     for parameter in gpt.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_fused_kernel_finds_its_counts_of_steps_beside_the_parameters(kind):
+    """A checkpoint of a run on a CPU has them there, where the kernel of a GPU would read outside of its memory."""
+    weight, gain = nn.Parameter(torch.empty(4, 4, device="meta")), nn.Parameter(torch.empty(4, device="meta"))
+    matrices = {"params": [weight], "role": "matrices", "lr": 0.1, "momentum": 0.9, "weight_decay": 0, "splits": [(4,)]}
+    gains = {"params": [gain], "role": "gains", "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0}
+    optimizer = MuonAndAdamW([matrices, gains], fused=False) if kind == "muon" else torch.optim.AdamW([gain])
+    optimizer.state[gain] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros_like(gain)}
+    place_steps(optimizer)
+    assert optimizer.state[gain]["step"] == 3 and set(optimizer.state) == {gain}
+    optimizer.param_groups[-1]["fused"] = True
+    place_steps(optimizer)
+    assert optimizer.state[gain]["step"].is_meta
 
 
 # Whose parameter it is.

@@ -198,6 +198,19 @@ def test_muon_resumes_bit_for_bit_and_trains_the_same_on_two_ranks(text, tmp_pat
     assert results.last("val/bpc") < results.series("val/bpc")[1][0] < 8
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_of_a_cpu_goes_on_on_a_gpu(text, tmp_path, optimizer):
+    line = ["name=run", "max_steps=8", f"optimizer={optimizer}"]
+    killed = command(text, tmp_path, *line, code=killed_in("step 7"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command(text, tmp_path, *line, "resume=auto", "trainer.accelerator=gpu")
+    assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
+    results = read_results(tmp_path / "run")
+    assert results.last("step") == 8 and results.last("val/bpc") < results.series("val/bpc")[1][0] < 8.5
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     folder = fit(text, tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".ckpt", ".yaml", ".csv")}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.bytes import IGNORE_INDEX
 from models.gpt import GPT
-from models.training.optimizer import OptimizerBuilder
+from models.training.optimizer import OptimizerBuilder, place_steps
 
 
 class DivergedError(RuntimeError):
@@ -102,6 +102,7 @@ class GPTModule(lightning.LightningModule):
         for group, configured, (peak, fraction) in groups:
             group.update({key: value for key, value in configured.items() if key != "params"})
             group["lr"] = peak * fraction(self.global_step)
+        place_steps(self.trainer.optimizers[0])
         self.lr_schedulers().base_lrs = scheduler.base_lrs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -90,6 +90,18 @@ class AdamW:
         return self.lr * self.schedule.fraction(step)
 
 
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Puts AdamW's counts of steps where its kernels read them: beside the parameter if it is fused, else on the CPU.
+
+    A checkpoint has them where the run that wrote it needed them, and neither Lightning nor PyTorch moves them.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group.get("fused") else "cpu")
+
+
 class Muon:
     """Muon for the matrices of the blocks, AdamW for all else: see ``MuonAndAdamW``. All rates have one schedule.
 
