@@ -817,6 +817,20 @@ else:
 """
 
 
+def test_what_a_transform_leaves_behind_is_the_tensor_in_it():
+    """In eager mode nobody else looks for such wrappers: see _register_autograd_fast."""
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(q)
+    k.requires_grad_()
+    found, expected = (attend(rows, k, v) for rows in (left[0], q))
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(o.square().sum(), k)[0] for o in (found, expected)]
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        assert torch.equal(attend(left[0], k, v), expected)
+
+
 def test_a_renamed_private_of_torch_costs_time_alone():
     """Import says so and takes torch.library.register_autograd: the same gradients, and the same refusals."""
     name = "_AutoDispatchBelowAutograd"
