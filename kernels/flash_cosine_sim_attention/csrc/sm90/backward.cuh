@@ -17,7 +17,8 @@
 //
 // row_sum_log2 and delta are subtracted, and keys hidden, by the tensor cores: statistics.cuh.
 //
-// Variant::kScoredGradient adds dS up along its diagonals while the products are under way: distances.cuh.
+// Variant::kScored adds what distances say to S, times c if q and k come without the norm; kScoredGradient also adds dS
+// up along its diagonals while the products are under way: distances.cuh.
 //
 // A warp's part of dQ is added to dq_accumulator by a bulk copy, in the order of the accumulators' registers. Blocks of
 // other keys add to the same rows, in any order; or, deterministic, in the order of the keys.

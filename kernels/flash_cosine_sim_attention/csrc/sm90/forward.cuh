@@ -17,7 +17,7 @@
 // Banded, a tile walks over the blocks of keys that one of its queries sees, and whether a block needs more than 2^S is
 // asked block by block: windows and packed sequences cut at both ends, a mask anywhere. Only the producer looks at the
 // mask, which is in global memory, and ahead of the products: it hands the walk on, step by step. Scored, what
-// distances add comes with K and is added as soon as S is there. Without, nothing of it is there.
+// distances add comes beside V and is added beside the 2^x, or, not kSliced, beside K and as soon as S is there.
 #pragma once
 
 #include <algorithm>
