@@ -182,7 +182,13 @@ def region_call(contender: Contender, model: Model, inputs: Inputs) -> Callable[
     region.__code__ = region.__code__.replace()
     compiled = torch.compile(region, backend=COMPILER, fullgraph=contender.whole, dynamic=False)
     leaves, tensors = inputs.leaves(), inputs.tensors()
-    return lambda: torch.autograd.grad(compiled(*tensors), leaves, inputs.do)
+
+    def call() -> object:
+        # The cache of AOTAutograd does not see SDPA's kernel: cuDNN's region would be the flash kernel's.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return torch.autograd.grad(compiled(*tensors), leaves, inputs.do)
+
+    return call
 
 
 def measure(

@@ -122,6 +122,8 @@ def test_each_runs_what_was_compiled_for_it(monkeypatch):
     ran = []
 
     def compiler(graph, _):
+        assert not torch._functorch.config.enable_autograd_cache  # where SDPA's kernels are one to it
+
         def run(*inputs):
             ran.append(graph)
             return graph(*inputs)
