@@ -56,7 +56,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -524,24 +524,32 @@ def run(arguments: argparse.Namespace) -> None:
     timer = Timer(device, arguments.num_times, arguments.busy)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
     report["times"] = "graphs" if arguments.graphs else timer.times
-    parts = {listed[0].dtype: _compare(listed, candidates, timer, arguments) for listed in problems}
+    report["versions"] |= versions(arguments.predecessor)
+    parts: dict[str, dict[str, Any]] = {}
+    for listed in problems:
+        for part in _compare(listed, candidates, timer, arguments):
+            parts[listed[0].dtype] = part
+            report |= _joined(parts)
+            if arguments.json:  # after each problem: what is measured is kept, whatever becomes of the next
+                report |= machine(device)
+                arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     for dtype, part in parts.items():
         for name, reason in part["refused"].items():
             print_line(f"not timed: {name}, {dtype}: {reason}")
     print_line(f"not installed: {', '.join(absent) or 'none'}")
-    report["versions"] |= versions(arguments.predecessor)
-    report |= machine(device)
-    for key in ("gemm_tflops", "copy_tb_s", "refused"):
-        report[key] = {dtype: part[key] for dtype, part in parts.items()}
-    for key in ("accuracy", "rows"):
-        report[key] = [row for part in parts.values() for row in part[key]]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     if not any(key in row for row in report["rows"] for key in DIRECTIONS):
         raise ValueError("nothing was timed: no contender is right and serves this case")
     if arguments.plot:
         name = torch.cuda.get_device_name() if timer.on_gpu else "CPU"
         plot(report["rows"], arguments.plot, f"{name}, {', '.join(parts)}: {_shapes(problems[0])}{timer.note}")
+
+
+def _joined(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report's parts on several dtypes as one."""
+    joined = {
+        key: {dtype: part[key] for dtype, part in parts.items()} for key in ("gemm_tflops", "copy_tb_s", "refused")
+    }
+    return joined | {key: [row for part in parts.values() for row in part[key]] for key in ("accuracy", "rows")}
 
 
 def picked(candidates: list[Contender], parts: Sequence[str] | None) -> list[Contender]:
@@ -566,8 +574,8 @@ def directions_of(arguments: argparse.Namespace) -> set[str]:
 
 def _compare(
     listed: list[Case], candidates: list[Contender], timer: Timer, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The report's part on one dtype."""
+) -> Iterator[dict[str, Any]]:
+    """The report's part on one dtype as far as it has come: what was checked, then more after each problem."""
     smallest, too_slow = listed[0], {}
     if smallest.window and not arguments.dense_mask:
         reason = "a window is a mask over all pairs to it, which --dense-mask times"
@@ -580,7 +588,12 @@ def _compare(
     peak = gemm_tflops(timer, smallest.dtype)
     copy = copy_tb_s(timer) if smallest.seq_len_q else None
     directions = directions_of(arguments)
-    rows = []
+    accuracy, rows = [], []
+    for name, results in errors.items():
+        numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
+        accuracy.append({**asdict(checked), "contender": name, **numbers})
+    part = {"accuracy": accuracy, "gemm_tflops": peak, "copy_tb_s": copy, "refused": refused, "rows": rows}
+    yield part
     for case in listed:
         host = arguments.host and case is smallest
         measured = {
@@ -601,14 +614,10 @@ def _compare(
         for contender, result in measured.items():
             names = {"contender": contender.name, "cosine": contender.cosine}
             rows.append({**asdict(contender.problem(case)), **names, **result})
+        yield part
     ratios = ratios_by_contender(rows)
     if smallest.lengths and len(listed) > 1 and ratios:
         show(_lists_table(listed, ratios, timer.note))
-    accuracy = []
-    for name, results in errors.items():
-        numbers = {key: error if math.isfinite(error) else None for key, error in results.items()}  # JSON has no nan
-        accuracy.append({**asdict(checked), "contender": name, **numbers})
-    return {"accuracy": accuracy, "gemm_tflops": peak, "copy_tb_s": copy, "refused": refused, "rows": rows}
 
 
 def checked_case(case: Case) -> Case:
@@ -897,7 +906,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--busy", action="store_true", help="time what the GPU is busy for, by the profiler: no host, no gaps, no flush"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
+    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here, after each length")
     parser.add_argument("--plot", type=Path, help="draw TFLOP/s against length into this PNG")
     return run_script(parser, run, argv)
 

@@ -182,7 +182,13 @@ def region_call(contender: Contender, model: Model, inputs: Inputs) -> Callable[
     region.__code__ = region.__code__.replace()
     compiled = torch.compile(region, backend=COMPILER, fullgraph=contender.whole, dynamic=False)
     leaves, tensors = inputs.leaves(), inputs.tensors()
-    return lambda: torch.autograd.grad(compiled(*tensors), leaves, inputs.do)
+
+    def call() -> object:
+        # The cache of AOTAutograd does not see SDPA's kernel: cuDNN's region would be the flash kernel's.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return torch.autograd.grad(compiled(*tensors), leaves, inputs.do)
+
+    return call
 
 
 def measure(
@@ -235,6 +241,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {**environment(), "rounds": arguments.rounds, "dtype": arguments.dtype, "models": []}
+    report["versions"] |= versions(None)
     timer = Timer(device, arguments.num_times)
     missing: set[str] = set()
     for model in models:
@@ -243,12 +250,10 @@ def run(arguments: argparse.Namespace) -> None:
         missing.update(absent)
         entry = _compare(found, model, timer, arguments.dtype, modes, arguments.rounds)
         report["models"].append(entry)
+        if arguments.json:  # after each model: what is measured is kept, whatever becomes of the next
+            report |= {"not_installed": sorted(missing), **machine(device)}
+            arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     print_line(f"not installed: {', '.join(sorted(missing)) or 'none'}")
-    report["not_installed"] = sorted(missing)
-    report["versions"] |= versions(None)
-    report |= machine(device)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     if not any(entry["ratios"] for entry in report["models"]):
         raise ValueError("nothing was compared: either side has no contender that is right and serves these models")
 
@@ -318,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-times", type=integer(1), default=20, help="eager calls a turn (default: 20); fewer where they take long"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here")
+    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here, after each model")
     return run_script(parser, run, argv)
 
 

@@ -22,7 +22,7 @@ from scripts import Parser, run_script
 from scripts.arms import Arm, arms_of, markdown
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
-from scripts.contenders import AS_BATCH, DTYPES, UNMASKED, VARLEN_ATTN, case_of
+from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -337,8 +337,25 @@ def padding(*paths: str) -> str:
     return markdown(["head dim", "seq_len", "", "hidden keys", "visible pairs", *times], lines)
 
 
+def distances(*paths: str) -> str:
+    """What distances add: ours in ms, the others' times over ours, and peak memory, that of ours and of two others."""
+    others, lines = [OURS + UNSCORED, OURS + DENSE_BIAS, NORM_FLEX, FLEX], []
+    added = {"table": "distance_bias", "alibi": "ALiBi"}
+    for results in (results for path in paths for results in _measured(path).values()):
+        ours = results[OURS]
+        case = case_of(ours)
+        cells = [str(case.head_dim), f"{case.batch} x {case.seq_len}", _kind(ours), added[case.by_distance]]
+        for key in ("forward_ms", "both_ms"):
+            cells += [f"{ours[key]:.3f}", *(_ratio(results.get(name), ours, key) for name in others)]
+        cells += [f"{results[name]['peak_mib']:,.0f}" for name in (OURS, *others[:2])]
+        lines.append(cells)
+    names = [_short(name) for name in others]
+    heads = ["head dim", "seq_len", "", "added", "forward, ms", *names, "forward + backward, ms", *names]
+    return markdown([*heads, "peak MiB", *names[:2]], lines)
+
+
 def _short(name: str) -> str:
-    return "as a batch" if name.endswith(AS_BATCH) else name.replace(", no norm", "")
+    return name.removeprefix(f"{OURS}, ").replace(", no norm", "")
 
 
 def training(*paths: str) -> str:
@@ -497,7 +514,7 @@ TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
-        *(windows, trained_windows, packed, padding, qk_norm, qk_norm_errors, aims),
+        *(windows, trained_windows, packed, padding, distances, qk_norm, qk_norm_errors, aims),
     )
 }
 

@@ -126,6 +126,23 @@ def test_a_run_writes_its_tables_numbers_and_plot(tmp_path, capsys):
     assert (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_is_stopped_keeps_the_lengths_before(tmp_path, monkeypatch):
+    def stopped(inputs, case):
+        if (case.dtype, case.seq_len) == ("bfloat16", 32):
+            raise KeyboardInterrupt
+        return contenders(["sdpa"], CPU)[0][0].attend(inputs, case)
+
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: ([Contender("stopped", stopped, True)], ["some"]))
+    path = tmp_path / "b.json"
+    assert main([*SMALL, "--seq-len", "16", "32", "--dtype", "float32", "bfloat16", f"--json={path}"]) == 130
+    found = json.loads(path.read_text())
+    rows = [(row["dtype"], row["seq_len"]) for row in found["rows"]]
+    assert rows == [("float32", 16), ("float32", 32), ("bfloat16", 16)]
+    assert all(row["both_ms"] > 0 for row in found["rows"]) and len(found["accuracy"]) == 2
+    assert found["refused"] == {"float32": {}, "bfloat16": {}}
+    assert found["timed_on"] == "cpu" and found["not_installed"] == ["some"]
+
+
 def test_sustained_load_is_measured_beside_the_rest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Timer, "SUSTAINED_S", 0.001)
     for row in report(tmp_path, "--seq-len", "16", "--sustained")["rows"]:
@@ -303,7 +320,7 @@ def cases_of(monkeypatch, *arguments):
     asked = []
     monkeypatch.setattr(benchmark, "contenders", lambda *_: ([], []))
     part = {"accuracy": [], "gemm_tflops": None, "copy_tb_s": None, "refused": {}, "rows": []}
-    monkeypatch.setattr(benchmark, "_compare", lambda listed, *_: asked.extend(listed) or part)
+    monkeypatch.setattr(benchmark, "_compare", lambda listed, *_: asked.extend(listed) or [part])
     assert main(["--device", "cpu", *arguments]) == 2  # for nothing was timed
     return asked
 

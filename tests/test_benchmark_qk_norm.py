@@ -71,6 +71,23 @@ def test_models_and_modes_are_picked(tmp_path, capsys):
     assert "--models must be parts of names, got 'gpt-5'; accepted: 'nanochat d12'" in capsys.readouterr().err
 
 
+def test_a_run_that_is_stopped_keeps_the_models_before(tmp_path, monkeypatch, capsys):
+    def stopped(model, inputs, rotary=True):
+        if model.name == "parameter-golf 2048":
+            raise KeyboardInterrupt
+        return theirs(model, inputs, sdpa, rotary)
+
+    found = contenders(BY_NAME["parameter-golf 1024"], "sdpa", CPU)[0][:1] + [Contender("stopped", stopped)]
+    monkeypatch.setattr(benchmark_qk_norm, "contenders", lambda *_: (found, ["FlashAttention-4"]))
+    path = tmp_path / "b.json"
+    assert main([*SMALL, "--models", "golf", "--only-eager", "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    (entry,) = report["models"]
+    assert entry["name"] == "parameter-golf 1024" and [row["contender"] for row in entry["rows"]][1] == "stopped"
+    assert report["timed_on"] == "cpu" and report["not_installed"] == ["FlashAttention-4"]
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_what_is_wrong_or_cannot_serve_is_not_timed(capsys):
     model = BY_NAME["nanochat d12"]
     right, fused = contenders(model, "sdpa", CPU)[0]
@@ -105,6 +122,8 @@ def test_each_runs_what_was_compiled_for_it(monkeypatch):
     ran = []
 
     def compiler(graph, _):
+        assert not torch._functorch.config.enable_autograd_cache  # where SDPA's kernels are one to it
+
         def run(*inputs):
             ran.append(graph)
             return graph(*inputs)

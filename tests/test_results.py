@@ -1,4 +1,4 @@
-"""The tables of windows, packed sequences and padding say what made-up reports say."""
+"""The tables of windows, packed sequences, padding and distances say what made-up reports say."""
 
 import json
 from dataclasses import asdict
@@ -124,6 +124,31 @@ def test_padding(files):
     ]
 
 
+def test_distances(files):
+    def rows(added, ours, **others):
+        yield {**row("ours (auto)", *ours[:2], by_distance=added), "peak_mib": ours[2]}
+        yield {**row("ours (auto), without it", 0.8, 3.0), "peak_mib": 388.0}
+        yield {**row("ours (auto), a dense bias", 20.0, 1600.0, by_distance=added), "peak_mib": 9092.4}
+        yield from (row(f"{name}, no norm", *times, by_distance=added) for name, times in others.items())
+
+    files(
+        table=list(rows("table", (1.0, 4.0, 390.1))),
+        alibi=list(rows("alibi", (0.8, 3.0, 389.0), flex_attention=(2.0, 6.0))),
+    )
+    lines = results.distances("table", "alibi").splitlines()
+    names = "without it | a dense bias | compiled l2norm + flex_attention | flex_attention"
+    assert lines[0] == (
+        f"| head dim | seq_len |  | added | forward, ms | {names} | forward + backward, ms | {names} | peak MiB | "
+        "without it | a dense bias |"
+    )
+    assert lines[2:] == [
+        "| 128 | 2 x 1000 | causal | distance_bias | 1.000 | 0.80x | 20.00x | - | - | 4.000 | 0.75x | 400.00x | - | - "
+        "| 390 | 388 | 9,092 |",
+        "| 128 | 2 x 1000 | causal | ALiBi | 0.800 | 1.00x | 25.00x | - | 2.50x | 3.000 | 1.00x | 533.33x | - | 2.00x "
+        "| 389 | 388 | 9,092 |",
+    ]
+
+
 def test_qk_norm(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     sizes = {"batch": 2, "seq_len": 8, "heads": 4, "kv_heads": 4, "head_dim": 128, "lengths": None}
@@ -169,4 +194,12 @@ def test_qk_norm(tmp_path, monkeypatch):
 
 
 def test_documents_can_have_these_tables():
-    assert {"windows", "trained_windows", "packed", "padding", "qk_norm", "qk_norm_errors"} <= results.TABLES.keys()
+    assert {
+        "windows",
+        "trained_windows",
+        "packed",
+        "padding",
+        "distances",
+        "qk_norm",
+        "qk_norm_errors",
+    } <= results.TABLES.keys()
