@@ -81,11 +81,14 @@ def check(arguments: Sequence[str]) -> dict[str, set[str]]:
     """Checks the keys of a command line, and returns the options that it leads to, by group; several in a sweep.
 
     Raises:
-        ConfigError: a key is unknown or another option's, an option is none, or several values stand without -m.
+        ConfigError: a key is unknown or another option's, an option is none, several values stand without -m, or -m
+            beside what prints one configuration.
     """
     if any(word.split("=", 1)[0] in OTHERS for word in arguments):
         return {}
     multirun = bool(set(arguments) & set(MULTIRUN))
+    if multirun and any(word.split("=", 1)[0] in ("--cfg", "-c", "--info", "-i") for word in arguments):
+        raise ConfigError("-m does not go with --cfg or --info, which print one configuration: leave -m out")
     overrides = [override for word in words_of(arguments) if (override := _parse(word))]
     options = chosen(overrides, multirun=multirun)
     for override in overrides:

@@ -393,7 +393,11 @@ def test_train_answers_before_the_imports_that_take_seconds(tmp_path):
     for name in ("torch", "lightning"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('too late')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for line, code, said in (("seqlen=8", 1, "seqlen is not a key"), ("lr=1 --help", 0, "peak learning rate")):
+    for line, code, said in (
+        ("seqlen=8", 1, "seqlen is not a key"),
+        ("-m lr=1e-3,2e-3 --cfg job", 1, "-m does not go with --cfg"),
+        ("lr=1 --help", 0, "peak learning rate"),
+    ):
         answer = subprocess.run(
             [sys.executable, "train.py", *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True
         )
