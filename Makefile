@@ -40,19 +40,19 @@ quick: lint  ## lint, and the tests that take seconds: neither nvcc nor training
 test: lint  ## lint, and every test that needs neither a GPU nor nvcc
 	$(PYTEST) -m "$(TEST)" $(WORKERS) $(ARGS)
 
-emulate: $(INSTALLED)  ## compile the CUDA kernels, and run them on the CPU in an emulator (needs nvcc, no GPU)
+emulate: $(INSTALLED)  ## compile the kernels, and emulate them on the CPU (needs nvcc)
 	$(PYTEST) -m "$(EMULATE)" $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .
 
-benchmark: native-kernels  ## time attention: make benchmark ARGS="--causal --seq-len 1024 8192"
+benchmark: native-kernels  ## time attention: make benchmark ARGS="--causal --seq-len 1024"
 	$(RUN) -m scripts.benchmark $(ARGS)
 
-kernels: $(INSTALLED)  ## compile the CUDA kernels (needs nvcc, no GPU) or say what is missing
+kernels: $(INSTALLED)  ## compile the kernels (needs nvcc) or say what is missing
 	FLASH_COSINE_SIM_FORCE_CUDA=1 $(RUN) setup.py -q build_ext --inplace
 
-wheel: $(INSTALLED)  ## build the wheel for every kind of GPU and older systems (needs nvcc, no GPU; many minutes)
+wheel: $(INSTALLED)  ## build the wheel, for every kind of GPU (needs nvcc; many minutes)
 	@$(PIP) -q --no-index $(WHEEL_TOOLS) 2>/dev/null || $(PIP) $(WHEEL_TOOLS)
 	$(RUN) -m scripts.wheel $(ARGS)
 

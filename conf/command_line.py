@@ -4,11 +4,14 @@ Hydra knows which keys there are, but not which option has them, and refuses in 
 """
 
 import itertools
+import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,13 +33,17 @@ PLUGINS = {
     "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "hydra/sweeper=search": "hydra_plugins.hydra_optuna_sweeper",
 }
-COLUMN, WIDTH = 45, 120  # where --help's meanings start and end
+COLUMN, WIDTH = 45, 120  # where --help's meanings start and end; in a narrower terminal both are less
 
 
 def answer(arguments: Sequence[str]) -> list[str]:
     """The arguments that Hydra is to see. Ends the program after --help, or with one line for what cannot be."""
     if {"-h", "--help"} & set(arguments):
-        print(usage(), end="")
+        columns = shutil.get_terminal_size((WIDTH, 0)).columns
+        try:
+            print(usage(max(80, min(columns, WIDTH))), end="", flush=True)
+        except BrokenPipeError:  # head or less has seen enough; a plain end would write the rest once more
+            os._exit(0)
         sys.exit()
     try:
         options = check(arguments)
@@ -74,11 +81,14 @@ def check(arguments: Sequence[str]) -> dict[str, set[str]]:
     """Checks the keys of a command line, and returns the options that it leads to, by group; several in a sweep.
 
     Raises:
-        ConfigError: a key is unknown or another option's, an option is none, or several values stand without -m.
+        ConfigError: a key is unknown or another option's, an option is none, several values stand without -m, or -m
+            beside what prints one configuration.
     """
     if any(word.split("=", 1)[0] in OTHERS for word in arguments):
         return {}
     multirun = bool(set(arguments) & set(MULTIRUN))
+    if multirun and any(word.split("=", 1)[0] in ("--cfg", "-c", "--info", "-i") for word in arguments):
+        raise ConfigError("-m does not go with --cfg or --info, which print one configuration: leave -m out")
     overrides = [override for word in words_of(arguments) if (override := _parse(word))]
     options = chosen(overrides, multirun=multirun)
     for override in overrides:
@@ -200,34 +210,37 @@ def _top_level() -> list[str]:
     return [key for key in OmegaConf.load(CONF / "config.yaml") if key not in ("defaults", "hydra")]
 
 
-def usage() -> str:
+def usage(width: int = WIDTH) -> str:
     """What --help prints: every key with its default and its meaning, from the comments beside them in conf/."""
+    entry = partial(_entry, width=width)
     defaults = dict(_defaults("config.yaml"))
     lines = ["python train.py [-m] [KEY=VALUE ...]", ""]
-    lines += ["-m sweeps over values with commas between; --cfg job prints the configuration that a line composes;"]
-    lines += ["docs/training.md has examples."]
+    lines += ["-m sweeps over values with commas between; --cfg job prints what a line"]
+    lines += ["composes; docs/training.md has examples."]
     lines.append("")
     for key, value, meaning in described("config.yaml"):
-        lines += _entry(key, value, meaning) if key not in defaults else []
+        lines += entry(key, value, meaning) if key not in defaults else []
     for group, meaning in [(key, meaning) for key, _, meaning in described("config.yaml") if key in defaults]:
         options = sorted(options_of(group), key=lambda option: option != defaults[group])  # the default first
-        lines += ["", *_entry(group, "|".join(options), meaning)]
+        lines += ["", *entry(group, "|".join(options), meaning)]
         entries: dict[tuple[str, str], dict[str, str]] = {}
         for option in options if group in GROUPS else ():
             for key, value, meaning in described(f"{group}/{option}.yaml"):
                 entries.setdefault((key, meaning), {})[option] = value
         for (key, meaning), values in entries.items():
             some = "" if len(values) == len(options) else f"{', '.join(values)}: "
-            lines += _entry(f"  {group}.{key}", "|".join(dict.fromkeys(values.values())), some + meaning)
+            lines += entry(f"  {group}.{key}", "|".join(dict.fromkeys(values.values())), some + meaning)
     return "".join(f"{line}\n" for line in lines)
 
 
-def _entry(key: str, value: str, meaning: str) -> list[str]:
-    left, right = f"{key}={value}", textwrap.wrap(meaning, WIDTH - COLUMN)
-    if len(left) >= COLUMN:
-        options = textwrap.wrap(left.replace("|", "| "), WIDTH, subsequent_indent=" " * (len(key) + 1))  # many sweeps
-        return [*(line.replace("| ", "|") for line in options), *(" " * COLUMN + line for line in right)]
-    return [f"{first:<{COLUMN}}{line}" for first, line in itertools.zip_longest([left], right, fillvalue="")]
+def _entry(key: str, value: str, meaning: str, *, width: int) -> list[str]:
+    column = COLUMN * width // WIDTH
+    left, right = f"{key}={value}", textwrap.wrap(meaning, width - column, break_on_hyphens=False)
+    if len(left) >= column:
+        rest = " " * (len(key) + 1)  # of many sweeps
+        lines = textwrap.wrap(left.replace("|", "| "), width, subsequent_indent=rest, break_long_words=False)
+        return [*(line.replace("| ", "|") for line in lines), *(" " * column + line for line in right)]
+    return [f"{first:<{column}}{line}" for first, line in itertools.zip_longest([left], right, fillvalue="")]
 
 
 def described(file: str) -> list[tuple[str, str, str]]:

@@ -135,7 +135,8 @@ def _notes_on(arms: Sequence[Arm]) -> tuple[str, ...]:
         notes.append(f"{' and '.join(FURTHER)} are of several machines: {', '.join(sorted(map(str, devices)))}")
     again = [run.name for arm in arms for run in arm.repeated]
     if again:
-        notes.append(f"{len(again)} runs do not count, for their seed ran again later: {', '.join(again)}")
+        those = "1 run does not count, for its" if len(again) == 1 else f"{len(again)} runs do not count, for their"
+        notes.append(f"{those} seed ran again later: {', '.join(again)}")
     return tuple(notes)
 
 

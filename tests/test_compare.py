@@ -111,7 +111,7 @@ def test_of_a_seed_that_ran_twice_the_later_counts(make, tmp_path, capsys):
     make("c", 2.0, seed=1, started="2026-01-01T00:00:00+00:00")
     out = compared(capsys, tmp_path / "runs").out
     assert cells_of(out)[0][:2] == ["2", "2.5000 ± 0.7071"]
-    assert "1 runs do not count, for their seed ran again later: b\n" in out
+    assert "1 run does not count, for its seed ran again later: b\n" in out
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -368,6 +368,18 @@ def test_help_says_what_every_key_of_every_option_means():
             kind = OmegaConf.load(ROOT / "conf" / group / f"{option}.yaml").get("kind")
             assert said.setdefault((group, kind, key), meaning) == meaning  # the sizes of a model say the same
     assert max(map(len, usage.splitlines())) <= 120
+    narrow = command_line.usage(80)
+    assert "".join(narrow.split()) == "".join(usage.split())
+    assert max(len(line) for line in narrow.splitlines() if "sha256=" not in line) <= 80  # which is one word
+
+
+def test_help_is_as_wide_as_the_terminal_and_may_be_read_in_part():
+    command = f"COLUMNS=80 {sys.executable} train.py --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    part = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (part.returncode, part.stderr) == (0, "") and part.stdout.startswith("python train.py")
+    command = f"COLUMNS=80 {sys.executable} train.py --help"
+    whole = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert whole.stdout == command_line.usage(80)
 
 
 def run_train(*arguments):
@@ -381,7 +393,11 @@ def test_train_answers_before_the_imports_that_take_seconds(tmp_path):
     for name in ("torch", "lightning"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('too late')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for line, code, said in (("seqlen=8", 1, "seqlen is not a key"), ("lr=1 --help", 0, "peak learning rate")):
+    for line, code, said in (
+        ("seqlen=8", 1, "seqlen is not a key"),
+        ("-m lr=1e-3,2e-3 --cfg job", 1, "-m does not go with --cfg"),
+        ("lr=1 --help", 0, "peak learning rate"),
+    ):
         answer = subprocess.run(
             [sys.executable, "train.py", *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True
         )

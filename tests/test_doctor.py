@@ -250,6 +250,15 @@ def test_the_command_into_a_file(tmp_path):
         assert result.returncode == 1 and report["gpus"] == []
 
 
+@pytest.mark.parametrize("options", ["", " --json -"])
+def test_the_command_read_in_part(options):
+    command = f"{sys.executable} -m flash_cosine_sim_attention.doctor --no-speed{options} | head -n 1; "
+    command += "exit ${PIPESTATUS[0]}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
+    part = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert part.returncode == 1 and part.stdout.count("\n") == 1 and "Traceback" not in part.stderr
+
+
 def test_the_command_line(machine, monkeypatch, capsys, tmp_path):
     report = machine((9, 0))
     monkeypatch.setattr(doctor, "examine", lambda speed: report | {"speed": report["speed"] if speed else []})

@@ -60,17 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # else float32's products may be TF32's
     report = examine(speed=not arguments.no_speed)
     if arguments.json != "-":
-        print("\n".join(rendered(report)))
+        say("\n".join(rendered(report)))
     if arguments.json is not None:
         text = json.dumps(report, indent=1)
         if arguments.json == "-":
-            print(text)
+            say(text)
         else:
             try:
                 Path(arguments.json).write_text(text + "\n", encoding="utf-8")
             except OSError as error:
                 parser.exit(2, f"error: --json {arguments.json} cannot be written: {error.strerror}\n")
     return int(report["exit_status"])
+
+
+def say(text: str) -> None:
+    """Print, also where who reads has seen enough before the end, as head does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
 
 
 def examine(speed: bool = True) -> Report:

@@ -199,7 +199,7 @@ class Sweep:
         show(_table(records, labels), names=1)
         counts = {status: sum(record["status"] == status for record in records) for status in _statuses(records)}
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
-        print_line(f"{len(records)} jobs: {told}; records in {self.folder}")
+        print_line(f"{len(records)} job{'s' if len(records) != 1 else ''}: {told}; records in {self.folder}")
         scored = [record for record in records if record.get("val_bpc") is not None]
         if scored:
             best = min(scored, key=lambda record: record["val_bpc"])
