@@ -154,6 +154,7 @@ struct ForwardPlan {
   bool sm90 = false;                   // sm90/forward.cuh, else one of the portable kernels
   Variant variant = Variant::kCausal;  // sm90
   int64_t mask_words = 0;              // elements of workspace
+  bool eight_warps = false;            // sm80/forward.cuh with blocks of eight warps, not four
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
   // more; 0: sm80/forward.cuh
   int num_splits = 0;
@@ -193,6 +194,7 @@ struct DiagonalSums {
 struct BackwardPlan {
   bool sm90 = false;                   // sm90/backward.cuh, else sm80/backward.cuh
   Variant variant = Variant::kCausal;  // sm90
+  bool eight_warps = false;            // sm80/backward.cuh with blocks of eight warps, not four
   int num_splits = 0;                  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
@@ -283,13 +285,19 @@ constexpr int element_size(Math math) { return math == Math::kFp32 || math == Ma
 void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
 
 // sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
+constexpr bool has_forward_eight_warps(Math math, int head_dim) {
+  return (math == Math::kBf16 || math == Math::kFp16) && head_dim == 128;
+}
 template <Math kMath, int kHeadDim>  // if has_split_kernel says so
 void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream);
 constexpr bool has_split_kernel(Math math, int head_dim) { return head_dim * element_size(math) <= 512; }
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
+constexpr bool has_backward_eight_warps(Math math, int head_dim) {
+  return element_size(math) == 2 && (head_dim == 64 || head_dim == 96 || head_dim == 128);
+}
 template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias, distance_sums
 
