@@ -288,19 +288,13 @@ def launched_with_eight_warps():
     return ctypes.CDLL(sys.argv[1]).emulated_large_launches(256)
 
 
-def check_eight_warps(function, case, *arguments):
+def check_eight_warps(function, case, *arguments, num_backward=1):
     """That the backward pass has such blocks, and the forward pass at head dim 128 where P is in the inputs' dtype."""
     adds = getattr(case, "bias", None) or case.distance_bias or case.alibi or case.learned_scale
     forward = case.head_dim > 96 and (case.dtype == torch.bfloat16 or (case.l2norm_qk and not adds))
     before = launched_with_eight_warps()
     function(case, *arguments)
-    assert launched_with_eight_warps() - before == 1 + forward
-
-
-def check_partials_with_eight_warps(case):
-    before = launched_with_eight_warps()
-    check_partials(case)
-    assert launched_with_eight_warps() - before == 2
+    assert launched_with_eight_warps() - before == num_backward + forward
 
 
 def eight_warps_checks():
@@ -325,9 +319,9 @@ def eight_warps_checks():
     case = Case(num_heads=4, num_kv_heads=2, seq_len_q=70, seq_len_k=140, head_dim=128, causal=True, batch=1)
     for dtype in SM90_DTYPES:
         name = str(dtype).removeprefix("torch.")
-        partials = functools.partial(check_partials_with_eight_warps, replace(case, dtype=dtype))
-        checks[f"partials-{name}"] = partials
-    checks["operators"] = functools.partial(check_operators, replace(case, dtype=torch.bfloat16, learned_scale=True))
+        checks[f"partials-{name}"] = functools.partial(check_eight_warps, check_partials, replace(case, dtype=dtype))
+    case = replace(case, dtype=torch.bfloat16, learned_scale=True)
+    checks["operators"] = functools.partial(check_eight_warps, check_operators, case, num_backward=5)  # all, each alone
     return checks
 
 

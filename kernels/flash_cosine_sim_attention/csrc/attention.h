@@ -152,9 +152,9 @@ inline constexpr int kRowSumPlaces = 4;
 // Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
   bool sm90 = false;                   // sm90/forward.cuh, else one of the portable kernels
+  bool eight_warps = false;            // sm80/forward.cuh with blocks of eight warps, not four
   Variant variant = Variant::kCausal;  // sm90
   int64_t mask_words = 0;              // elements of workspace
-  bool eight_warps = false;            // sm80/forward.cuh with blocks of eight warps, not four
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
   // more; 0: sm80/forward.cuh
   int num_splits = 0;
@@ -193,8 +193,8 @@ struct DiagonalSums {
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
   bool sm90 = false;                   // sm90/backward.cuh, else sm80/backward.cuh
-  Variant variant = Variant::kCausal;  // sm90
   bool eight_warps = false;            // sm80/backward.cuh with blocks of eight warps, not four
+  Variant variant = Variant::kCausal;  // sm90
   int num_splits = 0;                  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
   int padded_rows = 0, padded_dim = 0;
@@ -284,7 +284,8 @@ constexpr int element_size(Math math) { return math == Math::kFp32 || math == Ma
 // merge.cu: the output, or the partials, from split_sums
 void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
 
-// sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer
+// sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer. With blocks
+// of eight warps, not four, if has_forward_eight_warps or has_backward_eight_warps says so.
 template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
 constexpr bool has_forward_eight_warps(Math math, int head_dim) {
