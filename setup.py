@@ -26,7 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -61,27 +61,30 @@ class Instantiations:
     """The instances of a kernel template of csrc/: a file for each of `maths`, so that they compile at once."""
 
     header: str  # without .cuh; its folder says what the files are compiled for
-    launch: str  # template <Math, int head_dim> void launch(const parameters&, cudaStream_t)
+    launch: str  # template <Math, int head_dim, ...> void launch(const parameters&, cudaStream_t)
     parameters: str
     maths: tuple[str, ...]  # keys of MATHS
-    head_dims: dict[str, tuple[int, ...]]  # by key of MATHS; "": of those that are not named
-    variants: dict[str, tuple[str, ...]] | None = None  # keys of VARIANTS beside "", by key of MATHS; None: no Variant
+    head_dims: dict[str, tuple[int, ...]]  # by key of MATHS, or by variant; "": of those that are not named
+    arguments: dict[str, str] | None = None  # VARIANTS or WARPS: the last template argument by variant; None: no such
+    variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # beside "", by key of MATHS
 
     def sources(self) -> dict[str, str]:
         """The text of each file, by its path in csrc/ if it were there."""
         return {
             f"{self.header}_{math}{variant}.cu": self.source(math, variant)
             for math in self.maths
-            for variant in ("",) + (() if self.variants is None else self.variants[math])
+            for variant in ("", *self.variants.get(math, ()))
         }
 
+    def head_dims_of(self, math: str, variant: str = "") -> tuple[int, ...]:
+        return self.head_dims.get(variant or math, self.head_dims[""])
+
     def source(self, math: str, variant: str) -> str:
-        arguments = "" if self.variants is None else f", Variant::{VARIANTS[variant]}"
-        head_dims = self.head_dims.get(math, self.head_dims[""])
+        arguments = "" if self.arguments is None else f", {self.arguments[variant]}"
         instances = [
             f"template void {self.launch}<Math::{MATHS[math]}, {head_dim}{arguments}>"
             f"(const {self.parameters}&, cudaStream_t);"
-            for head_dim in head_dims
+            for head_dim in self.head_dims_of(math, variant)
         ]
         namespace = "namespace flash_cosine_sim"
         lines = [f'#include "{self.header}.cuh"', "", f"{namespace} {{", "", *instances, "", f"}}  // {namespace}", ""]
@@ -93,7 +96,15 @@ MATHS = {"bf16": "kBf16", "fp16": "kFp16", "fp16_wide": "kFp16WideP", "fp32": "k
 PORTABLE = ("bf16", "fp16", "fp32", "tf32")
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 # Names of files, and what attention.h calls a Variant of the kernels of sm90/.
-VARIANTS = {"": "kCausal", "_banded": "kBanded", "_scored": "kScored", "_scored_gradient": "kScoredGradient"}
+VARIANTS = {
+    "": "Variant::kCausal",
+    "_banded": "Variant::kBanded",
+    "_scored": "Variant::kScored",
+    "_scored_gradient": "Variant::kScoredGradient",
+}
+# The same of sm80/: kEightWarps.
+WARPS = {"": "false", "_eight_warps": "true"}
+EIGHT_WARPS = {"bf16": ("_eight_warps",), "fp16": ("_eight_warps",)}
 # Linked into a library for older systems: what this system's headers take from its glibc and libstdc++, and those lack.
 OLD_SYSTEMS_CPP = """#include <sstream>
 
@@ -114,7 +125,15 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 """
 # Every kernel template of csrc/ that dispatch.cpp launches.
 INSTANTIATIONS = (
-    Instantiations("sm80/forward", "launch_forward_sm80", "ForwardParams", tuple(MATHS), {"": HEAD_DIMS}),
+    Instantiations(
+        "sm80/forward",
+        "launch_forward_sm80",
+        "ForwardParams",
+        tuple(MATHS),
+        {"": HEAD_DIMS, "_eight_warps": (128,)},
+        WARPS,
+        EIGHT_WARPS,
+    ),
     Instantiations(
         "sm80/forward_split",
         "launch_forward_split_sm80",
@@ -122,7 +141,15 @@ INSTANTIATIONS = (
         tuple(MATHS),
         {"": HEAD_DIMS, "fp32": HEAD_DIMS[:-1], "tf32": HEAD_DIMS[:-1]},  # longer rows spill registers
     ),
-    Instantiations("sm80/backward", "launch_backward_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
+    Instantiations(
+        "sm80/backward",
+        "launch_backward_sm80",
+        "BackwardParams",
+        PORTABLE,
+        {"": HEAD_DIMS, "_eight_warps": (64, 96, 128)},
+        WARPS,
+        EIGHT_WARPS,
+    ),
     Instantiations("sm80/bias_gradient", "launch_bias_gradient_sm80", "BackwardParams", PORTABLE, {"": HEAD_DIMS}),
     Instantiations(
         "sm90/forward",
@@ -130,6 +157,7 @@ INSTANTIATIONS = (
         "ForwardParams",
         PORTABLE[:2],
         {"": HEAD_DIMS[1:]},
+        VARIANTS,
         {"bf16": ("_banded", "_scored"), "fp16": ("_banded",)},
     ),
     Instantiations(
@@ -138,6 +166,7 @@ INSTANTIATIONS = (
         "BackwardParams",
         PORTABLE[:2],
         {"": HEAD_DIMS[1:-1]},
+        VARIANTS,
         {"bf16": ("_banded", "_scored", "_scored_gradient"), "fp16": ("_banded",)},
     ),
 )

@@ -85,7 +85,8 @@ void plan_forward_call(const int64_t* call, int64_t* plan) {
        {int64_t(found.sm90), int64_t(found.num_splits), found.split_sums, int64_t(found.q_norm), int64_t(found.k_norm),
         found.num_counters, int64_t(forward_math_of(params)), int64_t(padded_head_dim(params.head_dim)),
         int64_t(found.variant), found.mask_words, found.num_distance_scores, found.num_diagonals,
-        int64_t(found.distance_scores.first), int64_t(found.distance_scores.num), found.distance_scores.stride_batch}) {
+        int64_t(found.distance_scores.first), int64_t(found.distance_scores.num), found.distance_scores.stride_batch,
+        int64_t(found.eight_warps)}) {
     plan[i++] = x;
   }
 }
@@ -112,7 +113,7 @@ void plan_backward_call(const int64_t* call, int64_t* plan) {
         found.num_distance_scores, found.num_diagonals, int64_t(found.distance_scores.first),
         int64_t(found.distance_scores.num), found.distance_scores.stride_batch, int64_t(found.diagonals.first),
         int64_t(found.diagonals.num), int64_t(found.diagonals.block_q), int64_t(found.diagonals.block_k),
-        found.distance_sums}) {
+        found.distance_sums, int64_t(found.eight_warps)}) {
     plan[i++] = x;
   }
 }
@@ -131,8 +132,8 @@ void backward_sm90_tile_sizes(int head_dim, int* sizes) {
   sizes[2] = 4 * BackwardSm90Tile::kConsumers;
 }
 
-void backward_tile_sizes(int math, int head_dim, int* sizes) {
-  const BackwardTile& tile = backward_tile(static_cast<Math>(math), head_dim);
+void backward_tile_sizes(int math, int head_dim, bool eight_warps, int* sizes) {
+  const BackwardTile& tile = backward_tile(static_cast<Math>(math), head_dim, eight_warps);
   sizes[0] = tile.block_q;
   sizes[1] = tile.block_k();
   sizes[2] = tile.slices();
@@ -145,10 +146,16 @@ int held_blocks(int num_kib, int num_threads, int threads, int shared_bytes, int
   return blocks_held(gpu, threads, shared_bytes, min_blocks);
 }
 
-int backward_held_blocks(int num_kib, int num_threads, int math, int head_dim) {
-  const BackwardTile& tile = backward_tile(static_cast<Math>(math), head_dim);
+int forward_held_blocks(int num_kib, int num_threads, int math, int head_dim, bool eight_warps) {
+  const ForwardTile& tile = forward_tile(static_cast<Math>(math), head_dim, eight_warps);
   return held_blocks(num_kib, num_threads, tile.threads(), tile.shared_bytes(element_size(static_cast<Math>(math))),
-                     BackwardTile::kMinBlocks);
+                     tile.min_blocks());
+}
+
+int backward_held_blocks(int num_kib, int num_threads, int math, int head_dim, bool eight_warps) {
+  const BackwardTile& tile = backward_tile(static_cast<Math>(math), head_dim, eight_warps);
+  return held_blocks(num_kib, num_threads, tile.threads(), tile.shared_bytes(element_size(static_cast<Math>(math))),
+                     tile.min_blocks());
 }
 
 void split_tile_sizes(int math, int head_dim, int64_t num_rows, int* sizes) {

@@ -43,6 +43,11 @@ pytestmark = [
 # block on each, which takes tile after tile.
 GPUS = {
     "sm80": {"EMULATED_CAPABILITY": "8"},
+    # A multiprocessor's shared memory holds one block of the portable kernels in 16 bits, which then has eight warps.
+    "sm86": {
+        **{"EMULATED_CAPABILITY": "8", "EMULATED_MULTIPROCESSORS": "3"},
+        **{"EMULATED_SHARED_KIB": "100", "EMULATED_THREADS": "1536"},
+    },
     "sm90": {
         "EMULATED_CAPABILITY": "9",
         "EMULATED_MULTIPROCESSORS": os.environ.get("EMULATED_MULTIPROCESSORS", "3"),
@@ -238,6 +243,85 @@ def portable_checks():
             case = replace(query, seq_len_q=2, head_dim=head_dim, causal=True)
             case = replace(case, seq_len_k=max(300, 70_000 // head_dim))
             checks[f"decoding-d{head_dim}-{name}"] = functools.partial(check_emulated, case)
+    return checks
+
+
+# The portable kernels with blocks of eight warps
+
+# Tiles are of 256 queries (forward, head dim 128), and of 256, 128 and 128 keys beside blocks of 32, 64 and 16 queries
+# (backward, head dims 64, 96 and 128). Other head dims are padded. A tile has all options in three kernels.
+EIGHT_WARPS_KERNELS = [
+    *[(64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16)],
+    *[(128, torch.float16), (40, torch.float16), (80, torch.bfloat16)],
+    *[(96, torch.bfloat16), (104, torch.bfloat16), (64, torch.float16)],
+]
+EIGHT_WARPS_OPTIONS = {
+    "edges": {"seq_len_q": 257, "seq_len_k": 257},
+    "dense": {"seq_len_q": 127, "seq_len_k": 255, "strided": True},
+    "causal": {"seq_len_q": 256, "seq_len_k": 256, "causal": True, "num_heads": 2},
+    "more-keys": {"seq_len_q": 130, "seq_len_k": 331, "causal": True},
+    "empty-rows": {"seq_len_q": 331, "seq_len_k": 129, "causal": True},
+    "mask": {"batch": 2, "seq_len_q": 70, "seq_len_k": 270, "mask": True},
+    "GQA": {"seq_len_q": 79, "seq_len_k": 140, "num_heads": 6, "causal": True},
+    "bias": {"seq_len_q": 143, "seq_len_k": 150, "bias": "heads", "causal": True},
+    "bias-full": {"batch": 2, "seq_len_q": 66, "seq_len_k": 130, "bias": "full", "mask": True},
+    "raw": {"seq_len_q": 97, "seq_len_k": 200, "l2norm_qk": False, "causal": True, "strided": True},
+    "learned-scale": {"seq_len_q": 130, "seq_len_k": 140, "learned_scale": True},
+    "raw-learned-scale": {"seq_len_q": 65, "seq_len_k": 140, "learned_scale": True, "l2norm_qk": False, "num_heads": 4},
+    "groups": {"seq_len_q": 130, "seq_len_k": 140, "groups": 2, "learned_scale": "scalar"},
+    "split": {"num_heads": 8, "num_kv_heads": 1, "seq_len_q": 90, "seq_len_k": 140, "causal": True},
+    "window": {"seq_len_q": 280, "seq_len_k": 280, "window_size": (95, 33)},
+    "window-causal": {"seq_len_q": 260, "seq_len_k": 300, "window_size": (127, -1), "causal": True, "mask": True},
+    "distances": {"seq_len_q": 260, "seq_len_k": 260, "causal": True, "distance_bias": True},
+    "alibi": {"seq_len_q": 129, "seq_len_k": 200, "alibi": "heads", "window_size": (150, 20)},
+}
+EIGHT_WARPS_PACKED = {
+    "training": Packed((100, 1, 160, 64), causal=True),
+    "other-keys": Packed((50, 0, 130, 7), (120, 40, 0, 200), causal=True, groups=2),
+    "raw": Packed((150, 90), num_kv_heads=1, window_size=(64, -1), causal=True, l2norm_qk=False, behind=9),
+    "distances": Packed((33, 200, 0, 90), distance_bias=True, alibi=True),
+}
+
+
+def launched_with_eight_warps():
+    """Attention kernels, since the library was loaded."""
+    return ctypes.CDLL(sys.argv[1]).emulated_large_launches(256)
+
+
+def check_eight_warps(function, case, *arguments, num_backward=1):
+    """That the backward pass has such blocks, and the forward pass at head dim 128 where P is in the inputs' dtype."""
+    adds = getattr(case, "bias", None) or case.distance_bias or case.alibi or case.learned_scale
+    forward = case.head_dim > 96 and (case.dtype == torch.bfloat16 or (case.l2norm_qk and not adds))
+    before = launched_with_eight_warps()
+    function(case, *arguments)
+    assert launched_with_eight_warps() - before == num_backward + forward
+
+
+def eight_warps_checks():
+    checks = {}
+    for index, (head_dim, dtype) in enumerate(EIGHT_WARPS_KERNELS):
+        kernel = {"head_dim": head_dim, "dtype": dtype}
+        label = f"d{head_dim}-{str(dtype).removeprefix('torch.')}"
+        for place, (name, options) in enumerate(EIGHT_WARPS_OPTIONS.items()):
+            # A third of them: the next kernels have the others. Every second in order.
+            if (place - index) % 3 == 0:
+                case = Case(**{"batch": 1, "num_heads": 2, "num_kv_heads": 2, **kernel, **options})
+                # As many blocks as multiprocessors, or the forward pass keeps to four warps.
+                if case.batch * case.num_heads * -(-case.seq_len_q // 256) < 3:
+                    case = replace(case, num_heads=4)
+                check = check_last_block_first if place // 3 % 4 == 0 else check_emulated
+                ordered = (place // 3 % 4 == 2,) * (check == check_emulated)
+                checks[f"{name}-{label}"] = functools.partial(check_eight_warps, check, case, *ordered)
+        for name, case in list(EIGHT_WARPS_PACKED.items())[(index + index // 3) % 2 :: 2]:
+            case = replace(case, num_heads=4, **kernel)
+            check = functools.partial(check_eight_warps, check_packed_emulated, case, index // 2 % 2 == 0)
+            checks[f"packed-{name}-{label}"] = check
+    case = Case(num_heads=4, num_kv_heads=2, seq_len_q=70, seq_len_k=140, head_dim=128, causal=True, batch=1)
+    for dtype in SM90_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        checks[f"partials-{name}"] = functools.partial(check_eight_warps, check_partials, replace(case, dtype=dtype))
+    case = replace(case, dtype=torch.bfloat16, learned_scale=True)
+    checks["operators"] = functools.partial(check_eight_warps, check_operators, case, num_backward=5)  # all, each alone
     return checks
 
 
@@ -577,7 +661,12 @@ def empty_split_checks():
     return checks
 
 
-CHECKS = {"sm80": portable_checks(), "sm90": sm90_checks(), "sm90-40": empty_split_checks()}
+CHECKS = {
+    "sm80": portable_checks(),
+    "sm86": eight_warps_checks(),
+    "sm90": sm90_checks(),
+    "sm90-40": empty_split_checks(),
+}
 
 
 def run_all(library, gpu, part, parts):
@@ -597,7 +686,7 @@ def run_all(library, gpu, part, parts):
 
 
 # As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
-PARTS = [("sm80", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
+PARTS = [("sm80", 0, 1), ("sm86", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
 CPU_SECONDS = (
     3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
 )

@@ -16,7 +16,7 @@ def write(csrc, folder):
 
 def test_every_template_that_attention_h_declares_is_instantiated(tmp_path):
     declared = re.findall(
-        r"template <Math kMath, int kHeadDim(?:, Variant kVariant)?>.*\n"
+        r"template <Math kMath, int kHeadDim(?:, Variant kVariant|, bool kEightWarps)?>.*\n"
         r"void (\w+)\(const (\w+)& params, cudaStream_t stream\);",
         (CSRC / "attention.h").read_text(),
     )
@@ -30,7 +30,7 @@ def test_every_template_that_attention_h_declares_is_instantiated(tmp_path):
 
 def test_an_instance_is_written_once(tmp_path):
     instances = re.findall(r"^template void (.+?)\(", "".join(write(CSRC, tmp_path).values()), re.MULTILINE)
-    assert len(instances) == len(set(instances)) == 155
+    assert len(instances) == len(set(instances)) == 163
     assert {instance for instance in instances if "forward_split" in instance and ", 256>" in instance} == {
         f"launch_forward_split_sm80<Math::{math}, 256>" for math in ("kBf16", "kFp16", "kFp16WideP")
     }

@@ -4,6 +4,7 @@ Where a kernel writes is said again here, from the kernels' own files, so that a
 """
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -129,6 +130,7 @@ class ForwardPlan:
     first_score: int
     num_scores: int
     scores_stride_batch: int
+    eight_warps: int
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class BackwardPlan:
     diagonal_q: int
     diagonal_k: int
     distance_sums: int
+    eight_warps: int
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,10 @@ def tile_sizes(library, kernel, *arguments):
     sizes = (ctypes.c_int * 3)()
     getattr(library, f"{kernel}_tile_sizes")(*arguments, sizes)
     return list(sizes)
+
+
+def portable_tile_sizes(library, plan):
+    return tile_sizes(library, "backward", plan.math, plan.padded_head_dim, bool(plan.eight_warps))
 
 
 def blocks(size, block):
@@ -270,7 +277,9 @@ def assert_one_kernel(call, plan):
     header, math = kernel_of(call, plan), MATHS[plan.math]
     (kernel,) = [kernel for kernel in SETUP.INSTANTIATIONS if kernel.header == header]
     assert math in kernel.maths, (header, math)
-    head_dims = kernel.head_dims.get(math, kernel.head_dims[""])
+    variant = list(SETUP.VARIANTS)[plan.variant] if plan.sm90 else "_eight_warps" if plan.eight_warps else ""
+    assert variant == "" or variant in kernel.variants[math], (header, math, variant)
+    head_dims = kernel.head_dims_of(math, variant)
     # As dispatch.cpp pads: the kernels of sm90/ have none for head dim 16.
     head_dim = max(plan.padded_head_dim, 32) if plan.sm90 else plan.padded_head_dim
     assert head_dims.count(head_dim) == 1, (header, math, head_dim)
@@ -278,8 +287,7 @@ def assert_one_kernel(call, plan):
     assert {FLOAT32: ("fp32", "tf32"), FLOAT16: ("fp16", "fp16_wide"), BFLOAT16: ("bf16",)}[call.dtype].count(math)
     assert not plan.sm90 or (call.runs_sm90 and call.dtype != FLOAT32 and not call.bias)
     if plan.sm90:
-        variant = list(SETUP.VARIANTS)[plan.variant]
-        assert variant == "" or variant in kernel.variants[math], (header, math, variant)
+        assert not plan.eight_warps
         assert (plan.variant >= SCORED) == (call.is_scored or multiplies_scores(call, plan))
         if plan.variant >= SCORED:
             assert call.dtype == BFLOAT16 and (call.num_sequences < 0 or call.one_cu_seqlens)
@@ -444,7 +452,7 @@ def test_backward_workspace_covers_what_is_written(library, call):
         rows, columns = plan.padded_rows, plan.padded_dim
         assert rows >= blocks(call.seq_len_q, block_q) * block_q and columns >= call.head_dim
     else:
-        block_q, block_k, slices = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
+        block_q, block_k, slices = portable_tile_sizes(library, plan)
         rows, columns, turns = call.seq_len_q, call.head_dim, slices  # slices of the head dim are blocks of their own
     num_blocks_q = blocks(call.seq_len_q, block_q)
     assert plan.dq_accumulator == (call.heads * rows * columns if needs_dq else 0)
@@ -538,7 +546,7 @@ def test_every_split_of_the_queries_has_a_share(library, call):
         return
     block_q = plan.block_q
     if not plan.sm90:
-        block_q, *_ = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
+        block_q, *_ = portable_tile_sizes(library, plan)
     items = call.group * blocks(call.seq_len_q, block_q)
     if not call.l2norm_qk and call.scale_stride:
         assert plan.num_splits == call.group  # a head each, for a split has but one factor
@@ -601,7 +609,7 @@ def backward_splits(library, num_heads, num_kv_heads, seq_len, head_dim, causal,
     plan = plan_of(library, call)
     block_q, block_k = plan.block_q, plan.block_k
     if portable:
-        block_q, block_k, _ = tile_sizes(library, "backward", plan.math, plan.padded_head_dim)
+        block_q, block_k, _ = portable_tile_sizes(library, plan)
     return Shape(num_heads, num_kv_heads, seq_len, head_dim, causal, block_q, block_k), plan.num_splits
 
 
@@ -674,12 +682,16 @@ def test_splits_by_name(library):
 
 
 def test_portable_splits_go_by_the_blocks_that_a_multiprocessor_holds(library):
-    """16 tiles on 16 multiprocessors: where two blocks fit, two splits fill the GPU; where one does, none do."""
+    """16 tiles on 16 multiprocessors: where two blocks fit, two splits fill the GPU; where one does, none do.
+
+    But where that has eight warps there are 8 tiles.
+    """
     options = {"portable": True, "num_multiprocessors": 16}
-    assert [
-        backward_splits(library, 2, 2, 1024, 64, False, shared_kib=kib, threads=threads, **options)[1]
-        for kib, threads in (GPUS["8.0"], GPUS["8.6"])
-    ] == [2, 0]
+    for row, dtype, splits in [((1, 1, 1024, 64), FLOAT32, [2, 0]), ((2, 2, 1024, 64), BFLOAT16, [2, 2])]:
+        assert [
+            backward_splits(library, *row, False, dtype=dtype, shared_kib=kib, threads=threads, **options)[1]
+            for kib, threads in (GPUS["8.0"], GPUS["8.6"])
+        ] == splits
 
 
 def test_a_window_is_known_to_walks(library):
@@ -704,7 +716,9 @@ def test_how_many_blocks_a_multiprocessor_holds(library):
     assert [held(*GPUS[gpu], 128, 49 * 1024, 2) for gpu in GPUS] == [2, 2, 2, 2, 2]
     assert [held(*GPUS[gpu], 128, 49 * 1024 + 1, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
     assert [held(*GPUS[gpu], 1024, 1024, 2) for gpu in GPUS] == [2, 1, 1, 2, 1]
-    sizes = [library.backward_held_blocks(*GPUS[gpu], MATHS.index("bf16"), dim) for gpu in GPUS for dim in (64, 128)]
+    sizes = [
+        library.backward_held_blocks(*GPUS[gpu], MATHS.index("bf16"), dim, False) for gpu in GPUS for dim in (64, 128)
+    ]
     assert sizes == [2, 2, 1, 1, 1, 1, 2, 2, 1, 1]  # at 64 they fill a 8.0 to the byte
     assert held(*GPUS["8.6"], 128, 99 * 1024, 2) == held(*GPUS["8.6"], 128, 200 * 1024, 2) == 1
 
@@ -722,6 +736,48 @@ def test_decoding_is_planned_for_the_blocks_that_a_multiprocessor_holds(library,
     )  # fmt: skip
     most = 108 * held // 12
     assert plan_of(library, call).num_splits == blocks(512, blocks(512, most))
+
+
+# Blocks of eight warps
+
+MANY = {"batch": 8, "num_heads": 16, "num_kv_heads": 16, "runs_sm90": False}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_blocks_of_eight_warps_where_a_multiprocessor_holds_one_of_four(library, gpu):
+    shared_kib, threads = GPUS[gpu]
+    alone = shared_kib == 100
+    for dtype, head_dim in itertools.product((BFLOAT16, FLOAT16, FLOAT32), range(8, 257, 8)):
+        options = {**MANY, "dtype": dtype, "head_dim": head_dim, "shared_kib": shared_kib, "threads": threads}
+        forward, backward = (plan_of(library, kind(**options)).eight_warps for kind in (Forward, Backward))
+        assert forward == (alone and dtype != FLOAT32 and 96 < head_dim <= 128)
+        assert backward == (alone and dtype != FLOAT32 and 32 < head_dim <= 128)
+    # float16 whose P is wide has a tile of its own, and few queries another kernel.
+    wide = {**MANY, "dtype": FLOAT16, "head_dim": 128, "shared_kib": shared_kib, "threads": threads, "bias": True}
+    assert [plan_of(library, kind(**wide)).eight_warps for kind in (Forward, Backward)] == [0, alone]
+    assert not plan_of(library, Forward(**{**wide, "dtype": BFLOAT16, "seq_len_q": 1})).eight_warps
+
+
+def test_a_multiprocessor_holds_a_block_of_eight_warps_where_it_holds_one_of_four(library):
+    for gpu, (math, dim) in itertools.product(GPUS, itertools.product((0, 1), (64, 96, 128))):
+        for held in (library.forward_held_blocks, library.backward_held_blocks)[dim < 128 :]:
+            four, eight = (held(*GPUS[gpu], math, dim, is_eight) for is_eight in (False, True))
+            assert (four, eight) == ((1, 1) if GPUS[gpu][0] == 100 else (2, 1)), (gpu, math, dim)
+    # The larger block is the one that has to fit: 81 KiB are there for the smaller one, or nothing is.
+    for shared_kib, eight in [(97, 0), (98, 1), (163, 1), (164, 0)]:
+        assert plan_of(library, Backward(**MANY, shared_kib=shared_kib)).eight_warps == eight
+    assert not plan_of(library, Backward(**MANY, shared_kib=100, threads=128)).eight_warps
+
+
+def test_blocks_of_eight_warps_leave_no_multiprocessor_idle_and_no_warp_without_keys(library):
+    forward = Forward(num_heads=6, num_kv_heads=6, runs_sm90=False, shared_kib=100, head_dim=128, seq_len_q=513)
+    for num_multiprocessors, eight in [(17, 1), (18, 1), (19, 0)]:  # three tiles a head
+        plan = plan_of(library, replace(forward, num_multiprocessors=num_multiprocessors))
+        assert (plan.num_splits, plan.eight_warps) == (0, eight)
+    for head_dim, block_k in [(64, 128), (96, 64), (128, 64)]:  # of four warps
+        backward = Backward(**MANY, shared_kib=100, head_dim=head_dim)
+        for seq_len_k in (block_k, block_k + 1):
+            assert plan_of(library, replace(backward, seq_len_k=seq_len_k)).eight_warps == (seq_len_k > block_k)
 
 
 # Thresholds
@@ -802,9 +858,14 @@ def compile_rows(folder, csrc=CSRC):
         (traits,) = re.findall(r"^struct (\w+Traits) {", (csrc / table).read_text(), re.MULTILINE)
         lines.append(f'#include "{table}"')
         for math in kernel.maths:
-            dims = kernel.head_dims.get(math, kernel.head_dims[""])
-            lines += [f"template struct flash_cosine_sim::{traits}<flash_cosine_sim::Math::{SETUP.MATHS[math]}, {dim}>;"
-                      for dim in dims]  # fmt: skip
+            variants = kernel.variants.get(math, ()) if kernel.arguments is SETUP.WARPS else ()  # others share a row
+            for variant in ("", *variants):
+                argument = f", {kernel.arguments[variant]}" if kernel.arguments is SETUP.WARPS else ""
+                lines += [
+                    f"template struct flash_cosine_sim::{traits}"
+                    f"<flash_cosine_sim::Math::{SETUP.MATHS[math]}, {dim}{argument}>;"
+                    for dim in kernel.head_dims_of(math, variant)
+                ]
     source = folder / "traits.cpp"
     source.write_text("\n".join(lines) + "\n")
     return subprocess.run(

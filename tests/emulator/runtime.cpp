@@ -1,5 +1,6 @@
 // What csrc/ calls of the CUDA driver, its runtime and torch's CUDA shim: a GPU whose memory is the host's. In the
-// environment, EMULATED_CAPABILITY (8 or 9) and EMULATED_MULTIPROCESSORS say which one.
+// environment, EMULATED_CAPABILITY (8 or 9) and EMULATED_MULTIPROCESSORS say which one, EMULATED_SHARED_KIB and
+// EMULATED_THREADS what a multiprocessor has, if that is not a 8.0's or a 9.0's.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -52,6 +53,11 @@ extern "C" {
 // How many warps' wgmma have been issued: tests see by it that the kernels of 9.0 ran.
 __attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
 __attribute__((visibility("default"))) int64_t emulated_loaded_bytes() { return emulator::num_loaded_bytes; }
+// How many kernels have been launched whose blocks have so many threads and more than 48 KiB of shared memory: tests
+// see by it how many warps an attention kernel had.
+__attribute__((visibility("default"))) int emulated_large_launches(unsigned threads) {
+  return emulator::num_large_launches[threads];
+}
 
 __attribute__((visibility("default"))) void emulated_last_block_first(int last) { emulator::last_block_first = last; }
 
@@ -64,9 +70,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = from_environment("EMULATED_MULTIPROCESSORS", 132);
   } else if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) {
-    *value = (from_environment("EMULATED_CAPABILITY", 8) == 8 ? 164 : 228) * 1024;
+    const int otherwise = from_environment("EMULATED_CAPABILITY", 8) == 8 ? 164 : 228;
+    *value = from_environment("EMULATED_SHARED_KIB", otherwise) * 1024;
   } else if (attribute == cudaDevAttrMaxThreadsPerMultiProcessor) {
-    *value = 2048;
+    *value = from_environment("EMULATED_THREADS", 2048);
   } else {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? from_environment("EMULATED_CAPABILITY", 8) : 0;
   }

@@ -152,6 +152,7 @@ inline constexpr int kRowSumPlaces = 4;
 // Which kernel a forward pass takes, and what that needs. plan.cpp decides, binding.cpp allocates.
 struct ForwardPlan {
   bool sm90 = false;                   // sm90/forward.cuh, else one of the portable kernels
+  bool eight_warps = false;            // sm80/forward.cuh with blocks of eight warps, not four
   Variant variant = Variant::kCausal;  // sm90
   int64_t mask_words = 0;              // elements of workspace
   // sm80/forward_split.cuh with the keys in so many shares, whose sums launch_forward_merge adds up if there are two or
@@ -192,6 +193,7 @@ struct DiagonalSums {
 // Which kernel a backward pass takes, and how much workspace, in elements.
 struct BackwardPlan {
   bool sm90 = false;                   // sm90/backward.cuh, else sm80/backward.cuh
+  bool eight_warps = false;            // sm80/backward.cuh with blocks of eight warps, not four
   Variant variant = Variant::kCausal;  // sm90
   int num_splits = 0;                  // of the walk over queries; 0: the main kernel writes dk and dv itself
   // sm90: the rows of a head and the columns that dq_accumulator has, whole tiles of them. 0: no more than dq.
@@ -282,14 +284,21 @@ constexpr int element_size(Math math) { return math == Math::kFp32 || math == Ma
 // merge.cu: the output, or the partials, from split_sums
 void launch_forward_merge(const ForwardParams& params, cudaStream_t stream);
 
-// sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer
-template <Math kMath, int kHeadDim>
+// sm80/forward.cuh, sm80/forward_split.cuh, sm80/backward.cuh: mma.sync, compute capability 8.0 and newer. With blocks
+// of eight warps, not four, if has_forward_eight_warps or has_backward_eight_warps says so.
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream);
+constexpr bool has_forward_eight_warps(Math math, int head_dim) {
+  return (math == Math::kBf16 || math == Math::kFp16) && head_dim == 128;
+}
 template <Math kMath, int kHeadDim>  // if has_split_kernel says so
 void launch_forward_split_sm80(const ForwardParams& params, cudaStream_t stream);
 constexpr bool has_split_kernel(Math math, int head_dim) { return head_dim * element_size(math) <= 512; }
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream);  // dq_accumulator, dk, dv
+constexpr bool has_backward_eight_warps(Math math, int head_dim) {
+  return element_size(math) == 2 && (head_dim == 64 || head_dim == 96 || head_dim == 128);
+}
 template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias, distance_sums
 

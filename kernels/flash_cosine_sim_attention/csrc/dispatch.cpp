@@ -142,7 +142,10 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
       if constexpr (has_split_kernel(math.value, head_dim.value)) {
         if (plan.num_splits > 0) return launch_forward_split_sm80<math.value, head_dim.value>(params, stream);
       }
-      launch_forward_sm80<math.value, head_dim.value>(params, stream);
+      if constexpr (has_forward_eight_warps(math.value, head_dim.value)) {
+        if (plan.eight_warps) return launch_forward_sm80<math.value, head_dim.value, true>(params, stream);
+      }
+      launch_forward_sm80<math.value, head_dim.value, false>(params, stream);
     });
   });
   if (plan.num_splits > 1) launch_forward_merge(params, stream);
@@ -178,7 +181,11 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
       if (params.dq_accumulator != nullptr) {
         CUDA_CHECK(cudaMemsetAsync(params.dq_accumulator, 0, params.plan.dq_accumulator * sizeof(float), stream));
       }
-      if (params.seq_len_k > 0) launch_backward_sm80<math.value, head_dim.value>(params, stream);
+      if (params.seq_len_k == 0) return;
+      if constexpr (has_backward_eight_warps(math.value, head_dim.value)) {
+        if (plan.eight_warps) return launch_backward_sm80<math.value, head_dim.value, true>(params, stream);
+      }
+      launch_backward_sm80<math.value, head_dim.value, false>(params, stream);
     });
   });
   launch_postprocess(params, stream);

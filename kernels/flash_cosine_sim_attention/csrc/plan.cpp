@@ -14,6 +14,8 @@
 namespace flash_cosine_sim {
 namespace {
 
+constexpr int kReservedBytes = 1024;  // which the system takes of each block's shared memory
+
 int64_t group_of(const Attention& params) { return params.num_heads / params.num_kv_heads; }
 
 // How many keys a query sees at most, and queries a key, as far as is known here: of packed sequences' lengths no more
@@ -97,6 +99,16 @@ Variant variant_of(const Attention& params) {
 
 Norm norm_of(const Attention& params, bool in_kernel) {
   return !params.l2norm_qk ? Norm::kNone : in_kernel ? Norm::kKernel : Norm::kPrologue;
+}
+
+// A tile of sm80/forward.cuh or sm80/backward.cuh.
+template <typename Tile>
+int tiles_held(const Gpu& gpu, const Tile& tile, Math math) {
+  return blocks_held(gpu, tile.threads(), tile.shared_bytes(element_size(math)), tile.min_blocks());
+}
+template <typename Tile>
+bool fits(const Gpu& gpu, const Tile& tile, Math math) {
+  return tile.shared_bytes(element_size(math)) + kReservedBytes <= gpu.shared_bytes && tile.threads() <= gpu.threads;
 }
 
 // ---- Forward ----
@@ -324,9 +336,7 @@ int choose_splits_sm80(const BackwardParams& params, const BackwardTile& tile, c
   // Where a row of dk is in slices, no block has a whole one to take through the norm.
   const bool always_merged = tile.slices() > 1;
   const int least = always_merged ? 1 : 0;
-  const int held =
-      blocks_held(gpu, tile.threads(), tile.shared_bytes(element_size(math_of(params))), BackwardTile::kMinBlocks);
-  const int64_t at_once = int64_t(held) * gpu.num_multiprocessors;
+  const int64_t at_once = int64_t(tiles_held(gpu, tile, math_of(params))) * gpu.num_multiprocessors;
   if (are_many(num_tiles * tile.slices(), at_once)) return least;
   const int64_t num_alike = int64_t(params.batch) * params.num_kv_heads * tile.slices();
   const Walks walks = walks_of(params, num_alike, tile.block_k(), tile.block_q, always_merged);
@@ -334,9 +344,10 @@ int choose_splits_sm80(const BackwardParams& params, const BackwardTile& tile, c
 }
 
 BackwardPlan plan_backward_sm80(const BackwardParams& params, const Gpu& gpu) {
-  const BackwardTile& tile = backward_tile(math_of(params), padded_head_dim(params.head_dim));
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
   BackwardPlan plan;
+  plan.eight_warps = takes_eight_warps(params, gpu);
+  const BackwardTile& tile = backward_tile(math_of(params), padded_head_dim(params.head_dim), plan.eight_warps);
   if (needs_dq(params)) {
     plan.dq_accumulator = num_heads * params.seq_len_q * params.head_dim;
     if (params.deterministic) plan.dq_order = tile.slices() * num_heads * divide_up(params.seq_len_q, tile.block_q);
@@ -366,7 +377,6 @@ void plan_diagonal_sums(BackwardPlan& plan, const BackwardParams& params) {
 }  // namespace
 
 int blocks_held(const Gpu& gpu, int threads, int shared_bytes, int min_blocks) {
-  constexpr int kReservedBytes = 1024;  // which the system takes of each block's shared memory
   const int by_memory = gpu.shared_bytes / (shared_bytes + kReservedBytes);
   return std::max(std::min({min_blocks, by_memory, gpu.threads / threads}), 1);
 }
@@ -395,6 +405,25 @@ bool needs_main_kernel(const BackwardParams& params) {
   return needs_dq(params) || params.dk.data != nullptr || params.dv.data != nullptr;
 }
 
+// Not where half as many blocks would leave multiprocessors idle. Warps without a query have nothing to multiply.
+bool takes_eight_warps(const ForwardParams& params, const Gpu& gpu) {
+  const Math math = forward_math_of(params);
+  const int head_dim = padded_head_dim(params.head_dim);
+  if (!has_forward_eight_warps(math, head_dim)) return false;
+  const ForwardTile &four = forward_tile(math, head_dim, false), &eight = forward_tile(math, head_dim, true);
+  const int64_t num_tiles = int64_t(params.batch) * params.num_heads * divide_up(params.seq_len_q, eight.block_q());
+  return tiles_held(gpu, four, math) == 1 && fits(gpu, eight, math) && num_tiles >= gpu.num_multiprocessors;
+}
+
+// However few tiles are, for their walks are cut. Not where four warps hold all keys: those without one multiply, too.
+bool takes_eight_warps(const BackwardParams& params, const Gpu& gpu) {
+  const Math math = math_of(params);
+  const int head_dim = padded_head_dim(params.head_dim);
+  if (!has_backward_eight_warps(math, head_dim)) return false;
+  const BackwardTile &four = backward_tile(math, head_dim, false), &eight = backward_tile(math, head_dim, true);
+  return tiles_held(gpu, four, math) == 1 && fits(gpu, eight, math) && params.seq_len_k > four.block_k();
+}
+
 ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
   ForwardPlan plan = plan_split(params, gpu);
   const bool in_kernel = can_normalize_in_sm80(params);
@@ -402,6 +431,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
   } else if (takes_forward_sm90(params, gpu) && !in_kernel) {
     plan = plan_forward_sm90(params);
   } else {
+    plan.eight_warps = takes_eight_warps(params, gpu);
     plan.q_norm = plan.k_norm = norm_of(params, in_kernel);
   }
   plan_distance_scores(plan, params);

@@ -21,6 +21,11 @@ struct Gpu {
 // they allow min_blocks blocks; that fewer are used, and more blocks fit, is left out.
 int blocks_held(const Gpu& gpu, int threads, int shared_bytes, int min_blocks);
 
+// Whether the portable kernels, where they are taken, run with blocks of eight warps: where a multiprocessor's shared
+// memory holds a single one of four, a warp for each of its schedulers, and the larger block.
+bool takes_eight_warps(const ForwardParams& params, const Gpu& gpu);
+bool takes_eight_warps(const BackwardParams& params, const Gpu& gpu);
+
 ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu);
 BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu);
 

@@ -19,9 +19,9 @@
 
 namespace flash_cosine_sim {
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 struct Backward {
-  using Traits = BackwardTraits<kMath, kHeadDim>;
+  using Traits = BackwardTraits<kMath, kHeadDim, kEightWarps>;
   using T = Element<kMath>;
   static constexpr int kRowBytes = Traits::kRowBytes, kRowTiles = Traits::kRowTiles, kOutDim = Traits::kOutDim;
   static constexpr int kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ, kChunkQ = Traits::kChunkQ;
@@ -311,12 +311,14 @@ struct Backward {
   }
 };
 
-template <Math kMath, int kHeadDim>
-__global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
-                                  BackwardTraits<kMath, kHeadDim>::kMinBlocks)
+template <Math kMath, int kHeadDim, bool kEightWarps>
+__global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim, kEightWarps>::kThreads,
+                                  BackwardTraits<kMath, kHeadDim, kEightWarps>::kMinBlocks)
     backward_sm80_kernel(const __grid_constant__ BackwardParams params) {
-  using B = Backward<kMath, kHeadDim>;
+  using B = Backward<kMath, kHeadDim, kEightWarps>;
   using Traits = typename B::Traits;
+  // Biases of 32 keys a warp, found while dP is there, too, take more registers than there are on a 12.0.
+  constexpr bool kFinishesAlone = kEightWarps && B::kRowTiles > 1;
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_k = shared_address(shared), tile_v = tile_k + Traits::kTileBytesK;
   const uint32_t stages = tile_k + Traits::kOffsetQ, tile_ds = tile_k + Traits::kOffsetDS;
@@ -368,12 +370,13 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
       const int first_query = item.block_q * B::kBlockQ + chunk;
       typename B::Scores scores = {}, dp = {};
       B::multiply_scores(scores, tile_k, tile_q, row, chunk);
-      B::multiply_scores(dp, tile_v, tile_do, row, chunk);
+      if constexpr (!kFinishesAlone) B::multiply_scores(dp, tile_v, tile_do, row, chunk);
       const bool plain = !is_finished_later(params) && visible == all_keys;
       const int end_query = min(first_query + B::kChunkQ, params.seq_len_q);
       if (!plain || !queries_of_rows(params, first_key + row, 16 * B::kRowTiles).sees_all(first_query, end_query)) {
         B::finish_scores(params, work.batch, item.head, scores, first_key + row, first_query, visible);
       }
+      if constexpr (kFinishesAlone) B::multiply_scores(dp, tile_v, tile_do, row, chunk);
       B::softmax_gradient(scores, dp, row_statistics + chunk);
 #pragma unroll
       for (int m = 0; m < B::kRowTiles; ++m) {
@@ -409,14 +412,14 @@ __global__ void __launch_bounds__(BackwardTraits<kMath, kHeadDim>::kThreads,
   }
 }
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_backward_sm80(const BackwardParams& params, cudaStream_t stream) {
-  using Traits = BackwardTraits<kMath, kHeadDim>;
+  using Traits = BackwardTraits<kMath, kHeadDim, kEightWarps>;
   const int64_t num_blocks_k = (params.seq_len_k + Traits::kBlockK - 1) / Traits::kBlockK;
   const int64_t num_splits = params.plan.num_splits > 0 ? params.plan.num_splits : 1;
   const int64_t num_blocks = int64_t(params.batch) * params.num_kv_heads * num_blocks_k * num_splits * Traits::kSlices;
-  allow_shared_memory<backward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
-  backward_sm80_kernel<kMath, kHeadDim>
+  allow_shared_memory<backward_sm80_kernel<kMath, kHeadDim, kEightWarps>, Traits::kSharedBytes>();
+  backward_sm80_kernel<kMath, kHeadDim, kEightWarps>
       <<<static_cast<unsigned>(num_blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(params);
   CUDA_CHECK(cudaGetLastError());
 }

@@ -21,10 +21,11 @@
 
 namespace flash_cosine_sim {
 
-template <Math kMath, int kHeadDim>
-__global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, ForwardTraits<kMath, kHeadDim>::kMinBlocks)
+template <Math kMath, int kHeadDim, bool kEightWarps>
+__global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim, kEightWarps>::kThreads,
+                                  ForwardTraits<kMath, kHeadDim, kEightWarps>::kMinBlocks)
     forward_sm80_kernel(const __grid_constant__ ForwardParams params, int num_blocks_q, int heads_per_section) {
-  using F = Forward<kMath, ForwardTraits<kMath, kHeadDim>>;
+  using F = Forward<kMath, ForwardTraits<kMath, kHeadDim, kEightWarps>>;
   constexpr int kBlockK = F::kBlockK, kRowBytes = F::kRowBytes, kStageBytes = 2 * kBlockK * kRowBytes;
   extern __shared__ __align__(128) char shared[];
   const uint32_t tile_q = shared_address(shared), stages = tile_q + F::kBlockQ * kRowBytes;
@@ -100,17 +101,17 @@ __global__ void __launch_bounds__(ForwardTraits<kMath, kHeadDim>::kThreads, Forw
   }
 }
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 void launch_forward_sm80(const ForwardParams& params, cudaStream_t stream) {
-  using Traits = ForwardTraits<kMath, kHeadDim>;
+  using Traits = ForwardTraits<kMath, kHeadDim, kEightWarps>;
   constexpr int64_t kSectionBytes = 16 << 20;  // of keys and values, which the L2 caches of large GPUs hold
   const int num_blocks_q = (params.seq_len_q + Traits::kBlockQ - 1) / Traits::kBlockQ;
   const int64_t num_heads = int64_t(params.batch) * params.num_heads;
   const int64_t bytes_per_head = 2 * int64_t(params.seq_len_k) * Traits::kRowBytes + 1;
   const int heads_per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
-  allow_shared_memory<forward_sm80_kernel<kMath, kHeadDim>, Traits::kSharedBytes>();
+  allow_shared_memory<forward_sm80_kernel<kMath, kHeadDim, kEightWarps>, Traits::kSharedBytes>();
   const auto num_blocks = static_cast<unsigned>(num_blocks_q * num_heads);
-  forward_sm80_kernel<kMath, kHeadDim>
+  forward_sm80_kernel<kMath, kHeadDim, kEightWarps>
       <<<num_blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(params, num_blocks_q, heads_per_section);
   CUDA_CHECK(cudaGetLastError());
 }

@@ -18,8 +18,8 @@ struct BackwardTile {
   constexpr int block_k() const { return 16 * row_tiles * warps; }
   constexpr int slices() const { return head_dim / out_dim; }
 
-  static constexpr int kMinBlocks = 2;  // for which registers are left
   constexpr int threads() const { return 32 * warps; }
+  constexpr int min_blocks() const { return warps > 4 ? 1 : 2; }  // for which registers are left
   // Shared memory: K and V, then stages of Q and dO, then dS, then two stages of row statistics. After the loop the
   // same memory holds dV, then dK, as float32.
   constexpr int offset_q(int element_size) const { return 2 * block_k() * head_dim * element_size; }
@@ -56,17 +56,29 @@ inline constexpr BackwardTile kBackwardTiles32Bit[] = {
     {256, 64, 2, 1, 16, 16, 1},
 };
 
-constexpr const BackwardTile& backward_tile(Math math, int head_dim) {
+// 16 bits, where a multiprocessor's shared memory holds one block of the above, and its schedulers a warp each: one
+// with twice the warps, and as many keys a warp, for which block_q or stages give way. Which is taken: plan.cpp.
+inline constexpr BackwardTile kBackwardTilesEightWarps[] = {
+    // head_dim, out_dim, warps, row_tiles, block_q, chunk_q, stages
+    { 64,  64, 8, 2, 32, 32, 2},
+    { 96,  96, 8, 1, 64, 32, 1},
+    {128, 128, 8, 1, 16, 16, 2},
+};
+
+// With eight_warps, if has_backward_eight_warps says so.
+constexpr const BackwardTile& backward_tile(Math math, int head_dim, bool eight_warps) {
+  if (eight_warps) return tile_of(kBackwardTilesEightWarps, head_dim);
   return tile_of(element_size(math) == 4 ? kBackwardTiles32Bit : kBackwardTiles16Bit, head_dim);
 }
 
-template <Math kMath, int kHeadDim>
+template <Math kMath, int kHeadDim, bool kEightWarps>
 struct BackwardTraits {
-  static constexpr BackwardTile kTile = backward_tile(kMath, kHeadDim);
+  static_assert(!kEightWarps || has_backward_eight_warps(kMath, kHeadDim));
+  static constexpr BackwardTile kTile = backward_tile(kMath, kHeadDim, kEightWarps);
   static_assert(kTile.head_dim == kHeadDim);
   static constexpr int kOutDim = kTile.out_dim, kWarps = kTile.warps, kRowTiles = kTile.row_tiles;
   static constexpr int kBlockQ = kTile.block_q, kChunkQ = kTile.chunk_q, kStages = kTile.stages;
-  static constexpr int kMinBlocks = BackwardTile::kMinBlocks;
+  static constexpr int kMinBlocks = kTile.min_blocks();
 
   static constexpr int kElementSize = element_size(kMath);
   static constexpr int kRowBytes = kHeadDim * kElementSize;
