@@ -80,3 +80,12 @@ def test_a_tree_without_a_header_has_no_instances_of_it(tmp_path):
 @pytest.mark.parametrize("path, expected", [("sm90/a.cu", True), ("sm80/a.cu", False), ("a_sm90.cu", False)])
 def test_the_folder_says_the_target(path, expected):
     assert setup.is_for_sm90(CSRC / Path(path)) is expected
+
+
+def test_documents_say_how_many_files_are_compiled(tmp_path):
+    written = setup.write_instantiations(CSRC, tmp_path)
+    total = len(written) + len(setup.kernel_sources())
+    portable = total - sum(path.parent.name == "sm90" for path in written)
+    docs = Path(__file__).parent.parent / "docs"
+    assert f"\n{total} files, {portable} of them not Hopper's" in (docs / "design" / "overview.md").read_text()
+    assert f"Of the library's {total} files" in (docs / "adding.md").read_text()
