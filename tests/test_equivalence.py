@@ -197,8 +197,9 @@ gpu = [
 def test_one_call_is_no_less_exact_on_a_gpu(model):
     """As above, at the models' own head counts; one percent for chance, five where no norm is fused.
 
-    Three for o: what subtracts a row's largest logit does not round its 2^0 = 1, and where few keys count, as in the
-    first rows of a causal mask, that is 2 % of the error of o, which is largest there.
+    Three for o of Llama-4, which rounds q and k as often as one call does: what subtracts a row's largest logit does
+    not round its 2^0 = 1, and where few keys count, as in the first rows of a causal mask, that is 2 % of the error of
+    o, which is largest there.
     """
     inputs = make_inputs(model, "cuda")
     right = exact(model, inputs)
@@ -206,4 +207,5 @@ def test_one_call_is_no_less_exact_on_a_gpu(model):
     their_errors = relative_errors(results(theirs(model, inputs, sdpa), inputs), right)
     slack = 1.05 if model.kind == "key offset" else 1.01
     for name in ("o", "dq", "dk", "dv"):
-        assert errors[name] <= max(slack, 1.03 if name == "o" else 1) * their_errors[name], (name, errors, their_errors)
+        allowed = 1.03 if name == "o" and model.name.startswith("Llama-4") else slack
+        assert errors[name] <= allowed * their_errors[name], (name, errors, their_errors)
