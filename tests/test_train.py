@@ -354,8 +354,20 @@ def test_one_process_owns_a_run(text, tmp_path):
 
 
 def test_runs_of_one_name_that_start_at_once_get_folders_of_their_own(text, tmp_path):
-    code = "import time\nfrom models.training.runs import Run\nown = Run._own\n"
-    code += "Run._own = lambda *arguments: (time.sleep(0.2), own(*arguments))[1]"
+    # However long each takes to start: the first to be there waits for the others.
+    code = f"""
+import os, pathlib, time
+from models.training.runs import Run
+own = Run._own
+def together(*arguments):
+    place = pathlib.Path({str(tmp_path / "started")!r})
+    place.mkdir(exist_ok=True)
+    (place / str(os.getpid())).touch()
+    while len(list(place.iterdir())) < 3:
+        time.sleep(0.01)
+    return own(*arguments)
+Run._own = together
+"""
     started = [Popen(text, tmp_path, "name=run", "max_steps=2", code=code) for _ in range(3)]
     assert [process.wait(300) for process in started] == [0, 0, 0]
     for name in ("run", "run-2", "run-3"):
