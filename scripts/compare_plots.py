@@ -46,6 +46,7 @@ PAGE_WIDTH = 5.0  # inches of a figure on a page: its text is still readable on 
 MOST_ARMS = 12  # in one figure: more colours nobody tells apart
 MOST_POINTS = 300  # of a line
 NEAR = 1.25  # times the best loss: what a closer look shows
+FAR = 1.5  # times the best loss: what a plot of learning rates has too little room for
 UNIFORM = 8.0  # bits a byte of a model that knows nothing
 
 
@@ -238,30 +239,41 @@ def draw_number(axes: Axes, shown: Sequence[Shown], heading: str, *, names: bool
 
 @dataclass(frozen=True)
 class RatePanel:
-    """Lines of val bpc against the learning rate, by their names: the arms at each rate."""
+    """Lines of val bpc against the learning rate, by their names: the arms at each rate.
+
+    Attributes:
+        most: the highest loss that is seen, or None for all.
+    """
 
     title: str
     lines: dict[str, list[Arm]]
+    most: float | None = None
 
 
 def rate_panels(comparison: Comparison) -> list[RatePanel]:
     """What is drawn over learning rates: a panel for each of the other settings but the first, whose values are lines.
 
-    Empty where no two arms differ in their learning rate alone.
+    The first one's own keys, as attention.scale, go with it. After a panel whose losses are far apart comes a closer
+    look at the low ones. Empty where no two arms differ in their learning rate alone.
     """
     if not at_best_rates(comparison.arms):
         return []
     arms = [arm for arm in comparison.arms if is_number(arm.settings.get(RATE))]
     keys = [key for key in differing(arms) if key != RATE]
+    first = [key for key in keys if key == keys[0] or key.startswith(f"{keys[0]}.")]
+    others = [key for key in keys if key not in first]
     lines: dict[str, dict[str, list[Arm]]] = {}
     for arm in arms:
-        rest = label(arm, keys[1:])
-        lines.setdefault(rest, {}).setdefault(label(arm, keys[:1]) or "all runs", []).append(arm)
+        lines.setdefault(label(arm, others), {}).setdefault(label(arm, first) or "all runs", []).append(arm)
     panels = []
     for title, named in lines.items():
         kept = {name: sorted(arms, key=lambda arm: arm.settings[RATE]) for name, arms in named.items()}
         if any(sum(bool(arm.values(LOSS)) for arm in arms) > 1 for arms in kept.values()):
             panels.append(RatePanel(title, kept))
+            losses = [loss for arms in kept.values() for arm in arms if (loss := arm.mean(LOSS)) is not None]
+            most = NEAR * min(losses)
+            if max(losses) > FAR * min(losses):
+                panels.append(RatePanel(f"{title}, up to {most:.2f}".removeprefix(", "), kept, most))
     return panels
 
 
@@ -283,6 +295,9 @@ def draw_rates(axes: Axes, panel: RatePanel, colors: dict[str, Any]) -> None:
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=35 if len(rates) > 4 else 0)
     axes.minorticks_off()
     axes.set(xlabel="peak learning rate", ylabel=LOSS, title=plain(panel.title))
+    if panel.most is not None:
+        low = min(value for arms in panel.lines.values() for arm in arms for value in arm.values(LOSS))
+        axes.set_ylim(low - 0.04 * (panel.most - low), panel.most)
 
 
 def line_names(panels: Sequence[RatePanel]) -> list[str]:

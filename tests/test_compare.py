@@ -491,6 +491,25 @@ def test_rates_are_lines_of_means_and_a_rate_that_nobody_finished_is_marked(make
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cosine", "regular", "no run finished"]
 
 
+def test_rates_of_one_attention_at_several_scales_are_lines_of_one_panel(make, tmp_path):
+    for lr, far in ((0.001, 1.4), (0.002, 1.6)):
+        for norm, loss in (("pre", 1.0), ("post", far)):
+            for scale in (8.0, 16.0):
+                own = COSINE | {"scale": scale}
+                make(f"{norm}-{scale}-{lr}", loss, norm=norm, lr=lr, config={"attention": own})
+            make(loss=1.0, norm=norm, lr=lr, attention="regular")
+    panels = compare_plots.rate_panels(comparison(*(tmp_path / "runs").iterdir()))
+    assert [(panel.title, panel.most) for panel in panels] == [
+        ("post", None),
+        ("post, up to 1.25", 1.25),
+        ("pre", None),
+    ]
+    assert all(list(panel.lines) == ["cosine scale=8", "cosine scale=16", "regular"] for panel in panels)
+    axes = Figure().subplots()
+    compare_plots.draw_rates(axes, panels[1], dict.fromkeys(panels[1].lines, "C0"))
+    assert axes.get_ylim() == pytest.approx((0.99, 1.25))
+
+
 def test_a_map_needs_every_combination(make, tmp_path):
     for scale in (8.0, 16.0):
         for lr in (0.001, 0.002, 0.004):
