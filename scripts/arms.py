@@ -153,7 +153,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell.strip("*-")[:1].isdigit() or cell in ("", "-")
+    return cell.strip("*-+")[:1].isdigit() or cell in ("", "-")
 
 
 def setting(arm: Arm, key: str) -> str:

@@ -19,9 +19,11 @@ from typing import Any
 
 from models.training.report import Results, read_results
 from scripts import Parser, run_script
-from scripts.arms import Arm, arms_of, markdown
+from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
+from scripts.compare_plots import seconds_of
+from scripts.comparisons import difference
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -34,17 +36,29 @@ SHORT = {FA4: "FlashAttention-4, no norm", CUDNN: "cuDNN, no norm", NORM_CUDNN: 
 SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
 NORM_FA4, FLEX = "compiled l2norm + FlashAttention-4", "flex_attention, no norm"
 NORM_FLEX, VARLEN = "compiled l2norm + flex_attention", f"{VARLEN_ATTN}, no norm"
+WINDOW = 4  # logged rows of a run over which a training loss is averaged
 
 
 # The comparison of attention and norm.
 
 
-def _arms(folder: str) -> list[Arm]:
-    """The arms of a folder of runs; of runs that shared their GPU with others, neither times nor memory count."""
+def _arms(folders: str, only: Sequence[str] = ()) -> list[Arm]:
+    """The arms of folders of runs; of runs that shared their GPU with others, neither times nor memory count.
+
+    Args:
+        folders: with commas between them.
+        only: KEY=VALUE or KEY=VALUE,VALUE: the arms that have one of these values, for each.
+    """
+    runs = [run for folder in folders.split(",") for run in _runs(folder)]
+    wanted = [(key, values.split(",")) for key, _, values in (one.partition("=") for one in only)]
+    return [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
+
+
+def _runs(folder: str) -> list[Results]:
     listed = RESULTS / folder / ".." / "shared_gpu.json"
     shared = json.loads(listed.read_text())["runs"] if listed.exists() else []
     runs = [read_results(run) for run in sorted(find_runs([RESULTS / folder]))]
-    return arms_of([_without_times(run) if run.folder.name in shared else run for run in runs])
+    return [_without_times(run) if run.folder.name in shared else run for run in runs]
 
 
 def _without_times(run: Results) -> Results:
@@ -52,15 +66,33 @@ def _without_times(run: Results) -> Results:
     return replace(run, rows=rows)
 
 
-def _best(arms: Sequence[Arm]) -> list[Arm]:
-    """Of each attention, norm and length the arm of the learning rate that learned best, of those with most seeds."""
+def _further(arms: Sequence[Arm]) -> list[str]:
+    """The settings that tell arms apart, without those that have a column of their own in every table."""
+    return [key for key in differing(arms) if key not in ("seq_len", "attention", "norm", "lr")]
+
+
+def _headings(further: Sequence[str]) -> list[str]:
+    return ["attention", "norm", *(key.split(".")[-1] for key in further)]
+
+
+def _names(arm: Arm, further: Sequence[str]) -> tuple[str, ...]:
+    return tuple(setting(arm, key) for key in ("attention", "norm", *further))
+
+
+def _place(arm: Arm, further: Sequence[str]) -> tuple:
+    """Where the arm stands in a table, but for its length and learning rate."""
+    return arm.settings["norm"] != "pre", arm.settings["attention"], *(arm.settings.get(key) for key in further)
+
+
+def _best(arms: Sequence[Arm], further: Sequence[str]) -> list[Arm]:
+    """Of arms that differ in their learning rate alone the one that learned best, of those with most seeds."""
     best: dict[tuple, Arm] = {}
     for arm in arms:
-        key = tuple(arm.settings[name] for name in ("seq_len", "norm", "attention"))
+        key = arm.settings["seq_len"], *_place(arm, further)
         before = best.get(key)
         if before is None or _rank(arm) > _rank(before):
             best[key] = arm
-    return [best[key] for key in sorted(best, key=lambda key: (key[0], key[1] != "pre", key[2]))]
+    return [best[key] for key in sorted(best)]
 
 
 def _rank(arm: Arm) -> tuple[int, float]:
@@ -68,9 +100,11 @@ def _rank(arm: Arm) -> tuple[int, float]:
     return (len(set(arm.seeds)), -statistics.mean(losses)) if losses else (0, float("-inf"))
 
 
-def comparison(folder: str, seq_len: str | None = None) -> str:
-    """Each attention and norm at its learning rate: mean and standard deviation over seeds."""
-    arms = [arm for arm in _best(_arms(folder)) if seq_len is None or arm.settings["seq_len"] == int(seq_len)]
+def comparison(folders: str, *only: str) -> str:
+    """Each arm at its learning rate: mean and standard deviation over seeds."""
+    arms = _arms(folders, only)
+    further = _further(arms)
+    arms = _best(arms, further)
     lowest = {}
     for arm in arms:
         losses = arm.values("val bpc")
@@ -83,26 +117,144 @@ def comparison(folder: str, seq_len: str | None = None) -> str:
         best = bool(losses) and statistics.mean(losses) == lowest[settings["seq_len"]]
         cells = [arm.cell(number) for number in ("val bpc", "tokens/s", "peak GiB")]
         cells[0] = f"**{cells[0]}**" if best else cells[0]
-        first = (settings["seq_len"], settings["attention"], settings["norm"], f"{settings['lr']:g}", arm.ends())
-        rows.append([*map(str, first), *cells])
-    return markdown(("seq_len", "attention", "norm", "peak lr", "n", "val bpc", "tokens/s", "peak GiB"), rows)
+        rows.append([str(settings["seq_len"]), *_names(arm, further), f"{settings['lr']:g}", arm.ends(), *cells])
+    return markdown(("seq_len", *_headings(further), "peak lr", "n", "val bpc", "tokens/s", "peak GiB"), rows)
 
 
-def learning_rates(folder: str, seq_len: str) -> str:
-    """Validation loss of seed 0 at every learning rate tried at one length."""
-    arms = [arm for arm in _arms(folder) if arm.settings["seq_len"] == int(seq_len)]
-    rates = sorted({arm.settings["lr"] for arm in arms})
-    rows: dict[tuple[str, str], list[str]] = {}
+def differences(folders: str, baselines: str, *only: str) -> str:
+    """Each arm's loss minus that of some of them, all at their learning rates, over the seeds that both have.
+
+    Args:
+        baselines: runs' names, with commas between them: their arms.
+    """
+    arms = _arms(folders, only)
+    further = _further(arms)
+    arms = _best(arms, further)
+    others = [_arm_of(name, arms) for name in baselines.split(",")]
+    rows = []
     for arm in arms:
-        cells = rows.setdefault((arm.settings["attention"], arm.settings["norm"]), [""] * len(rates))
+        found = ["" if other is arm else str(difference(arm, other) or "-") for other in others]
+        rows.append([*_names(arm, further), f"{arm.settings['lr']:g}", *found])
+    minus = [f"minus {label(other, ['attention', *further])}" for other in others]
+    return markdown((*_headings(further), "peak lr", *minus), rows)
+
+
+def _arm_of(name: str, arms: Sequence[Arm]) -> Arm:
+    found = [arm for arm in arms if name in (run.name for run in arm.runs)]
+    if not found:
+        raise ValueError(f"a baseline must be a run of an arm at its learning rate, got {name!r}")
+    return found[0]
+
+
+def _by_rate(folders: str, seq_len: str, only: Sequence[str]) -> tuple[list[str], dict[tuple, dict[float, Results]]]:
+    """The settings beside attention and norm; and of each arm, by its names, seed 0's run of every learning rate."""
+    arms = [arm for arm in _arms(folders, only) if arm.settings["seq_len"] == int(seq_len)]
+    further = _further(arms)
+    found: dict[tuple, dict[float, Results]] = {}
+    for arm in sorted(arms, key=lambda arm: _place(arm, further)):
         seeds = dict(zip(arm.seeds, arm.runs, strict=True))
-        run = seeds.get(0)
-        if run is not None:
-            loss = run.last("val/bpc")
-            cells[rates.index(arm.settings["lr"])] = f"{loss:.4f}" if run.status == "finished" else run.status
-    order = sorted(rows, key=lambda key: (key[1] != "pre", key[0]))
-    lines = [[*key, *_bold_lowest(rows[key])] for key in order]
-    return markdown(("attention", "norm", *(f"{rate:g}" for rate in rates)), lines)
+        runs = found.setdefault(_names(arm, further), {})
+        if 0 in seeds:
+            runs[arm.settings["lr"]] = seeds[0]
+    return further, found
+
+
+def _rates(found: dict[tuple, dict[float, Results]]) -> list[float]:
+    return sorted({rate for runs in found.values() for rate in runs})
+
+
+def learning_rates(folders: str, seq_len: str, *only: str) -> str:
+    """Validation loss of seed 0 at every learning rate tried at one length."""
+    further, found = _by_rate(folders, seq_len, only)
+    rates, lines = _rates(found), []
+    for names, runs in found.items():
+        cells = [_loss_or_end(runs[rate]) if rate in runs else "" for rate in rates]
+        lines.append([*names, *_bold_lowest(cells)])
+    return markdown((*_headings(further), *(f"{rate:g}" for rate in rates)), lines)
+
+
+def _loss_or_end(run: Results) -> str:
+    return f"{run.last('val/bpc'):.4f}" if run.status == "finished" else run.status
+
+
+def sensitivity(folders: str, seq_len: str, *only: str) -> str:
+    """What seed 0 loses beside its best learning rate: on average over all rates, at twice and at four times it."""
+    further, found = _by_rate(folders, seq_len, only)
+    lines = []
+    for names, runs in found.items():
+        losses = {rate: run.last("val/bpc") for rate, run in runs.items() if run.status == "finished"}
+        best = min(losses, key=losses.__getitem__)
+        more = {rate: loss - losses[best] for rate, loss in losses.items()}
+        above = [f"{more[factor * best]:.3f}" if factor * best in more else "-" for factor in (2, 4)]
+        numbers = f"{losses[best]:.4f}", f"{statistics.mean(more.values()):.3f}", *above
+        lines.append([*names, str(len(losses)), f"{best:g}", *numbers])
+    numbers = ("lowest val bpc", "mean above it", "at twice the rate", "at four times")
+    return markdown((*_headings(further), "rates", "best rate", *numbers), lines)
+
+
+def stability(folders: str, seq_len: str, *only: str) -> str:
+    """Of seed 0 the largest |logit| at the end, by learning rate, and the largest logged gradient after any warm-up."""
+    further, found = _by_rate(folders, seq_len, only)
+    rates, lines = _rates(found), []
+    for names, runs in found.items():
+        logits = [f"{runs[rate].last('logit/max'):,.1f}" if rate in runs else "" for rate in rates]
+        lines.append([*names, *logits, f"{max(map(_largest_gradient, runs.values())):.2f}"])
+    return markdown((*_headings(further), *(f"{rate:g}" for rate in rates), "gradient norm"), lines)
+
+
+def _largest_gradient(run: Results) -> float:
+    steps, norms = run.series("train/grad_norm")
+    warmup = run.configured("optimizer.warmup_steps")
+    return max(norm for step, norm in zip(steps, norms, strict=True) if step > warmup)
+
+
+def scales(folders: str, *only: str) -> str:
+    """Learned scales at the end, over all heads and seeds: mean, lowest, highest, and the mean of each layer."""
+    arms = [arm for arm in _arms(folders, only) if arm.settings.get("attention.learned_scale")]
+    further = _further(arms)
+    arms = sorted(arms, key=lambda arm: (_place(arm, further), arm.settings["lr"]))
+    layers = max(arm.settings["model.num_layers"] for arm in arms)
+    lines = []
+    for arm in arms:
+        ends = {end: [run.last(f"scale/{end}") for run in arm.finished] for end in ("mean", "min", "max")}
+        means = [
+            statistics.mean(run.last(f"scale/layer{layer}/mean") for run in arm.finished) for layer in range(layers)
+        ]
+        numbers = statistics.mean(ends["mean"]), min(ends["min"]), max(ends["max"]), *means
+        settings = *_names(arm, further), f"{arm.settings['lr']:g}", arm.ends()
+        lines.append([*settings, *(f"{number:.1f}" for number in numbers)])
+    names = ("mean", "lowest", "highest", *(f"layer {layer}" for layer in range(layers)))
+    return markdown((*_headings(further), "peak lr", "n", *names), lines)
+
+
+def reached(folders: str, bpc: str, *only: str) -> str:
+    """MB and seconds of training until the mean of WINDOW logged training losses is at most so many bits a byte."""
+    arms = _arms(folders, only)
+    further = _further(arms)
+    lines = []
+    for arm in _best(arms, further):
+        found = [_first_below(run, float(bpc)) for run in arm.finished]
+        places = [place for place in found if place is not None]
+        cells = [_mean_and_spread([place[index] for place in places]) for index in (0, 1)]
+        lines.append([*_names(arm, further), f"{arm.settings['lr']:g}", f"{len(places)} of {len(found)}", *cells])
+    return markdown((*_headings(further), "peak lr", "reached by", "MB", "seconds"), lines)
+
+
+def _first_below(run: Results, bpc: float) -> tuple[float, float] | None:
+    """MB, and seconds by the logged tokens/s."""
+    tokens, losses = run.over_tokens("train/bpc")
+    seconds = seconds_of(run)
+    for end in range(WINDOW, len(losses) + 1):
+        if statistics.mean(losses[end - WINDOW : end]) <= bpc:
+            return tokens[end - 1] / 1e6, seconds[tokens[end - 1]]
+    return None
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def trained_windows(folder: str) -> str:
@@ -513,7 +665,8 @@ def _commits(reports: Sequence[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(comparison, learning_rates, speed, attention, sustained, short, predecessor, decoding, training),
+        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached),
+        *(speed, attention, sustained, short, predecessor, decoding, training),
         *(windows, trained_windows, packed, padding, distances, qk_norm, qk_norm_errors, aims),
     )
 }

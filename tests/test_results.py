@@ -1,4 +1,4 @@
-"""The tables of windows, packed sequences, padding and distances say what made-up reports say."""
+"""The tables of windows, packed sequences, padding, distances and trained arms say what made-up reports say."""
 
 import json
 from dataclasses import asdict
@@ -79,6 +79,101 @@ def test_trained_windows(tmp_path, monkeypatch):
         "| 64 | regular | full | 0.002 | 1 | 2.0000 | 100 | 1.00x | 1.50 |",
         "| 64 | regular | 16 SL | 0.002 | 1 | 2.5000 | 150 | 1.50x | 1.50 |",
     ]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """trained(folder, attention, loss, ...) is a run that logged five times: its last loss, then 1 more each before."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+    def make(under, attention, loss, *, lr=0.001, seed=0, norm="pre", logit=2.0, status="finished", **own):
+        learned = {"learned_scale": True} if attention == "cosine" else {}
+        configuration = {"seq_len": 64, "lr": lr, "seed": seed, "optimizer": {"kind": "adamw", "warmup_steps": 1}}
+        configuration |= {"attention": {"kind": "any", **own, **learned}, "norm": {"kind": norm}}
+        configuration |= {"model": {"kind": "gpt", "num_layers": 2}}
+        name = f"{attention}-{norm}-{lr}-{seed}" + "".join(f"-{key}{value}" for key, value in own.items())
+        folder = tmp_path / under / name
+        folder.mkdir(parents=True)
+        OmegaConf.save(configuration, folder / "config.yaml")
+        choices = {"attention": attention, "norm": norm}
+        (folder / "run.json").write_text(json.dumps({"status": status, "choices": choices, "tokens_per_step": 1000000}))
+        lines = ["step,train/bpc,train/grad_norm,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc,logit/max,"
+                 "scale/mean,scale/min,scale/max,scale/layer0/mean,scale/layer1/mean"]  # fmt: skip
+        for step in range(1, 6):
+            ends = f"{loss},{logit},9,{8 - seed},{10 + seed},8.5,9.5" if step == 5 else ",,,,,,"
+            lines.append(f"{step},{loss + 5 - step},{9 / step},500000,1.5,{ends}")
+        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+        return name
+
+    return make
+
+
+def test_arms_of_several_folders_and_their_differences(trained):
+    for seed, more in ((0, 0.0), (1, 0.25)):
+        trained("a", "cosine_fixed", 1.0 + more, seed=seed, scale=10.0)
+        trained("b", "cosine_fixed", 1.5 + 2 * more, seed=seed, scale=8.0)
+    trained("b", "cosine_fixed", 0.5, scale=8.0, lr=0.002)  # of one seed: others have two
+    trained("b", "cosine_fixed", 9.0, scale=8.0, norm="post")
+    base = trained("b", "regular", 2.0)
+    lines = results.comparison("a,b", "norm=pre").splitlines()
+    assert lines[0] == "| seq_len | attention | norm | scale | peak lr | n | val bpc | tokens/s | peak GiB |"
+    assert lines[2:] == [
+        "| 64 | cosine_fixed | pre | 8 | 0.001 | 2 | 1.7500 ± 0.3536 | 500,000 ± 0 | 1.50 ± 0.00 |",
+        "| 64 | cosine_fixed | pre | 10 | 0.001 | 2 | **1.1250 ± 0.1768** | 500,000 ± 0 | 1.50 ± 0.00 |",
+        "| 64 | regular | pre | - | 0.001 | 1 | 2.0000 | 500,000 | 1.50 |",
+    ]
+    lines = results.differences("a,b", f"{base},cosine_fixed-pre-0.001-0-scale10.0", "norm=pre").splitlines()
+    assert lines[:2] == [
+        "| attention | norm | scale | peak lr | minus regular | minus cosine_fixed scale=10 |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    assert lines[2:] == [
+        "| cosine_fixed | pre | 8 | 0.001 | -0.2500 (2, 1) | +0.6250 ± 0.1768 (2) |",
+        "| cosine_fixed | pre | 10 | 0.001 | -0.8750 (2, 1) |  |",
+        "| regular | pre | - | 0.001 |  | +0.8750 (1, 2) |",
+    ]
+    with pytest.raises(ValueError, match="a baseline must be a run of an arm at its learning rate, got 'nobody'"):
+        results.differences("a,b", "nobody")
+    assert results.learning_rates("a,b", "64", "norm=pre", "attention.scale=8").splitlines() == [
+        "| attention | norm | 0.001 | 0.002 |",
+        "| --- | --- | ---: | ---: |",
+        "| cosine_fixed | pre | 1.5000 | **0.5000** |",
+    ]
+
+
+def test_sensitivity_and_stability(trained):
+    for lr, loss, logit in ((0.001, 1.5, 3.0), (0.002, 1.0, 5.0), (0.004, 1.25, 1234.5)):
+        trained("a", "regular", loss, lr=lr, logit=logit)
+    trained("a", "regular", 0.1, lr=0.008, status="diverged")
+    trained("a", "regular", 0.1, lr=0.002, seed=1)  # another seed takes no part
+    assert results.sensitivity("a", "64").splitlines() == [
+        "| attention | norm | rates | best rate | lowest val bpc | mean above it | at twice the rate | at four times |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| regular | pre | 3 | 0.002 | 1.0000 | 0.250 | 0.250 | - |",
+    ]
+    assert results.stability("a", "64").splitlines()[::2] == [
+        "| attention | norm | 0.001 | 0.002 | 0.004 | 0.008 | gradient norm |",
+        "| regular | pre | 3.0 | 5.0 | 1,234.5 | 2.0 | 4.50 |",  # of step 1, in the warm-up, it is 9
+    ]
+
+
+def test_learned_scales_and_when_a_loss_was_reached(trained):
+    for seed, loss in ((0, 1.0), (1, 2.0)):
+        trained("a", "cosine", loss, seed=seed)
+    trained("a", "regular", 2.0)
+    assert results.scales("a").splitlines()[::2] == [
+        "| attention | norm | peak lr | n | mean | lowest | highest | layer 0 | layer 1 |",
+        "| cosine | pre | 0.001 | 2 | 9.0 | 7.0 | 11.0 | 8.5 | 9.5 |",
+    ]
+    # the mean of the last four of five losses, 4 3 2 1 more than the last one, is 1.5 above it, of the first four 2.5
+    for bpc, cosine, regular in (
+        *(("3.5", "2 of 2 | 4.5 ± 0.7 | 9.0 ± 1.4", "1 of 1 | 5.0 | 10.0"),),
+        *(("2.5", "1 of 2 | 5.0 | 10.0", "0 of 1 | - | -"),),
+    ):
+        assert results.reached("a", bpc).splitlines()[2:] == [
+            f"| cosine | pre | 0.001 | {cosine} |",
+            f"| regular | pre | 0.001 | {regular} |",
+        ]
 
 
 def test_packed(files):
@@ -202,4 +297,5 @@ def test_documents_can_have_these_tables():
         "distances",
         "qk_norm",
         "qk_norm_errors",
+        *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),
     } <= results.TABLES.keys()
