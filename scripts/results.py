@@ -478,6 +478,7 @@ def _reached(results: dict[str, dict[str, Any]], aim: dict[str, Any]) -> float:
 
 
 def _verdict(values: Sequence[float], at_least: float) -> str:
+    at_least = round(at_least, 2)  # as the table has it, and the values are
     met = [value >= at_least for value in values]
     if all(met):
         return "met"

@@ -193,6 +193,18 @@ def test_qk_norm(tmp_path, monkeypatch):
     ]
 
 
+def test_an_aim_of_three_digits_is_compared_as_the_table_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    report = {"started": "2026-11-29T11:00:00", "git_commit": "0123456789"}
+    aim = {"what": "a", "case": "b", "key": "forward_ms", "over": NO_NORM, "seq_lens": [1000], "files": ["x/r.json"]}
+    (tmp_path / "aims.json").write_text(json.dumps([aim | {"at_least": 0.833}]))
+    (tmp_path / "x").mkdir()
+    for other, verdict in ((0.834, "met | 0.83"), (0.82, "missed, 1 % short | 0.82")):
+        rows = [row("ours (auto)", 1.0, 1.0), row(NO_NORM, other, 1.0)]
+        (tmp_path / "x" / "r.json").write_text(json.dumps(report | {"rows": rows}))
+        assert results.aims("aims.json").splitlines()[2].startswith(f"| a | b | 0.83 | {verdict} | [x]")
+
+
 def test_documents_can_have_these_tables():
     assert {
         "windows",
