@@ -1,4 +1,4 @@
-"""The tables of windows, packed sequences, padding, distances and trained arms say what made-up reports say."""
+"""The tables of windows, packed sequences, padding, distances, biases and trained arms say what made-up reports say."""
 
 import json
 from dataclasses import asdict
@@ -244,6 +244,28 @@ def test_distances(files):
     ]
 
 
+def test_bias(files):
+    def rows(bias, **times):
+        for name, (forward, backward, memory) in times.items():
+            name = {"ours": results.OURS, "norm": results.NORM_EFFICIENT, "plain": results.EFFICIENT}[name]
+            yield {**row(name, forward, forward + backward, backward, bias=bias), "peak_mib": memory}
+
+    files(
+        with_it=list(rows(True, ours=(2.0, 6.0, 514.2), norm=(1.5, 9.0, 1604.0), plain=(1.0, 3.0, 1474.0))),
+        without=list(rows(False, ours=(0.25, 0.75, 386.0), norm=(1.0, 3.0, 580.0), plain=(0.9, 2.0, 450.0))),
+    )
+    lines = results.bias("with_it", "without").splitlines()
+    names = "without it | l2norm + SDPA efficient | SDPA efficient"
+    assert lines[0] == (
+        f"| head dim | seq_len |  | forward, ms | {names} | backward, ms | {names} | "
+        f"forward + backward, ms | {names} | peak MiB | {names} |"
+    )
+    assert lines[2:] == [
+        "| 128 | 2 x 1000 | causal | 2.000 | 0.250 | 0.75x | 0.50x | 6.000 | 0.750 | 1.50x | 0.50x | "
+        "8.000 | 1.000 | 1.31x | 0.50x | 514 | 386 | 1,604 | 1,474 |"
+    ]
+
+
 def test_qk_norm(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     sizes = {"batch": 2, "seq_len": 8, "heads": 4, "kv_heads": 4, "head_dim": 128, "lengths": None}
@@ -288,6 +310,18 @@ def test_qk_norm(tmp_path, monkeypatch):
     ]
 
 
+def test_an_aim_of_three_digits_is_compared_as_the_table_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    report = {"started": "2026-11-29T11:00:00", "git_commit": "0123456789"}
+    aim = {"what": "a", "case": "b", "key": "forward_ms", "over": NO_NORM, "seq_lens": [1000], "files": ["x/r.json"]}
+    (tmp_path / "aims.json").write_text(json.dumps([aim | {"at_least": 0.833}]))
+    (tmp_path / "x").mkdir()
+    for other, verdict in ((0.834, "met | 0.83"), (0.82, "missed, 1 % short | 0.82")):
+        rows = [row("ours (auto)", 1.0, 1.0), row(NO_NORM, other, 1.0)]
+        (tmp_path / "x" / "r.json").write_text(json.dumps(report | {"rows": rows}))
+        assert results.aims("aims.json").splitlines()[2].startswith(f"| a | b | 0.83 | {verdict} | [x]")
+
+
 def test_documents_can_have_these_tables():
     assert {
         "windows",
@@ -295,6 +329,7 @@ def test_documents_can_have_these_tables():
         "packed",
         "padding",
         "distances",
+        "bias",
         "qk_norm",
         "qk_norm_errors",
         *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 PAIR_US, TILE_US = 2.0, 5.0  # sm90/backward.cuh, measured: a block of queries, and what a piece takes beside those
 NO_PAIR_US = 0.5  # a piece without a share
-MERGE_US, BYTES_PER_US = 2.5, 3e6
+MERGE_US, BYTES_PER_US = 1.0, 3e6
 
 
 @dataclass(frozen=True)

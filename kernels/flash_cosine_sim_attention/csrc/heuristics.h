@@ -53,14 +53,15 @@ inline constexpr int64_t kManyProductsPerRow = 256;
 struct WalkCosts {
   double pair_us;       // a block of queries in a walk
   double tile_us;       // what a walk, or a share of one, takes beside those
-  double merge_us;      // the launch that adds up, and
+  double merge_us;      // adding up, in the launch that makes dq, and
   double us_per_byte;   // each byte of partials, written and read
   int64_t least_pairs;  // of a share of the longest walk
 };
 // A pair and a tile as measured at head dim 64 (2.1 and 5.3 us), where a pair has as many products as at 128. With them
 // 512 to 4096 queries of 8 to 32 heads took 0.5 to 1.1 times the difference between two numbers of splits that the
-// model says. The others are estimates: 3 TB/s, as the L2 cache holds most partials.
-inline constexpr WalkCosts kWalkCostsSm90{2, 5, 2.5, 1 / 3e6, 2};
+// model says. The others are estimates: 3 TB/s, as the L2 cache holds most partials; at most 1 us to add up, for 8 heads
+// of 64 with 512 queries took longer whole than in two shares.
+inline constexpr WalkCosts kWalkCostsSm90{2, 5, 1, 1 / 3e6, 2};
 // A pair as measured on an H200 with two blocks a multiprocessor: 5.31 ms for 993 of them at head dim 64 and length
 // 8192, 6.4 us in float32. The others are estimates.
 inline constexpr WalkCosts kWalkCostsSm80{5, 10, 2.5, 1 / 1.5e6, 4};
