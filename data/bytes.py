@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -176,6 +176,10 @@ class ByteDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Batches of EvalBatches over the whole test split."""
         return self._eval_loader(self.corpus.test)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Lets go of the train split on devices: the next run of a sweep is in the same process."""
+        self._train_on.clear()
 
     def _window_starts(self, step: int, micro_step: int, rank: int) -> np.ndarray:
         first = (rank * self.accumulate + micro_step) * self.micro_batch_size

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,17 @@ def test_every_window_is_reachable(on_device):
     assert set(batch[:, 0].tolist()) == {0, 1, 2} and (batch.diff(dim=1) == 1).all()
     longest = make_module(corpus, seq_len=9).train_batch(0, 0, 0, CPU)
     assert longest.tolist() == [list(range(10))] * 4
+
+
+def test_the_device_has_the_split_no_longer_than_training_takes():
+    """A sweep's runs follow each other in a process, and something of each may live on until garbage is collected."""
+    module = make_module(on_device=True)
+    batch = module.train_batch(0, 0, 0, CPU)
+    held = weakref.ref(module._train_split(CPU))
+    assert held() is not None
+    module.teardown("fit")
+    assert held() is None
+    assert torch.equal(module.train_batch(0, 0, 0, CPU), batch)
 
 
 @pytest.mark.parametrize("name", ["bomb.gz", "bomb.zip", "large"])
