@@ -1,4 +1,4 @@
-"""The CUDA library of csrc/, built by setup.py for its default targets, on a machine that may have no GPU.
+"""The CUDA library of csrc/, built by setup.py on a machine that may have no GPU.
 
 No compiler may warn, no kernel spill registers, wait for what wgmma was to overlap or have operands of wgmma in the
 wrong registers, and the library loads.
@@ -79,10 +79,14 @@ assert flash_cosine_sim_attention(q, q, q).shape == q.shape
 """
 
 
-def compile_tree(tree: Path) -> str:
-    """Compile the tree's csrc/ for 8.0 and 9.0a; returns all that the compilers said."""
+# The least that has every kernel. Before a release: TORCH_CUDA_ARCH_LIST="8.0;9.0a;10.0;12.0" make emulate
+TARGETS = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a")
+
+
+def compile_tree(tree: Path, targets: str = TARGETS) -> str:
+    """Compile the tree's csrc/ for its targets; returns all that the compilers said."""
     # nvcc itself reads this variable: setup.py's flags stay as they are, and users see none of the statistics.
-    result = build_in_place(tree, compiling_environment("8.0;9.0a", NVCC_APPEND_FLAGS="-Xptxas -v"))
+    result = build_in_place(tree, compiling_environment(targets, NVCC_APPEND_FLAGS="-Xptxas -v"))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -174,7 +178,7 @@ def demangled(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def build(make_once):
-    """(all that the compilers said, the tree they built in place): three minutes."""
+    """(all that the compilers said, the tree they built in place): minutes."""
 
     def make(folder):
         tree = copy_sources(folder / "tree")
@@ -267,6 +271,6 @@ def test_library_loads_without_a_gpu(build):
     tree = build[1]
     (library,) = (tree / "kernels" / PACKAGE).glob("_C*.so")
     assert_only_the_stable_abi(library)
-    assert set(device_code(library)) == {("code", 80), ("code", 90)}
+    assert set(device_code(library)) == {("code", 10 * int(a) + int(b)) for a, b in re.findall(r"(\d+)\.(\d)", TARGETS)}
     result = run_python("-c", LOAD, cwd=tree, env=build_environment(PYTHONPATH=str(tree / "kernels")))
     assert result.returncode == 0, result.stderr
