@@ -100,4 +100,9 @@ class DynamicBias(nn.Module):
             hidden = (self.weight[:, None] * distance.log1p() + self.bias[:, None]).tanh()  # (HIDDEN, num_distances)
             # By the root, a step of Adam's at the rate lr moves a bias by lr * sqrt(HIDDEN) at most.
             raw = self.out @ hidden / math.sqrt(HIDDEN)
-            return self.largest * (raw / self.largest).tanh()
+            table = self.largest * (raw / self.largest).tanh()
+        if torch.compiler.is_compiling():
+            # The same, but stored: Inductor would bend the product's entries where flex_attention reads the table, and,
+            # without gradients, fails there (torch 2.11 and 2.13: "convert FlexibleLayout to FixedLayout first").
+            table = table.as_strided(table.shape, table.stride())
+        return table

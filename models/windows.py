@@ -19,6 +19,7 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention
 # flex_attention's own tile of its mask; its kernels want multiples of their tiles, which are up to 128.
 BLOCK = 128
 SMALLEST_FLEX_HEAD_DIM = 16  # of its kernels' products
+LARGEST_FLEX_HEAD_DIM = 256  # beyond, PyTorch's own tiles need more shared memory than a GPU has
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bi
 def _flex_serves(q: Tensor, distance_bias: Tensor | None) -> bool:
     if distance_bias is not None and distance_bias.requires_grad and torch.are_deterministic_algorithms_enabled():
         return False  # its gradient there is summed in no fixed order
-    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] >= SMALLEST_FLEX_HEAD_DIM
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return SMALLEST_FLEX_HEAD_DIM <= q.shape[-1] <= LARGEST_FLEX_HEAD_DIM
 
 
 @functools.cache
@@ -112,8 +115,35 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor 
         return score + distance_bias[head, (i - j).clamp(0, distance_bias.shape[-1] - 1)]
 
     blocks = block_mask(q.shape[-2], window, q.device)
-    score_mod = None if distance_bias is None else biased
-    return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    # Not "AUTO": the kernel for decoding, which that takes below 128 queries, has no tile for many grouped heads, and
+    # would take forward tiles that it is not made for.
+    options: dict[str, str | int] = {"BACKEND": "TRITON"}
+    score_mod = None
+    if distance_bias is not None:
+        options |= tiles_with_a_table(q.shape[-1], q.dtype)
+        score_mod = biased
+    return flex_attention(
+        q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+    )
+
+
+def tiles_with_a_table(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """kernel_options of flex_attention by which a score that reads a table has the shared memory that it needs.
+
+    PyTorch has tiles for each head dim and dtype, made for scores that read nothing: where there is no table they are
+    left to it. Triton copies what the scores of a tile read into shared memory ahead of time, as it does keys, so a
+    table takes 4 BLOCK_M BLOCK_N (stages - 1) bytes more. On a GPU of compute capability 9.0, which has 227 KiB, that
+    makes 240 KiB of PyTorch's 112 at head dim 64 forward, and 228 of 161 at 128 backward.
+
+    These need 96 KiB at most up to head dim 128 in 16 bits, and 102 at 256, on any GPU that was compiled for.
+    """
+    wide = head_dim * dtype.itemsize > 256
+    forward = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16 if wide else 64, "fwd_num_stages": 2}
+    if dtype == torch.float32:
+        return forward  # PyTorch's own backward has tiles of 16 x 16 and one stage, which copies nothing ahead
+    step = 16 if wide else 32  # rows at a time, beside 64 of the other side that stay
+    backward = {"bwd_BLOCK_M1": step, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": step, "bwd_num_stages": 2}
+    return forward | backward
 
 
 def block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask:

@@ -26,6 +26,7 @@ from flash_cosine_sim_attention import (
     plain_cosine_sim_attention,
 )
 from flash_cosine_sim_attention.ops import visible_pairs
+from models.windows import tiles_with_a_table
 
 SCALE = 10.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,10 +35,9 @@ FLASH_ATTENTION: dict[str, tuple[str, str, int | None]] = {
     "FlashAttention-4": ("flash_attn.cute", "flash-attn-4", None),
     "FlashAttention-3": ("flash_attn_interface", "flash-attn-3", -1),
 }
-# kernel_options of flex_attention: its own choice, and what is tried where the GPU has too little shared memory for it.
-SMALLER_FORWARD = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2}
-SMALLER_BACKWARD = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 2}
-TILES = (None, SMALLER_FORWARD, SMALLER_BACKWARD, SMALLER_FORWARD | SMALLER_BACKWARD)
+# flex_attention's passes that get the smaller tiles of the trainer's models, one after the other where the GPU has too
+# little shared memory for PyTorch's own choice.
+SMALLER = ((), ("fwd_",), ("bwd_",), ("fwd_", "bwd_"))
 NO_SHARED_MEMORY = "No valid triton configs"  # what PyTorch's compiler says then, of either pass
 VARLEN_ATTN, VARLEN_MODULE = "varlen_attn", "torch.nn.attention.varlen"
 PREDECESSOR = "flash_cosine_sim_attention"  # 0.1 and 0.2 on PyPI: a module of the same name as ours
@@ -399,38 +399,37 @@ def flex(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
 
 
 @cache
-def _tiles_that_fit(case: Case, normalise: bool, gradient: bool, device: torch.device) -> int:
-    """The first of TILES that the GPU has the shared memory for: found in the first call, which no time counts."""
+def _tiles_that_fit(case: Case, normalise: bool, gradient: bool, device: torch.device) -> tuple[str, ...]:
+    """The first of SMALLER that the GPU has the shared memory for: found in the first call, which no time counts."""
     inputs = make_inputs(case, device)
     inputs = inputs if gradient else inputs.detached()
-    last = len(TILES) - 1
-    for tiles in range(last):
+    *others, last = SMALLER
+    for smaller in others:
         try:
-            o = _flex(inputs, case, normalise, tiles)
+            o = _flex(inputs, case, normalise, smaller)
             if gradient:  # its kernel is compiled when it first runs
                 torch.autograd.grad(o, inputs.leaves(), inputs.do)
-            return tiles
+            return smaller
         except Exception as error:
             if NO_SHARED_MEMORY not in str(error):
                 raise
     return last  # where that does not fit either, the call itself raises
 
 
-def _flex(inputs: Inputs, case: Case, normalise: bool, tiles: int) -> Tensor:
-    attend = compiled_flex(normalise, case.kv_heads != case.heads, tiles)
+def _flex(inputs: Inputs, case: Case, normalise: bool, smaller: tuple[str, ...]) -> Tensor:
+    attend = compiled_flex(normalise, case.kv_heads != case.heads, smaller)
     blocks = block_mask(case.queries, case.seq_len, case.limits(), inputs.q.device)
     first = 0 if case.causal else case.queries - 1
     return attend(inputs.q, inputs.k, inputs.v, blocks, inputs.table, inputs.slopes, first)
 
 
 @cache
-def compiled_flex(normalise: bool, grouped: bool, tiles: int) -> Callable[..., Tensor]:
+def compiled_flex(normalise: bool, grouped: bool, smaller: tuple[str, ...]) -> Callable[..., Tensor]:
     """flex_attention of (q, k, v, block_mask, table, slopes, entry of distance 0) as torch.compile makes it for each
-    shape, l2norm and the score of a distance with it, by one of TILES.
+    shape, l2norm and the score of a distance with it, by one of SMALLER.
     """
     # Each length compiles twice, with and without gradients; beyond torch's limit of 8 it would raise.
     torch._dynamo.config.recompile_limit = 64
-    options = TILES[tiles]
 
     @torch.compile(fullgraph=True, dynamic=False)
     def attend(
@@ -447,6 +446,8 @@ def compiled_flex(normalise: bool, grouped: bool, tiles: int) -> Callable[..., T
         score_mod = None if table is None and slopes is None else score
         if normalise:
             (q, k), scale = l2norm(q, k), SCALE
+        tiles = tiles_with_a_table(q.shape[-1], q.dtype)
+        options = {name: size for name, size in tiles.items() if name[:4] in smaller}
         return flex_attention(
             q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options
         )

@@ -313,7 +313,7 @@ def stand_in_for_flex(monkeypatch, fits, reason=LACKING):
     """A list of the tiles that were smaller in each call of flex_attention, "fwd bwd" being both, and a function that
     calls contenders.flex. What does not fit raises: forward, or, as it is compiled when it first runs, backward.
     """
-    tried, problem = [], case(kv_heads=4)
+    tried, problem = [], case(kv_heads=4, dtype="bfloat16")  # of which PyTorch's tiles are large both ways
     inputs = make_inputs(problem, CPU)
 
     class Attend(torch.autograd.Function):

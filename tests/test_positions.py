@@ -19,7 +19,7 @@ from models.training.load import load_weights
 from models.training.optimizer import roles_of
 from models.training.report import read_results
 from models.training.run_files import read_csv
-from models.windows import by_flex, windowed_attention
+from models.windows import by_flex, tiles_with_a_table, windowed_attention
 
 ATTENTIONS = ["cosine", "regular"]
 BIASES = ["alibi", "dynamic"]
@@ -178,6 +178,83 @@ def test_on_a_gpu_a_compiled_bias_has_the_gradients_of_a_dense_one(monkeypatch, 
         assert (one.cpu() - other).norm() < 5e-3 * other.norm()  # TF32's products, if they are allowed
 
 
+def shared_memory(head_dim, dtype, *, table, learned=False, stages, **tiles):
+    """Bytes that a block of flex_attention's kernel needs on compute capability 9.0, which needs the most.
+
+    Forward queries, backward keys and values, stay; the other side's rows, two tensors of them, come in `stages`, and
+    so does what a score reads of the table, one stage later. Backward there are also the sums of rows, and where the
+    table's gradient is wanted its way into other registers. Triton 3.6, asked for kernels of 9.0, named these numbers.
+    """
+    row = 2 ** (head_dim - 1).bit_length() * dtype.itemsize
+    if "BLOCK_N" in tiles:
+        stay, come, fixed = tiles["BLOCK_M"], tiles["BLOCK_N"], 0
+        rows = stay + 2 * stages * come
+    else:
+        stay, come, fixed = tiles["BLOCK_N1"], tiles["BLOCK_M1"], 1024 + 3072 * learned
+        assert (tiles["BLOCK_M2"], tiles["BLOCK_N2"]) == (stay, come)
+        rows = 2 * stay + 2 * stages * come
+    return rows * row + (4 * stay * come * (stages - 1) if table else 0) + fixed
+
+
+def tiles_of(direction, options):
+    found = {name[4:]: size for name, size in options.items() if name.startswith(direction)}
+    return {"stages": found.pop("num_stages"), **found}
+
+
+def test_tiles_with_a_table_need_less_shared_memory_than_a_gpu_has():
+    # PyTorch's own for a GPU of 227 KiB: what such a GPU said when these did not fit
+    forward = {"BLOCK_M": 128, "BLOCK_N": 128, "stages": 3}
+    backward = {"BLOCK_M1": 64, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 64, "stages": 3}
+    assert shared_memory(64, torch.bfloat16, table=True, **forward) == 245760 > 227 * 1024
+    assert shared_memory(128, torch.bfloat16, table=True, learned=True, **backward) == 233472 > 227 * 1024
+    # without a table they do
+    assert shared_memory(64, torch.bfloat16, table=False, **forward) == 114688
+    assert shared_memory(128, torch.bfloat16, table=False, **backward) == 164864
+    for head_dim in range(16, 257, 8):
+        for dtype in (torch.bfloat16, torch.float16):
+            options = tiles_with_a_table(head_dim, dtype)
+            for direction in ("fwd_", "bwd_"):
+                needed = shared_memory(head_dim, dtype, table=True, learned=True, **tiles_of(direction, options))
+                # 99 KiB has a block of the smallest GPUs from compute capability 8.0 on
+                assert needed <= (99 if head_dim <= 128 else 104) * 1024, (head_dim, direction, needed)
+        options = tiles_with_a_table(head_dim, torch.float32)
+        assert all(name.startswith("fwd_") for name in options)
+        needed = shared_memory(head_dim, torch.float32, table=True, **tiles_of("fwd_", options))
+        assert needed <= (99 if head_dim <= 128 else 132) * 1024, (head_dim, needed)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_tiles_are_chosen_for_a_table_alone(monkeypatch):
+    """A window's are PyTorch's own, and a mask has blocks that every tile divides."""
+    given = []
+
+    def flex_attention(*inputs, kernel_options, **options):
+        given.append(kernel_options)
+        return flex(*inputs, kernel_options=kernel_options, **options)
+
+    flex = models.windows.flex_attention
+    monkeypatch.setattr(models.windows, "flex_attention", flex_attention)
+    q, k, v = (tensor.float() for tensor in inputs(2, 200))
+    by_flex(q, k, v, 100)
+    for table in (AlibiBias(4)(200, q), moved(DynamicBias(4, 200))(200, q)):  # with a gradient or without
+        by_flex(q, k, v, 200, table)
+        by_flex(q, k, v, 100, table.detach())
+    backend = {"BACKEND": "TRITON"}
+    assert given == [backend, *[backend | tiles_with_a_table(16, torch.float32)] * 4]
+    for head_dim in (16, 64, 128, 256):
+        tiles = tiles_with_a_table(head_dim, torch.bfloat16)
+        assert all(models.windows.BLOCK % size == 0 for name, size in tiles.items() if "BLOCK" in name)
+        assert tiles["bwd_BLOCK_N1"] % tiles["bwd_BLOCK_M1"] == tiles["bwd_BLOCK_M2"] % tiles["bwd_BLOCK_N2"] == 0
+
+
+def test_flex_attention_serves_the_head_dims_and_dtypes_that_it_has_tiles_for():
+    for head_dim, dtype, serves in [
+        (8, torch.bfloat16, False), (16, torch.bfloat16, True), (128, torch.float32, True),
+        (256, torch.float16, True), (264, torch.bfloat16, False), (64, torch.float64, False),
+    ]:  # fmt: skip
+        assert models.windows._flex_serves(torch.zeros(1, 1, 1, head_dim, dtype=dtype), None) == serves
+
+
 def test_deterministic_algorithms_leave_the_learned_bias_to_the_blocks():
     q, table = torch.zeros(1, 4, 8, 16), torch.zeros(4, 8, requires_grad=True)
     assert models.windows._flex_serves(q, table)
@@ -243,6 +320,54 @@ def test_a_compiled_step_is_that_of_the_model(kind, positions):
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     for parameter, gradient in zip(gpt.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-10)
+
+
+def losses_of_steps(gpt, tokens, steps, device_type):
+    """The loss before each of some steps of AdamW in bf16-mixed, and after them without gradients, as a validation."""
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
+    losses = []
+    for step in range(steps + 1):
+        with torch.autocast(device_type, torch.bfloat16), torch.set_grad_enabled(step < steps):
+            loss = gpt(tokens[:, :-1], tokens[:, 1:])
+        losses.append(loss.item())
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(parameter.grad.isfinite().all() for parameter in gpt.parameters())
+            optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_regular_attention_learns_its_biases(window):
+    gpt = build("regular", window=window)
+    before = [layer.attention.inner.position_bias.out.detach().clone() for layer in gpt.blocks]
+    first, *_, last = losses_of_steps(gpt, torch.randint(0, 256, (2, 33)), 4, "cpu")
+    assert last < first
+    for layer, out in zip(gpt.blocks, before, strict=True):
+        assert not torch.equal(layer.attention.inner.position_bias.out, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("positions", "window", "seq_len"), [
+    ("dynamic", None, 1024), ("alibi", None, 1024), ("dynamic", 300, 1024), ("rotary", 300, 1024), ("dynamic", 40, 96),
+])  # fmt: skip
+def test_on_a_gpu_regular_attention_trains_compiled(monkeypatch, positions, window, seq_len, head_dim):
+    """As the trainer compiles it, with shared memory enough, its validation, too; beside the same uncompiled."""
+    used = []
+    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[3]) or by_flex(*inputs))
+    sizes = {"width": 8 * head_dim, "num_heads": 8, "num_kv_heads": 2, "seq_len": seq_len, "positions": positions}
+    tokens = torch.randint(0, 256, (2, seq_len + 1), device="cuda")
+    losses = []
+    for compiled in (False, True):
+        gpt = build("regular", window=window, **sizes).cuda()
+        if compiled:
+            torch.compiler.reset()
+            gpt.compile(dynamic=False)
+        losses.append(losses_of_steps(gpt, tokens, 2, "cuda"))
+    assert set(used) == {window or seq_len} | ({seq_len} if positions != "rotary" else set())  # no window in the last
+    torch.testing.assert_close(*(torch.tensor(each) for each in losses), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("positions", BIASES)
