@@ -37,7 +37,7 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, PositionBiases, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
-from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.devices import choose_precision, compiles_by_default, is_of_compiling, uses_cuda
 from models.training.identity import default_name, plain_name
 from models.training.jobs import Job, job_here
 from models.training.length import Length
@@ -170,6 +170,8 @@ def fit(
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
         except BaseException as error:
             end_started(trainer, patience_s=20 if isinstance(error, Interrupted) else 2)
+            if is_of_compiling(error):
+                log.error("torch.compile could not make this model's step; compile=false trains it without, slower")
             raise
         bits_per_byte = trainer.callback_metrics["val/bpc"].item()
         if config.test:

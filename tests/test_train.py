@@ -647,7 +647,20 @@ def test_a_failure_in_training_is_marked_and_its_traceback_kept(text, tmp_path, 
         fit(text, tmp_path)
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["status"] == "failed" and "ZeroDivisionError" in record["error"]
-    assert "Traceback" in (tmp_path / "run/train.log").read_text()
+    kept = (tmp_path / "run/train.log").read_text()
+    assert "Traceback" in kept and "compile=false" not in kept
+
+
+def test_a_step_that_does_not_compile_has_a_way_out(text, tmp_path, monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    def training_step(_self, _batch, _index):
+        raise InductorError(RuntimeError("No valid triton configs"), None)
+
+    monkeypatch.setattr(GPTModule, "training_step", training_step)
+    with pytest.raises(InductorError):
+        fit(text, tmp_path)
+    assert "compile=false trains it without" in (tmp_path / "run/train.log").read_text()
 
 
 def test_a_sweep_runs_every_job_and_marks_those_that_fail(text, tmp_path):

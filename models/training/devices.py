@@ -81,6 +81,11 @@ def compiles_by_default(*, cuda: bool) -> bool:
     return bool(found)
 
 
+def is_of_compiling(error: BaseException) -> bool:
+    """Whether torch.compile raised it: told by a name, for what has the class takes seconds to import."""
+    return any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None when it is not known (and for a CPU)."""
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
