@@ -8,6 +8,7 @@ this process, so processes of their own, one for each of GPUS, run all checks; e
 import contextlib
 import ctypes
 import functools
+import gc
 import itertools
 import json
 import os
@@ -675,6 +676,7 @@ def run_all(library, gpu, part, parts):
     The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
     """
     torch.ops.load_library(library)
+    gc.freeze()  # what was imported is not searched for garbage, again and again
     for name, function in list(CHECKS[gpu].items())[int(part) :: int(parts)]:
         torch.manual_seed(0)
         print(json.dumps(name), flush=True)

@@ -18,7 +18,7 @@ CSRC = ROOT / "kernels" / "flash_cosine_sim_attention" / "csrc"
 
 # Those with asm, which have a counterpart here, and what else that needs.
 REPLACED = ("common/ptx.cuh", "sm90/wgmma.cuh")
-ADDED = ("emulator.h", "runtime.cpp")
+ADDED = ("emulator.h", "products.cpp", "runtime.cpp")
 # What csrc/ writes and no host compiler reads; sources may have it anywhere.
 SYNTAX = [
     (r"([\w:]+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>", r"emulator::Launch{\1, \2}"),

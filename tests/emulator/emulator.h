@@ -26,6 +26,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace emulator {
@@ -109,7 +110,7 @@ inline unsigned num_sleeps;  // since a thread did anything else
 inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
 inline bool last_block_first;
-inline int64_t num_loaded_bytes;  // by TMA
+inline int64_t num_loaded_bytes;                    // by TMA
 inline std::map<unsigned, int> num_large_launches;  // of blocks with more than 48 KiB, by their threads
 inline std::function<void()> body;
 inline std::exception_ptr error;
@@ -181,7 +182,7 @@ inline void wake(Waiting& waiting) {
 // Calls act() once all members are here. `what` tells calls apart that must not meet each other.
 template <typename Act>
 void meet(Meeting& meeting, const char* what, int first_warp, int num_warps, uint32_t lanes, void* argument, Act act) {
-  if (meeting.arrived > 0 && std::strcmp(meeting.what, what) != 0) {
+  if (meeting.arrived > 0 && meeting.what != what && std::strcmp(meeting.what, what) != 0) {
     throw std::logic_error(std::string(what) + " meets " + meeting.what + ": threads have diverged");
   }
   meeting.what = what;

@@ -16,8 +16,8 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline char* shared_memory_at(uint32_t address, uint32_t bytes) {
   if (address % bytes != 0 || address + bytes > emulator::shared_bytes) {
-    throw std::logic_error("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(address) +
-                           " of " + std::to_string(emulator::shared_bytes));
+    throw std::logic_error("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(address) + " of " +
+                           std::to_string(emulator::shared_bytes));
   }
   return emulator::shared + address;
 }
@@ -146,58 +146,20 @@ inline void store_shared_v4_f32(uint32_t address, float x, float y, float z, flo
   store_shared(address, float4{x, y, z, w});
 }
 
-// kPerRegister elements of the contraction lie in a register: 2 of 16 bits, or one TF32. Sums are rounded, where a
-// tensor core truncates them.
-template <int kPerRegister, typename Decode>
-void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Decode decode) {
-  constexpr int kContraction = 8 * kPerRegister;
-  struct Product {
-    float* d;
-    const uint32_t* a;
-    uint32_t b[2];
-  } mine{d, a, {b0, b1}};
-  emulator::meet_warp(what, ~0u, mine, [decode](Product** lanes) {
-    float a[16][kContraction], b[kContraction][8], d[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, place = lane % 4;
-      for (int i = 0; i < 4; ++i) {
-        d[group + 8 * (i / 2)][2 * place + i % 2] = lanes[lane]->d[i];
-        for (int part = 0; part < kPerRegister; ++part) {
-          const int k = (i / 2 * 4 + place) * kPerRegister + part;
-          a[group + 8 * (i % 2)][k] = decode(lanes[lane]->a[i], part);
-        }
-      }
-      for (int i = 0; i < 2; ++i) {
-        for (int part = 0; part < kPerRegister; ++part) {
-          b[(i * 4 + place) * kPerRegister + part][group] = decode(lanes[lane]->b[i], part);
-        }
-      }
-    }
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < kContraction; ++k) {
-        for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-      }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
-    }
-  });
-}
+enum class Mma { kBf16, kF16, kTf32 };
+
+void mma(Mma kind, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);  // products.cpp
 
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma<2>("mma bf16", d, a, b0, b1, [](uint32_t x, int part) {
-    return __uint_as_float(part == 0 ? x << 16 : x & 0xffff0000u);
-  });
+  mma(Mma::kBf16, d, a, b0, b1);
 }
 
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma<2>("mma f16", d, a, b0, b1, [](uint32_t x, int part) {
-    return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(x >> 16 * part)));
-  });
+  mma(Mma::kF16, d, a, b0, b1);
 }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma<1>("mma tf32", d, a, b0, b1, [](uint32_t x, int) { return __uint_as_float(x & 0xffffe000u); });
+  mma(Mma::kTf32, d, a, b0, b1);
 }
 
 inline uint32_t cvt_rna_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
@@ -245,7 +207,11 @@ inline void complete_phase_if_done(emulator::Barrier& barrier) {
 
 inline void mbarrier_init(uint32_t address, int count) {
   shared_memory_at(address, 8);
-  const bool is_new = emulator::barriers.insert({address, {count, count}}).second;
+  const bool is_new = emulator::barriers
+                          .insert({
+                              address, {count, count}
+  })
+                          .second;
   if (!is_new) throw std::logic_error("a barrier is initialised twice");
 }
 
@@ -312,8 +278,8 @@ void for_each_piece(const emulator::TensorMap& map, uint32_t tile, int column, i
     for (int x = 0; x < map.box_columns; x += 8) {
       const bool inside = column + x < map.sizes[0] && row + y < map.sizes[1] && head < map.sizes[2] &&
                           batch < map.sizes[3];
-      char* const global = map.data + 2 * (column + x) + (row + y) * map.stride_bytes[0] +
-                           head * map.stride_bytes[1] + batch * map.stride_bytes[2];
+      char* const global = map.data + 2 * (column + x) + (row + y) * map.stride_bytes[0] + head * map.stride_bytes[1] +
+                           batch * map.stride_bytes[2];
       move(swizzled(tile + y * row_bytes + 2 * x, row_bytes), inside ? global : nullptr);
     }
   }
@@ -330,9 +296,8 @@ inline void tma_load_4d(uint32_t tile, const void* tensor_map, uint32_t barrier_
   emulator::Barrier& barrier = barrier_at(barrier_address);
   check_acquired();
   emulator::num_loaded_bytes += 2 * map.box_columns * map.box_rows;
-  for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char*) {
-    emulator::poison(overwritten_by_tma(address), 16);
-  });
+  for_each_piece(map, tile, column, row, head, batch,
+                 [](uint32_t address, const char*) { emulator::poison(overwritten_by_tma(address), 16); });
   barrier.loads.push_back([=, &map, &barrier] {
     for_each_piece(map, tile, column, row, head, batch, [](uint32_t address, const char* global) {
       char* destination = shared_memory_at(address, 16);

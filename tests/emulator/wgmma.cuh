@@ -27,30 +27,6 @@ inline uint64_t make_plain_descriptor(uint32_t lower_half) {
   return (make_descriptor<128>(lower_half) & 0xffffffffu) | uint64_t{256 / 16} << 32;
 }
 
-template <typename T>
-float wgmma_element(uint16_t bits) {
-  if constexpr (__is_same(T, __half)) return static_cast<float>(std::bit_cast<_Float16>(bits));
-  return __uint_as_float(uint32_t{bits} << 16);
-}
-
-// Element k of the contraction in row (of a) or column (of b) n. With kTransposed the rows in memory are k's, not n's.
-// Without a swizzle a panel is a core matrix wide.
-template <typename T, bool kTransposed>
-float wgmma_element(uint64_t descriptor, int n, int k) {
-  const auto field = [&](int first_bit) { return static_cast<uint32_t>(descriptor >> first_bit & 0x3fff) * 16; };
-  const uint32_t start = field(0), next_panel = field(16), next_rows = field(32);
-  const int mode = static_cast<int>(descriptor >> 62);
-  const uint32_t panel_bytes = mode == 0 ? 16 : 256 >> mode;
-  if (mode == 0 && kTransposed) throw std::logic_error("not emulated");
-  const int row = kTransposed ? k : n, column = kTransposed ? n : k;
-  const int panel_columns = static_cast<int>(panel_bytes) / 2;
-  const uint32_t address = start + column / panel_columns * next_panel + row / 8 * next_rows + row % 8 * panel_bytes +
-                           column % panel_columns * 2;
-  uint16_t bits;
-  std::memcpy(&bits, asynchronous_memory_at(swizzled(address, panel_bytes), 2), 2);
-  return wgmma_element<T>(bits);
-}
-
 // A lane's operands; a is in its registers, or in shared memory if `a` is null.
 struct WgmmaOperands {
   float (*d)[4];
@@ -58,78 +34,25 @@ struct WgmmaOperands {
   uint64_t a_descriptor, b_descriptor;
 };
 
-struct WgmmaRegisters {
-  uint32_t of_lane[32][4];
+// How many columns there are, in blocks of 8, and whether b's rows in memory are the contraction's.
+struct WgmmaKind {
+  bool is_half, accumulates, is_transposed;
+  int num_blocks;
 };
 
-// The 16 rows of a that are this warp's.
-template <typename T>
-void read_a(float (&a)[16][16], const std::vector<WgmmaOperands>& lanes, const WgmmaRegisters& registers, int warp) {
-  if (lanes[0].a == nullptr) {
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        a[row][k] = wgmma_element<T, false>(lanes[0].a_descriptor, 16 * (warp % 4) + row, k);
-      }
-    }
-    return;
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (std::memcmp(lanes[lane].a, registers.of_lane[lane], sizeof(registers.of_lane[lane])) != 0) {
-      throw std::logic_error("the registers of a are written before wgmma has read them");
-    }
-    for (int i = 0; i < 4; ++i) {
-      for (int part = 0; part < 2; ++part) {
-        const auto bits = static_cast<uint16_t>(registers.of_lane[lane][i] >> 16 * part);
-        a[lane / 4 + 8 * (i % 2)][2 * (lane % 4) + 8 * (i / 2) + part] = wgmma_element<T>(bits);
-      }
-    }
-  }
-}
+void issue_wgmma(const char* what, WgmmaKind kind, const WgmmaOperands& mine);  // products.cpp
 
 template <typename T, bool kAccumulate, bool kTransposed, int kBlocks>
-void multiply(const std::vector<WgmmaOperands>& lanes, const WgmmaRegisters& registers, int warp) {
-  float a[16][16];
-  read_a<T>(a, lanes, registers, warp);
-  for (int n = 0; n < 8 * kBlocks; ++n) {
-    float b[16], sums[16];
-    for (int k = 0; k < 16; ++k) b[k] = wgmma_element<T, kTransposed>(lanes[0].b_descriptor, n, k);
-    const auto d = [&](int row) -> float& { return lanes[row % 8 * 4 + n % 8 / 2].d[n / 8][row / 8 * 2 + n % 2]; };
-    for (int row = 0; row < 16; ++row) sums[row] = kAccumulate ? d(row) : 0.f;
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 16; ++row) sums[row] += a[row][k] * b[k];
-    }
-    for (int row = 0; row < 16; ++row) d(row) = sums[row];
-  }
-}
-
-template <typename T, bool kAccumulate, bool kTransposed, int kBlocks>
-void issue_wgmma(const char* what, WgmmaOperands mine) {
-  emulator::meet_warp(what, ~0u, mine, [](WgmmaOperands** arguments) {
-    std::vector<WgmmaOperands> lanes;
-    WgmmaRegisters registers{};
-    for (int lane = 0; lane < 32; ++lane) {
-      lanes.push_back(*arguments[lane]);
-      if (lanes[lane].a != nullptr) std::memcpy(registers.of_lane[lane], lanes[lane].a, 16);
-      if (lanes[lane].a_descriptor != lanes[0].a_descriptor || lanes[lane].b_descriptor != lanes[0].b_descriptor) {
-        throw std::logic_error("the lanes of a warp have different descriptors");
-      }
-    }
-    const int warp = emulator::current / 32;
-    emulator::products[warp].uncommitted.push_back([=, lanes = std::move(lanes)] {
-      multiply<T, kAccumulate, kTransposed, kBlocks>(lanes, registers, warp);
-    });
-    ++emulator::num_wgmmas;
-  });
-}
+inline constexpr WgmmaKind kWgmmaKind{std::is_same_v<T, __half>, kAccumulate, kTransposed, kBlocks};
 
 template <typename T, bool kAccumulate, bool kTransposed, int kBlocks>
 void wgmma_rs(float (&d)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
-  issue_wgmma<T, kAccumulate, kTransposed, kBlocks>("wgmma of registers", {d, a, 0, b});
+  issue_wgmma("wgmma of registers", kWgmmaKind<T, kAccumulate, kTransposed, kBlocks>, {d, a, 0, b});
 }
 
 template <typename T, bool kAccumulate, bool kTransposed, int kBlocks>
 void wgmma_ss(float (&d)[kBlocks][4], uint64_t a, uint64_t b) {
-  issue_wgmma<T, kAccumulate, kTransposed, kBlocks>("wgmma of shared memory", {d, nullptr, a, b});
+  issue_wgmma("wgmma of shared memory", kWgmmaKind<T, kAccumulate, kTransposed, kBlocks>, {d, nullptr, a, b});
 }
 
 inline void wgmma_commit() {
