@@ -37,6 +37,7 @@ SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
 NORM_FA4, FLEX = "compiled l2norm + FlashAttention-4", "flex_attention, no norm"
 NORM_FLEX, VARLEN = "compiled l2norm + flex_attention", f"{VARLEN_ATTN}, no norm"
 WINDOW = 4  # logged rows of a run over which a training loss is averaged
+CUDA, SDPA = "ours (cuda)", "ours (sdpa)"
 NORM_EFFICIENT, EFFICIENT = "l2norm + SDPA efficient", "SDPA efficient, no norm"
 
 
@@ -530,6 +531,20 @@ def bias(*paths: str) -> str:
     return markdown(["head dim", "seq_len", "", *times, "peak MiB", *names], lines)
 
 
+def bias_backends(*paths: str) -> str:
+    """A bias of every pair: backend "cuda" in ms, the times of "sdpa" over it, and the peak memory of both."""
+    lines = []
+    for results in (results for path in paths for results in _measured(path).values()):
+        ours, other = results[CUDA], results[SDPA]
+        case = case_of(ours)
+        cells = [str(case.head_dim), f"{case.batch} x {case.seq_len}", _kind(ours)]
+        for key in DIRECTIONS:
+            cells += [f"{ours[key]:.3f}", _ratio(other, ours, key)]
+        lines.append([*cells, *(f"{row['peak_mib']:,.0f}" for row in (ours, other))])
+    times = [cell for words, _ in DIRECTIONS.values() for cell in (f"{words}, ms", "sdpa")]
+    return markdown(["head dim", "seq_len", "", *times, "peak MiB", "sdpa"], lines)
+
+
 def _short(name: str) -> str:
     return name.removeprefix(f"{OURS}, ").replace(", no norm", "")
 
@@ -692,7 +707,7 @@ TABLES: dict[str, Callable[..., str]] = {
     for function in (
         *(comparison, differences, learning_rates, sensitivity, stability, scales, reached),
         *(speed, attention, sustained, short, predecessor, decoding, training),
-        *(windows, trained_windows, packed, padding, distances, bias, qk_norm, qk_norm_errors, aims),
+        *(windows, trained_windows, packed, padding, distances, bias, bias_backends, qk_norm, qk_norm_errors, aims),
     )
 }
 

@@ -266,6 +266,25 @@ def test_bias(files):
     ]
 
 
+def test_bias_backends(files):
+    def rows(causal, **times):
+        for name, (forward, backward, memory) in times.items():
+            row_of = row(f"ours ({name})", forward, forward + backward, backward, bias=True, causal=causal)
+            yield {**row_of, "peak_mib": memory}
+
+    files(
+        dense=list(rows(False, cuda=(2.0, 6.0, 514.2), sdpa=(1.5, 9.0, 1604.0))),
+        causal=list(rows(True, cuda=(1.0, 3.0, 514.2), sdpa=(1.25, 7.5, 1474.0))),
+    )
+    assert results.bias_backends("dense", "causal").splitlines() == [
+        "| head dim | seq_len |  | forward, ms | sdpa | backward, ms | sdpa | forward + backward, ms | sdpa | peak MiB "
+        "| sdpa |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| 128 | 2 x 1000 | dense | 2.000 | 0.75x | 6.000 | 1.50x | 8.000 | 1.31x | 514 | 1,604 |",
+        "| 128 | 2 x 1000 | causal | 1.000 | 1.25x | 3.000 | 2.50x | 4.000 | 2.19x | 514 | 1,474 |",
+    ]
+
+
 def test_qk_norm(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     sizes = {"batch": 2, "seq_len": 8, "heads": 4, "kv_heads": 4, "head_dim": 128, "lengths": None}
@@ -330,6 +349,7 @@ def test_documents_can_have_these_tables():
         "padding",
         "distances",
         "bias",
+        "bias_backends",
         "qk_norm",
         "qk_norm_errors",
         *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),
