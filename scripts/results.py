@@ -8,6 +8,7 @@ this file; the arguments are paths from docs/results/ or numbers.
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -51,15 +52,16 @@ def _arms(folders: str, only: Sequence[str] = ()) -> list[Arm]:
         folders: with commas between them.
         only: KEY=VALUE or KEY=VALUE,VALUE: the arms that have one of these values, for each.
     """
-    runs = [run for folder in folders.split(",") for run in _runs(folder)]
+    runs = [run for folder in folders.split(",") for run in _runs(RESULTS / folder)]
     wanted = [(key, values.split(",")) for key, _, values in (one.partition("=") for one in only)]
     return [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
 
 
-def _runs(folder: str) -> list[Results]:
-    listed = RESULTS / folder / ".." / "shared_gpu.json"
+@functools.cache  # many tables are of the same runs: check() begins anew
+def _runs(folder: Path) -> list[Results]:
+    listed = folder / ".." / "shared_gpu.json"
     shared = json.loads(listed.read_text())["runs"] if listed.exists() else []
-    runs = [read_results(run) for run in sorted(find_runs([RESULTS / folder]))]
+    runs = [read_results(run) for run in sorted(find_runs([folder]))]
     return [_without_times(run) if run.folder.name in shared else run for run in runs]
 
 
@@ -731,6 +733,7 @@ def renewed(text: str, place: str) -> str:
 
 def check(arguments: argparse.Namespace) -> None:
     """Compares or writes; ValueError names the documents that differ."""
+    _runs.cache_clear()
     stale = []
     for path in documents():
         text = path.read_text(encoding="utf-8")

@@ -53,8 +53,8 @@ def make_cases(kills: int, terms: int, ints: int, rng: random.Random) -> list[Ca
     """So many runs of each signal, half of them of two processes; a third of the kills while a checkpoint is saved."""
     cases = []
     for signum, count in ((signal.SIGKILL, kills), (signal.SIGTERM, terms), (signal.SIGINT, ints)):
-        for index in range(count):
-            devices = 1 + index % 2
+        for _ in range(count):
+            devices = 1 + len(cases) % 2
             # Ctrl-C reaches every process of a terminal's group; a scheduler may signal the first one alone
             whole = signum == signal.SIGINT or (devices == 2 and rng.random() < 0.5)
             writing = signum == signal.SIGKILL and rng.random() < 1 / 3

@@ -20,7 +20,8 @@ import json, pytest
 class Listed:
     def pytest_collection_finish(self, session):
         print(json.dumps({item.nodeid: [mark.name for mark in item.iter_markers()] for item in session.items}))
-raise SystemExit(pytest.main(["--collect-only", "-qq", "--no-summary", "-W", "ignore"], plugins=[Listed()]))
+options = ["--collect-only", "-qq", "--no-summary", "-W", "ignore", "--assert=plain"]
+raise SystemExit(pytest.main(options, plugins=[Listed()]))
 """
 
 
