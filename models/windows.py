@@ -20,6 +20,9 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention
 BLOCK = 128
 SMALLEST_FLEX_HEAD_DIM = 16  # of its kernels' products
 LARGEST_FLEX_HEAD_DIM = 256  # beyond, PyTorch's own tiles need more shared memory than a GPU has
+# flex_attention adds up a table's gradient one pair at a time, in so few places that its threads wait for each other.
+# Up to this length a bias for every pair, batch * num_heads * seq_len^2 numbers of gradient, is the lesser evil.
+LONGEST_DENSE_BIAS = 2048
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ def mean_visible_keys(seq_len: int, window: int | None) -> float:
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v of all positions at once, causal, a query seeing `window` keys at most.
 
-    In a model compiled for a GPU by flex_attention, which leaves out the blocks that nobody sees. Anywhere else by
+    In a model compiled for a GPU by flex_attention, which leaves out the blocks that nobody sees; while a bias is
+    learned, up to LONGEST_DENSE_BIAS, by scaled_dot_product_attention with that bias for every pair. Anywhere else by
     PyTorch's scaled_dot_product_attention under an explicit mask, in blocks of rows without the keys beside their
     windows: the library's own "sdpa" back end, which serves attention=cosine there, too. flex_attention that is not
     compiled would store every score.
@@ -78,6 +82,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bi
             None: nothing is. Differentiable.
     """
     if torch.compiler.is_compiling() and q.is_cuda and _flex_serves(q, distance_bias):
+        if distance_bias is not None and distance_bias.requires_grad and q.shape[-2] <= LONGEST_DENSE_BIAS:
+            return by_dense_bias(q, k, v, window, distance_bias)
         return by_flex(q, k, v, window, distance_bias)
     if not torch.compiler.is_compiling() and q.is_cuda and q.requires_grad:
         _say_that_it_is_not_compiled()
@@ -125,6 +131,29 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor 
     return flex_attention(
         q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
     )
+
+
+def by_dense_bias(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: Tensor) -> Tensor:
+    """The same by scaled_dot_product_attention with a bias for every pair, -inf where there is nothing to see."""
+    bias = bias_of_pairs(distance_bias[:, :window], q.shape[-2]).to(q.dtype)
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # of the kernels that take a bias none has grouped heads
+        k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
+
+
+def bias_of_pairs(distance_bias: Tensor, seq_len: int) -> Tensor:
+    """(num_heads, seq_len, seq_len): entry i - j of the table at query i and key j, -inf where it has none.
+
+    As Transformer-XL shifts its rows (Dai et al. 2019, appendix B): rows of 2 seq_len numbers, read as rows of one
+    fewer, move by one from row to row. So the table's gradient is a sum over rows, not one pair's after the other.
+    """
+    num_heads, length = distance_bias.shape
+    table = F.pad(distance_bias[:, :seq_len], (0, max(0, seq_len - length)), value=-math.inf)
+    row = F.pad(table.flip(-1), (0, seq_len), value=-math.inf)  # of the last query: keys from the first, then none
+    rows = row[:, None].expand(-1, seq_len, -1).reshape(num_heads, -1)
+    shifted = rows[:, seq_len - 1 : seq_len - 1 + seq_len * (2 * seq_len - 1)]
+    return shifted.view(num_heads, seq_len, 2 * seq_len - 1)[..., :seq_len]
 
 
 def tiles_with_a_table(head_dim: int, dtype: torch.dtype) -> dict[str, int]:

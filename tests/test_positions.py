@@ -19,7 +19,7 @@ from models.training.load import load_weights
 from models.training.optimizer import roles_of
 from models.training.report import read_results
 from models.training.run_files import read_csv
-from models.windows import by_flex, tiles_with_a_table, windowed_attention
+from models.windows import by_dense_bias, by_flex, tiles_with_a_table, windowed_attention
 
 ATTENTIONS = ["cosine", "regular"]
 BIASES = ["alibi", "dynamic"]
@@ -160,11 +160,29 @@ def test_flex_attention_with_a_bias_is_a_dense_one(window, num_kv_heads):
     torch.testing.assert_close(found, dense(inner, q, k, v), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("window", "num_kv_heads", "seq_len"), [(None, 4, 33), (9, 2, 33), (40, 1, 33), (1, 4, 7)])
+def test_a_bias_for_every_pair_is_that_of_its_distance(window, num_kv_heads, seq_len):
+    inner = attention_of("regular", bias_of("dynamic", seq_len=40), window=window)
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(num_kv_heads, seq_len))
+    leaves = [q, k, v, *inner.parameters()]
+    # once with a table as long as the text, once longer
+    expected = dense(inner, q, k, v)
+    do = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, do)
+    for length in (seq_len, 40):
+        seen = min(window or seq_len, seq_len)
+        found = by_dense_bias(q, k, v, seen, inner.position_bias(length, q))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        for gradient, other in zip(torch.autograd.grad(found, leaves, do), wanted, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("longest", [0, 300], ids=["flex_attention", "a bias for every pair"])
 @pytest.mark.parametrize("window", [None, 100])
-def test_on_a_gpu_a_compiled_bias_has_the_gradients_of_a_dense_one(monkeypatch, window):
-    used = []
-    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[3]) or by_flex(*inputs))
+def test_on_a_gpu_a_compiled_bias_has_the_gradients_of_a_dense_one(monkeypatch, window, longest):
+    used = spied(monkeypatch)
+    monkeypatch.setattr(models.windows, "LONGEST_DENSE_BIAS", longest)
     inner = attention_of("regular", bias_of("dynamic", seq_len=300), window=window).float()
     tensors = [tensor.float().requires_grad_() for tensor in inputs(2, 300)]
     leaves = [*tensors, inner.position_bias.out]
@@ -173,9 +191,22 @@ def test_on_a_gpu_a_compiled_bias_has_the_gradients_of_a_dense_one(monkeypatch, 
     moved_tensors = [tensor.detach().cuda().requires_grad_() for tensor in tensors]
     o = torch.compile(on_gpu, dynamic=False)(*moved_tensors)
     found = torch.autograd.grad(o.square().sum(), [*moved_tensors, on_gpu.position_bias.out])
-    assert used == [window or 300]
+    assert used == [("by_dense_bias" if longest else "by_flex", window or 300)]
     for one, other in zip(found, expected, strict=True):
         assert (one.cpu() - other).norm() < 5e-3 * other.norm()  # TF32's products, if they are allowed
+
+
+def spied(monkeypatch):
+    """Which function served a call, and its window."""
+    used = []
+    for function in (by_flex, by_dense_bias):
+        monkeypatch.setattr(models.windows, function.__name__, partial(_recorded, used, function))
+    return used
+
+
+def _recorded(used, function, *inputs):
+    used.append((function.__name__, inputs[3]))
+    return function(*inputs)
 
 
 def shared_memory(head_dim, dtype, *, table, learned=False, stages, **tiles):
@@ -355,8 +386,7 @@ def test_regular_attention_learns_its_biases(window):
 ])  # fmt: skip
 def test_on_a_gpu_regular_attention_trains_compiled(monkeypatch, positions, window, seq_len, head_dim):
     """As the trainer compiles it, with shared memory enough, its validation, too; beside the same uncompiled."""
-    used = []
-    monkeypatch.setattr(models.windows, "by_flex", lambda *inputs: used.append(inputs[3]) or by_flex(*inputs))
+    used = spied(monkeypatch)
     sizes = {"width": 8 * head_dim, "num_heads": 8, "num_kv_heads": 2, "seq_len": seq_len, "positions": positions}
     tokens = torch.randint(0, 256, (2, seq_len + 1), device="cuda")
     losses = []
@@ -366,7 +396,9 @@ def test_on_a_gpu_regular_attention_trains_compiled(monkeypatch, positions, wind
             torch.compiler.reset()
             gpt.compile(dynamic=False)
         losses.append(losses_of_steps(gpt, tokens, 2, "cuda"))
-    assert set(used) == {window or seq_len} | ({seq_len} if positions != "rotary" else set())  # no window in the last
+    seen = {window or seq_len} | ({seq_len} if positions != "rotary" else set())  # no window in the last layer
+    learned = "by_dense_bias" if positions == "dynamic" else "by_flex"
+    assert set(used) == {(function, keys) for function in ("by_flex", learned) for keys in seen}  # it validates by_flex
     torch.testing.assert_close(*(torch.tensor(each) for each in losses), rtol=0, atol=0.05)
 
 
