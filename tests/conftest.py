@@ -54,7 +54,12 @@ def text(tmp_path_factory):
     return path
 
 
+# Their tests take many seconds each: first, so that no worker is left with one of them at the end.
+LONGEST = ("test_storm.py", "test_sweeps.py", "test_train.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -64,13 +64,17 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
         shutil.copy(EMULATOR / Path(name).name, folder / name)
     torch_folder = Path(torch.__file__).parent
     # nvcc only calls the host compiler, and knows where CUDA's headers are.
-    compile_command = [nvcc, *"-x c++ -std=c++20 -O1 -include emulator.h".split()]
+    compile_command = [nvcc, *"-x c++ -std=c++20 -O1".split()]
     compile_command += ["-DUSE_CUDA", "-DFLASH_COSINE_SIM_HAS_SM90=1"]
     # The kernels read the bits of one type as another's, as nvcc lets them; and with its checks glibc takes a longjmp
     # to another stack for an error.
     compile_command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-U_FORTIFY_SOURCE"]
     compile_command += ["-Xcompiler", "-Wno-unknown-pragmas"]
     compile_command += [f"-I{folder}", "-isystem", str(torch_folder / "include"), "-c"]
+    # Read by every source, so once for all: gcc takes a header that it compiled before by the same flags.
+    header = folder / "emulator.h"
+    run([*compile_command, "-Xcompiler", "-x,c++-header", header, "-o", f"{header}.gch"])
+    compile_command += ["-include", "emulator.h"]
     sources = sorted((*folder.rglob("*.cu"), *folder.rglob("*.cpp")))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(lambda source: run([*compile_command, source, "-o", f"{source}.o"]), sources))
