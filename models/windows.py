@@ -12,6 +12,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention
@@ -82,7 +83,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bi
             None: nothing is. Differentiable.
     """
     if torch.compiler.is_compiling() and q.is_cuda and _flex_serves(q, distance_bias):
-        if distance_bias is not None and distance_bias.requires_grad and q.shape[-2] <= LONGEST_DENSE_BIAS:
+        learned = distance_bias is not None and distance_bias.requires_grad
+        if learned and q.shape[-2] <= LONGEST_DENSE_BIAS and q.shape[-1] % 8 == 0:  # its kernel's head dims
             return by_dense_bias(q, k, v, window, distance_bias)
         return by_flex(q, k, v, window, distance_bias)
     if not torch.compiler.is_compiling() and q.is_cuda and q.requires_grad:
@@ -139,7 +141,10 @@ def by_dense_bias(q: Tensor, k: Tensor, v: Tensor, window: int, distance_bias: T
     group = q.shape[1] // k.shape[1]
     if group > 1:  # of the kernels that take a bias none has grouped heads
         k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
+    # PyTorch prefers cuDNN on a Hopper, whose backward pass under a mask returns NaN at some lengths:
+    # pytorch/pytorch#196678.
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
 
 
 def bias_of_pairs(distance_bias: Tensor, seq_len: int) -> Tensor:
