@@ -570,6 +570,7 @@ struct ForwardSm90 {
     uint32_t p[kSlices][4];
     float o[kHeadDim / 8 + (kOnes ? 1 : 0)][4];  // the last, if ones: the rounded row sums
     float exact_sums[2], rounded_sums[2];
+    typename Distances::Slices entries;  // kAddsInSlices: of the block of which S is made
 
     // Waits for a tile and its q.
     __device__ __forceinline__ Work receive() {
@@ -710,6 +711,14 @@ struct ForwardSm90 {
       v_stage.advance();
     }
 
+    // kAddsInSlices: reads the first entries of distances, while S is made, to which they are added.
+    __device__ __forceinline__ void begin_entries() {
+      if constexpr (kAddsInSlices) {
+        mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
+        entries.begin(shared.distances(v_stage.index), first_row);
+      }
+    }
+
     // P = 2^S of 16 keys, in place.
     __device__ __forceinline__ void exponentiate(int slice) {
 #pragma unroll
@@ -746,9 +755,7 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void start_pv_as_p_is_made() {
-      mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
-      typename Distances::Slices entries;
-      if constexpr (kAddsInSlices) entries.begin(shared.distances(v_stage.index), first_row);
+      if constexpr (!kAddsInSlices) mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         if constexpr (kAddsInSlices) entries.add(scores, slice);
@@ -782,6 +789,7 @@ struct ForwardSm90 {
       start_qk();
       wgmma_wait<1>();
       finish_pv();
+      begin_entries();
       finish_qk<0>();
     }
 
@@ -852,6 +860,7 @@ struct ForwardSm90 {
       if (own.first < own.end && reaches(next)) {
         Step step = next;
         start_qk();
+        begin_entries();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
