@@ -138,8 +138,8 @@ struct ForwardSm90 {
     int kept = -1;          // which 1024 keys `any` and `all` are of
     uint32_t any = ~0u, all = ~0u;
 
-    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work) : params(params), batch(work.batch) {
-      const Range keys = keys_of_rows(params, work.first_query, kBlockQ).any;
+    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work, const Range& keys)
+        : params(params), batch(work.batch) {
       first = keys.first / kFirstKeyStep * (kFirstKeyStep / 32);
       end = keys.first < keys.end ? (keys.end + 31) / 32 : first;
       word = first + (end - first + kWordsPerBlock - 1) / kWordsPerBlock * kWordsPerBlock - kWordsPerBlock;
@@ -147,6 +147,9 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ Step step() { return word < first ? Step::none() : Step::make(word, is_whole()); }
+
+    // Whether no block is behind the next one, for certain.
+    __device__ __forceinline__ bool ends() const { return word - kWordsPerBlock < first; }
 
     __device__ __forceinline__ Step next() {
       word -= kWordsPerBlock;
@@ -361,7 +364,6 @@ struct ForwardSm90 {
     // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no
     // sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
-      if constexpr (kBanded) return load_band(work);
       announce(work);
       load_q(work);
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
@@ -372,7 +374,7 @@ struct ForwardSm90 {
         load_k(work, block - 1);
         load_values(work, block * kBlockK);
       }
-      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      const unsigned next = ask_for_tile();
       if (has_keys) load_values(work, 0);
       return next;
     }
@@ -383,34 +385,60 @@ struct ForwardSm90 {
       look_for_k_hat();
     }
 
-    __device__ __forceinline__ unsigned load_band(const Work& work) {
-      Walk walk(params, work);
+    // kBanded: the keys that a tile sees. Of packed sequences they are looked up in memory.
+    __device__ __forceinline__ Range keys_of_tile(unsigned tile) const {
+      if (tile >= static_cast<unsigned>(schedule.num_tiles)) return {};
+      return keys_of_rows(params, find_work(params, schedule, tile).first_query, kBlockQ).any;
+    }
+
+    // `keys` are those of the tile and then, kSpacious, of the next one: they are looked up before the last values, which
+    // have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
+    __device__ __forceinline__ unsigned load_band(unsigned tile, const Work& work, Range& keys) {
+      if constexpr (!kSpacious) keys = keys_of_tile(tile);
+      Walk walk(params, work, keys);
       const Step first = walk.step();
       announce(work);
       store_shared_b32(shared.first_step(), first.code);
       load_q(work);
-      Step step = first;
+      Step step = first, behind = Step::none();
       if (first.exists()) {
-        Step behind = walk.next();
+        behind = walk.next();
         load_step(work, step, behind);
-#pragma unroll 1
-        while (behind.exists()) {
-          const Step last = step;
-          step = behind;
-          behind = walk.next();
-          load_step(work, step, behind);
-          load_values(work, last.first_key());
-        }
       }
-      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      const auto advance = [&] {
+        const Step last = step;
+        step = behind;
+        behind = walk.next();
+        load_step(work, step, behind);
+        load_values(work, last.first_key());
+      };
+#pragma unroll 1
+      while (behind.exists() && !walk.ends()) advance();
+      const unsigned next = ask_for_tile();
+#pragma unroll 1
+      while (behind.exists()) advance();
+      if constexpr (kSpacious) keys = keys_of_tile(next);
       if (first.exists()) load_values(work, step.first_key());
       return next;
+    }
+
+    __device__ __forceinline__ unsigned ask_for_tile() const {
+      return gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are; results do not.
     __device__ __forceinline__ void load_tiles() {
       unsigned tile = blockIdx.x;
-      while (tile < static_cast<unsigned>(schedule.num_tiles)) tile = load_tile(find_work(params, schedule, tile));
+      Range keys{};
+      if constexpr (kBanded && kSpacious) keys = keys_of_tile(tile);
+      while (tile < static_cast<unsigned>(schedule.num_tiles)) {
+        const Work work = find_work(params, schedule, tile);
+        if constexpr (kBanded) {
+          tile = load_band(tile, work, keys);
+        } else {
+          tile = load_tile(work);
+        }
+      }
       announce({0, 0, 0, kNoMoreTiles});
       mbarrier_arrive(shared.q_full());
     }
