@@ -990,9 +990,10 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int tiles_per_head = schedule.num_blocks_k * schedule.num_splits;
   schedule.num_static_tiles = params.dq_order == nullptr ? num_blocks : 0;
-  if (params.causal && params.window_left < 0) {
+  const bool packed = params.sequences.queries != nullptr;
+  if (packed || (params.causal && params.window_left < 0)) {
     schedule.kv_heads = HeadSections::make(num_kv_heads, static_cast<int>(kSectionBytes / bytes_per_head) + 1,
-                                           heads_to_balance(tiles_per_head, num_multiprocessors));
+                                           heads_to_balance(tiles_per_head, num_multiprocessors, packed));
     schedule.prepared_kv_heads = schedule.kv_heads;
   } else {
     // All tiles are alike, and a head's follow each other. Rows are prepared for the heads that begin together.

@@ -391,8 +391,8 @@ struct ForwardSm90 {
       return keys_of_rows(params, find_work(params, schedule, tile).first_query, kBlockQ).any;
     }
 
-    // `keys` are those of the tile and then, kSpacious, of the next one: they are looked up before the last values, which
-    // have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
+    // `keys` are those of the tile and then, kSpacious, of the next one: they are looked up before the last values,
+    // which have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
     __device__ __forceinline__ unsigned load_band(unsigned tile, const Work& work, Range& keys) {
       if constexpr (!kSpacious) keys = keys_of_tile(tile);
       Walk walk(params, work, keys);
@@ -1108,9 +1108,10 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   const int num_multiprocessors = current_device().num_multiprocessors;
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int group = params.num_heads / params.num_kv_heads, num_kv_heads = params.batch * params.num_kv_heads;
-  if (params.causal && params.window_left < 0) {
+  const bool packed = params.sequences.queries != nullptr;
+  if (packed || (params.causal && params.window_left < 0)) {
     const int per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
-    const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors);
+    const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors, packed);
     schedule.heads = HeadSections::make(params.batch * params.num_heads, per_section, in_last);
     schedule.kv_heads =
         HeadSections::make(num_kv_heads, (per_section + group - 1) / group, (in_last + group - 1) / group);
