@@ -393,7 +393,8 @@ struct ForwardSm90 {
 
     // `keys` are those of the tile and then, kSpacious, of the next one: they are looked up before the last values,
     // which have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
-    __device__ __forceinline__ unsigned load_band(unsigned tile, const Work& work, Range& keys) {
+    __device__ __forceinline__ unsigned load_band(unsigned tile, Range& keys) {
+      const Work work = find_work(params, schedule, tile);
       if constexpr (!kSpacious) keys = keys_of_tile(tile);
       Walk walk(params, work, keys);
       const Step first = walk.step();
@@ -413,11 +414,13 @@ struct ForwardSm90 {
         load_values(work, last.first_key());
       };
 #pragma unroll 1
-      while (behind.exists() && !walk.ends()) advance();
+      while (behind.exists() && !(kSpacious && walk.ends())) advance();
       const unsigned next = ask_for_tile();
+      if constexpr (kSpacious) {
 #pragma unroll 1
-      while (behind.exists()) advance();
-      if constexpr (kSpacious) keys = keys_of_tile(next);
+        while (behind.exists()) advance();
+        keys = keys_of_tile(next);
+      }
       if (first.exists()) load_values(work, step.first_key());
       return next;
     }
@@ -432,11 +435,10 @@ struct ForwardSm90 {
       Range keys{};
       if constexpr (kBanded && kSpacious) keys = keys_of_tile(tile);
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
-        const Work work = find_work(params, schedule, tile);
         if constexpr (kBanded) {
-          tile = load_band(tile, work, keys);
+          tile = load_band(tile, keys);
         } else {
-          tile = load_tile(work);
+          tile = load_tile(find_work(params, schedule, tile));
         }
       }
       announce({0, 0, 0, kNoMoreTiles});
@@ -598,7 +600,8 @@ struct ForwardSm90 {
     uint32_t p[kSlices][4];
     float o[kHeadDim / 8 + (kOnes ? 1 : 0)][4];  // the last, if ones: the rounded row sums
     float exact_sums[2], rounded_sums[2];
-    typename Distances::Slices entries;  // kAddsInSlices: of the block of which S is made
+    struct Nothing {};
+    std::conditional_t<kAddsInSlices, typename Distances::Slices, Nothing> entries;  // of the block that S is made of
 
     // Waits for a tile and its q.
     __device__ __forceinline__ Work receive() {
