@@ -220,11 +220,14 @@ struct ForwardSm90 {
     }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     // kBanded: the code of the tile's first step; for a block of keys the code of the step behind it and the words of
-    // its mask; the keys that a query sees. A block's stage is free again before its scores are finished: two turns of
-    // the ring have steps of their own.
+    // its mask; for a block of values the code of the second step behind it; the keys that a query sees. A block's
+    // stage is free again before its scores are finished: two turns of the ring have masks of their own.
     __device__ __forceinline__ uint32_t first_step() const { return base + Traits::kOffsetFirstStep; }
     __device__ __forceinline__ uint32_t next_step(const RingStage<kStages>& stage) const {
       return base + Traits::kOffsetSteps + (stage.index + stage.parity * kStages) * Traits::kStepBytes + 16;
+    }
+    __device__ __forceinline__ uint32_t step_after_next(const RingStage<kStages>& stage) const {
+      return base + Traits::kOffsetSteps + stage.index * Traits::kStepBytes + 20;
     }
     __device__ __forceinline__ uint32_t mask_words(const RingStage<kStages>& stage) const {
       return next_step(stage) - 16;
@@ -318,8 +321,10 @@ struct ForwardSm90 {
       k_stage.advance();
     }
 
-    __device__ __forceinline__ void load_values(const Work& work, int first_key) {
+    // kBanded: `behind` is the second step behind that of these values.
+    __device__ __forceinline__ void load_values(const Work& work, int first_key, Step behind = Step::none()) {
       mbarrier_wait(shared.v_empty(v_stage.index), v_stage.parity ^ 1);
+      if constexpr (kBanded && Traits::kSliced) store_shared_b32(shared.step_after_next(v_stage), behind.code);
       const uint32_t full = shared.v_full(v_stage.index);
       load<kBlockK, kAddsInSlices ? Distances::kBytes : 0>(maps.v, shared.v(v_stage.index), full, first_key,
                                                            work.kv_head, work.batch);
@@ -411,7 +416,7 @@ struct ForwardSm90 {
         step = behind;
         behind = walk.next();
         load_step(work, step, behind);
-        load_values(work, last.first_key());
+        load_values(work, last.first_key(), behind);
       };
 #pragma unroll 1
       while (behind.exists() && !(kSpacious && walk.ends())) advance();
@@ -593,7 +598,8 @@ struct ForwardSm90 {
     const int first_row;  // of the warp in the tile
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
-    Step next;  // kBanded: the step behind that of the block of keys that came last; a tile begins with its first
+    Step next;   // kBanded: the step behind that of the block of keys that came last; a tile begins with its first
+    Step ahead;  // kBanded, kSliced: the one behind it, as it comes with values
 
     uint32_t q[Traits::kQInRegisters ? kHeadDim / 16 : 1][4];
     float scores[kBlockK / 8][4];
@@ -719,7 +725,11 @@ struct ForwardSm90 {
         }
       }
       wgmma_commit();
-      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
+    }
+
+    __device__ __forceinline__ void start_qk_and_read_step() {
+      start_qk();
+      next = read_step(shared.next_step(k_stage));
     }
 
     // Waits for S, and scores it; kPending groups of products started later may go on.
@@ -787,6 +797,7 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void start_pv_as_p_is_made() {
       if constexpr (!kAddsInSlices) mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
+      if constexpr (kBanded) ahead = read_step(shared.step_after_next(v_stage));
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         if constexpr (kAddsInSlices) entries.add(scores, slice);
@@ -820,8 +831,22 @@ struct ForwardSm90 {
       start_qk();
       wgmma_wait<1>();
       finish_pv();
+      finish_qk<0>();
+    }
+
+    // kBanded: the same. Returns whether `step`, of which S is made, is plain, which is asked beside the 2^x: behind
+    // the wait for S nothing else of the warpgroup could run.
+    template <typename IsPlain>
+    __device__ __forceinline__ bool step_sliced(Step step, IsPlain is_plain) {
+      const bool plain = is_plain(step);
+      start_pv_as_p_is_made();
+      start_qk();
+      next = ahead;
+      wgmma_wait<1>();
+      finish_pv();
       begin_entries();
       finish_qk<0>();
+      return plain;
     }
 
     // P of `block` + 1 is there. Ends with that of `block` there and no product under way.
@@ -844,7 +869,7 @@ struct ForwardSm90 {
     // kBanded: the same.
     template <typename IsPlain>
     __device__ __forceinline__ void step_whole(const Work& work, Step step, IsPlain is_plain) {
-      start_qk();
+      start_qk_and_read_step();
       start_whole_pv();
       const bool plain = is_plain(step);
       finish_qk<1>();
@@ -883,27 +908,28 @@ struct ForwardSm90 {
         return (params.l2norm_qk || kAddsAtOnce) && step.is_whole() && all.first <= first_key &&
                first_key + kBlockK <= all.end;
       };
-      const auto finish = [&](Step step) {
-        if (!is_plain(step)) finish_band_scores(work, step, k_stage.previous());
+      const auto finish = [&](Step step, bool plain) {
+        if (!plain) finish_band_scores(work, step, k_stage.previous());
       };
       // Blocks that only warpgroups with later queries see.
       while (next.exists() && next.first_key() >= own.end) skip_block();
       if (own.first < own.end && reaches(next)) {
         Step step = next;
-        start_qk();
+        start_qk_and_read_step();
+        bool plain = is_plain(step);
         begin_entries();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
           while (reaches(next)) {
-            finish(step);
+            finish(step, plain);
             step = next;
-            step_sliced<true>(work, 0);
+            plain = step_sliced(step, is_plain);
           }
-          finish(step);
+          finish(step, plain);
           start_pv_as_p_is_made();
         } else {
-          finish(step);
+          finish(step, plain);
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) {
             exponentiate(slice);
