@@ -549,10 +549,11 @@ struct ForwardSm90 {
     }
   };
 
-  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch.
+  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch,
+  // unless kSliced.
   static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
-                                                     const Shared& shared, const Work& work, int first_row,
-                                                     int first_key, const RingStage<kStages>& stage) {
+                                                     const Shared& shared, const Work& work, int first_row, Step step,
+                                                     const RingStage<kStages>& stage) {
     if (!kAddsAtOnce && !params.l2norm_qk) {
       const float score_scale = scale_log2(params, work.head);
 #pragma unroll
@@ -567,16 +568,25 @@ struct ForwardSm90 {
     for (int half = 0; half < 2; ++half) {
       load_shared_v2_s32(keys[half], shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
     }
+    int words[kBlockK / 32];
+    if (Traits::kSliced && step.is_whole()) {
+#pragma unroll
+      for (int& word : words) word = -1;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlockK / 32; ++i) {
+        int word = 0;
+        if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
+        words[i] = __shfl_sync(0xffffffffu, word, 0);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kBlockK / 32; ++i) {
-      const int first = first_key + 32 * i;  // of the word
-      int word = 0;
-      if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
-      word = __shfl_sync(0xffffffffu, word, 0);
+      const int first = step.first_key() + 32 * i;  // of the word
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t in_range = first_bits(keys[half][1] - first) & ~first_bits(keys[half][0] - first);
-        const uint32_t seen = (in_range & static_cast<uint32_t>(word)) >> (2 * (lane & 3));
+        const uint32_t seen = (in_range & static_cast<uint32_t>(words[i])) >> (2 * (lane & 3));
 #pragma unroll
         for (int column = 0; column < 32; column += column % 8 == 0 ? 1 : 7) {
           float& score = scores[4 * i + column / 8][2 * half + column % 8];
@@ -820,7 +830,7 @@ struct ForwardSm90 {
 
     // `stage` is where the keys of the step are or were.
     __device__ __forceinline__ void finish_band_scores(const Work& work, Step step, const Stage& stage) {
-      finish_band(scores, params, shared, work, first_row, step.first_key(), stage);
+      finish_band(scores, params, shared, work, first_row, step, stage);
     }
 
     // S of `block` is there. Ends with S of the block before it there and no product under way.
