@@ -220,14 +220,11 @@ struct ForwardSm90 {
     }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     // kBanded: the code of the tile's first step; for a block of keys the code of the step behind it and the words of
-    // its mask; for a block of values the code of the second step behind it; the keys that a query sees. A block's
-    // stage is free again before its scores are finished: two turns of the ring have masks of their own.
+    // its mask; the keys that a query sees. A block's stage is free again before its scores are finished: two turns of
+    // the ring have steps of their own.
     __device__ __forceinline__ uint32_t first_step() const { return base + Traits::kOffsetFirstStep; }
     __device__ __forceinline__ uint32_t next_step(const RingStage<kStages>& stage) const {
       return base + Traits::kOffsetSteps + (stage.index + stage.parity * kStages) * Traits::kStepBytes + 16;
-    }
-    __device__ __forceinline__ uint32_t step_after_next(const RingStage<kStages>& stage) const {
-      return base + Traits::kOffsetSteps + stage.index * Traits::kStepBytes + 20;
     }
     __device__ __forceinline__ uint32_t mask_words(const RingStage<kStages>& stage) const {
       return next_step(stage) - 16;
@@ -321,10 +318,8 @@ struct ForwardSm90 {
       k_stage.advance();
     }
 
-    // kBanded: `behind` is the second step behind that of these values.
-    __device__ __forceinline__ void load_values(const Work& work, int first_key, Step behind = Step::none()) {
+    __device__ __forceinline__ void load_values(const Work& work, int first_key) {
       mbarrier_wait(shared.v_empty(v_stage.index), v_stage.parity ^ 1);
-      if constexpr (kBanded && Traits::kSliced) store_shared_b32(shared.step_after_next(v_stage), behind.code);
       const uint32_t full = shared.v_full(v_stage.index);
       load<kBlockK, kAddsInSlices ? Distances::kBytes : 0>(maps.v, shared.v(v_stage.index), full, first_key,
                                                            work.kv_head, work.batch);
@@ -416,7 +411,7 @@ struct ForwardSm90 {
         step = behind;
         behind = walk.next();
         load_step(work, step, behind);
-        load_values(work, last.first_key(), behind);
+        load_values(work, last.first_key());
       };
 #pragma unroll 1
       while (behind.exists() && !(kSpacious && walk.ends())) advance();
@@ -549,11 +544,10 @@ struct ForwardSm90 {
     }
   };
 
-  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch,
-  // unless kSliced.
+  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch.
   static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
-                                                     const Shared& shared, const Work& work, int first_row, Step step,
-                                                     const RingStage<kStages>& stage) {
+                                                     const Shared& shared, const Work& work, int first_row,
+                                                     int first_key, const RingStage<kStages>& stage) {
     if (!kAddsAtOnce && !params.l2norm_qk) {
       const float score_scale = scale_log2(params, work.head);
 #pragma unroll
@@ -568,25 +562,16 @@ struct ForwardSm90 {
     for (int half = 0; half < 2; ++half) {
       load_shared_v2_s32(keys[half], shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
     }
-    int words[kBlockK / 32];
-    if (Traits::kSliced && step.is_whole()) {
-#pragma unroll
-      for (int& word : words) word = -1;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBlockK / 32; ++i) {
-        int word = 0;
-        if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
-        words[i] = __shfl_sync(0xffffffffu, word, 0);
-      }
-    }
 #pragma unroll
     for (int i = 0; i < kBlockK / 32; ++i) {
-      const int first = step.first_key() + 32 * i;  // of the word
+      const int first = first_key + 32 * i;  // of the word
+      int word = 0;
+      if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
+      word = __shfl_sync(0xffffffffu, word, 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t in_range = first_bits(keys[half][1] - first) & ~first_bits(keys[half][0] - first);
-        const uint32_t seen = (in_range & static_cast<uint32_t>(words[i])) >> (2 * (lane & 3));
+        const uint32_t seen = (in_range & static_cast<uint32_t>(word)) >> (2 * (lane & 3));
 #pragma unroll
         for (int column = 0; column < 32; column += column % 8 == 0 ? 1 : 7) {
           float& score = scores[4 * i + column / 8][2 * half + column % 8];
@@ -608,8 +593,7 @@ struct ForwardSm90 {
     const int first_row;  // of the warp in the tile
     uint32_t q_parity = 0;
     Stage k_stage, v_stage;
-    Step next;   // kBanded: the step behind that of the block of keys that came last; a tile begins with its first
-    Step ahead;  // kBanded, kSliced: the one behind it, as it comes with values
+    Step next;  // kBanded: the step behind that of the block of keys that came last; a tile begins with its first
 
     uint32_t q[Traits::kQInRegisters ? kHeadDim / 16 : 1][4];
     float scores[kBlockK / 8][4];
@@ -735,11 +719,7 @@ struct ForwardSm90 {
         }
       }
       wgmma_commit();
-    }
-
-    __device__ __forceinline__ void start_qk_and_read_step() {
-      start_qk();
-      next = read_step(shared.next_step(k_stage));
+      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
     }
 
     // Waits for S, and scores it; kPending groups of products started later may go on.
@@ -807,7 +787,6 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void start_pv_as_p_is_made() {
       if constexpr (!kAddsInSlices) mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
-      if constexpr (kBanded) ahead = read_step(shared.step_after_next(v_stage));
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         if constexpr (kAddsInSlices) entries.add(scores, slice);
@@ -830,7 +809,7 @@ struct ForwardSm90 {
 
     // `stage` is where the keys of the step are or were.
     __device__ __forceinline__ void finish_band_scores(const Work& work, Step step, const Stage& stage) {
-      finish_band(scores, params, shared, work, first_row, step, stage);
+      finish_band(scores, params, shared, work, first_row, step.first_key(), stage);
     }
 
     // S of `block` is there. Ends with S of the block before it there and no product under way.
@@ -841,22 +820,8 @@ struct ForwardSm90 {
       start_qk();
       wgmma_wait<1>();
       finish_pv();
-      finish_qk<0>();
-    }
-
-    // kBanded: the same. Returns whether `step`, of which S is made, is plain, which is asked beside the 2^x: behind
-    // the wait for S nothing else of the warpgroup could run.
-    template <typename IsPlain>
-    __device__ __forceinline__ bool step_sliced(Step step, IsPlain is_plain) {
-      const bool plain = is_plain(step);
-      start_pv_as_p_is_made();
-      start_qk();
-      next = ahead;
-      wgmma_wait<1>();
-      finish_pv();
       begin_entries();
       finish_qk<0>();
-      return plain;
     }
 
     // P of `block` + 1 is there. Ends with that of `block` there and no product under way.
@@ -879,7 +844,7 @@ struct ForwardSm90 {
     // kBanded: the same.
     template <typename IsPlain>
     __device__ __forceinline__ void step_whole(const Work& work, Step step, IsPlain is_plain) {
-      start_qk_and_read_step();
+      start_qk();
       start_whole_pv();
       const bool plain = is_plain(step);
       finish_qk<1>();
@@ -918,28 +883,27 @@ struct ForwardSm90 {
         return (params.l2norm_qk || kAddsAtOnce) && step.is_whole() && all.first <= first_key &&
                first_key + kBlockK <= all.end;
       };
-      const auto finish = [&](Step step, bool plain) {
-        if (!plain) finish_band_scores(work, step, k_stage.previous());
+      const auto finish = [&](Step step) {
+        if (!is_plain(step)) finish_band_scores(work, step, k_stage.previous());
       };
       // Blocks that only warpgroups with later queries see.
       while (next.exists() && next.first_key() >= own.end) skip_block();
       if (own.first < own.end && reaches(next)) {
         Step step = next;
-        start_qk_and_read_step();
-        bool plain = is_plain(step);
+        start_qk();
         begin_entries();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
           while (reaches(next)) {
-            finish(step, plain);
+            finish(step);
             step = next;
-            plain = step_sliced(step, is_plain);
+            step_sliced<true>(work, 0);
           }
-          finish(step, plain);
+          finish(step);
           start_pv_as_p_is_made();
         } else {
-          finish(step, plain);
+          finish(step);
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) {
             exponentiate(slice);
