@@ -123,6 +123,9 @@ struct ForwardSm90 {
 
   // What follows takes registers that the producer has up to head dim 128.
   static constexpr bool kSpacious = kHeadDim <= 128;
+  // kBanded: the producer looks up the keys of the next tile before the last values of this one. Up to a head dim of 64
+  // calls with padding are slower for it, and no others faster.
+  static constexpr bool kLooksAhead = kSpacious && kHeadDim > 64;
   static constexpr int kFirstKeyStep = kSpacious ? 32 : kBlockK;  // what blocks of a tile begin with is a multiple of
 
   // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
@@ -391,11 +394,11 @@ struct ForwardSm90 {
       return keys_of_rows(params, find_work(params, schedule, tile).first_query, kBlockQ).any;
     }
 
-    // `keys` are those of the tile and then, kSpacious, of the next one: they are looked up before the last values,
+    // `keys` are those of the tile and then, kLooksAhead, of the next one: they are looked up before the last values,
     // which have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
     __device__ __forceinline__ unsigned load_band(unsigned tile, Range& keys) {
       const Work work = find_work(params, schedule, tile);
-      if constexpr (!kSpacious) keys = keys_of_tile(tile);
+      if constexpr (!kLooksAhead) keys = keys_of_tile(tile);
       Walk walk(params, work, keys);
       const Step first = walk.step();
       announce(work);
@@ -414,9 +417,9 @@ struct ForwardSm90 {
         load_values(work, last.first_key());
       };
 #pragma unroll 1
-      while (behind.exists() && !(kSpacious && walk.ends())) advance();
+      while (behind.exists() && !(kLooksAhead && walk.ends())) advance();
       const unsigned next = ask_for_tile();
-      if constexpr (kSpacious) {
+      if constexpr (kLooksAhead) {
 #pragma unroll 1
         while (behind.exists()) advance();
         keys = keys_of_tile(next);
@@ -433,7 +436,7 @@ struct ForwardSm90 {
     __device__ __forceinline__ void load_tiles() {
       unsigned tile = blockIdx.x;
       Range keys{};
-      if constexpr (kBanded && kSpacious) keys = keys_of_tile(tile);
+      if constexpr (kBanded && kLooksAhead) keys = keys_of_tile(tile);
       while (tile < static_cast<unsigned>(schedule.num_tiles)) {
         if constexpr (kBanded) {
           tile = load_band(tile, keys);
