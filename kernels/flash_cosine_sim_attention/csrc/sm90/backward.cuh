@@ -63,6 +63,7 @@ struct BackwardSm90 {
   static constexpr bool kPrefetchScores = Traits::kPrefetchScores && !kDeterministic;
   static constexpr bool kStaggered = Traits::kStaggered && !kDeterministic;
   static constexpr int kSteps = kHeadDim / 16;  // of the contraction over the head dim
+  static constexpr bool kHandsOnBlocks = kVariant == Variant::kBanded;
   using Distances = DistancePiece<kBlockQ, kBlockK>;
 
   struct Work {
@@ -84,9 +85,10 @@ struct BackwardSm90 {
     int first_block_q, end_block_q;  // of each head
     int count;                       // of the pairs that are left
 
-    __device__ __forceinline__ Walk(const BackwardParams& params, const BackwardSchedule& schedule, const Work& work) {
+    // kBanded: `blocks` is walk_of the tile.
+    __device__ __forceinline__ Walk(const BackwardParams& params, const BackwardSchedule& schedule, const Work& work,
+                                    const Range& blocks) {
       if constexpr (kBanded) {
-        const Range blocks = walk_of(params, work.block_k, kBlockQ, kBlockK);
         first_block_q = blocks.first;
         end_block_q = blocks.end;
         count = 0;
@@ -148,6 +150,7 @@ struct BackwardSm90 {
     }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     __device__ __forceinline__ uint32_t queries_of_row(int row) const { return base + Traits::kOffsetRanges + 8 * row; }
+    __device__ __forceinline__ uint32_t blocks() const { return base + Traits::kOffsetBlocks; }
     __device__ __forceinline__ uint32_t rows(int warp) const {
       return base + Traits::kOffsetRows + warp * (Traits::kRowBuffers * Traits::kRowBufferBytes);
     }
@@ -297,9 +300,10 @@ struct BackwardSm90 {
       store_shared_v4_s32(shared.work(), {work.batch, work.kv_head, work.block_k, work.split});
     }
 
-    __device__ __forceinline__ void load_k(const Work& work) {
+    __device__ __forceinline__ void load_k(const Work& work, const Range& blocks) {
       await_keys(work);
       announce(work);
+      if constexpr (kHandsOnBlocks) store_shared_v2_s32(shared.blocks(), {blocks.first, blocks.end});
       mbarrier_arrive_expect_tx(shared.k_full(), Traits::kTileBytesK);
       load<kBlockK, kPanelDimK>(maps.k, shared.k(), shared.k_full(), work.block_k * kBlockK, work.kv_head, work.batch);
     }
@@ -324,7 +328,9 @@ struct BackwardSm90 {
     // In the order in which memory becomes free. Returns the answer to ask_for_tile, for which it asks when little is
     // left to do, but no sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
-      Walk walk(params, schedule, work);
+      Range blocks{};
+      if constexpr (kBanded) blocks = walk_of(params, work.block_k, kBlockQ, kBlockK);
+      Walk walk(params, schedule, work, blocks);
       unsigned answer = 0;
       if (kBanded && !kDeterministic && is_hidden(work)) walk.count = 0;
       if (walk.count <= 1) answer = ask_for_tile();
@@ -335,7 +341,7 @@ struct BackwardSm90 {
       if (is_leader()) {
         load_v(work);
         load_dout(work, walk);
-        load_k(work);
+        load_k(work, blocks);
       }
       k_parity ^= 1;
       stage.advance();
@@ -413,6 +419,16 @@ struct BackwardSm90 {
       int work[4];
       read_work(work, shared.work());
       return {work[0], work[1], work[2], work[3]};
+    }
+
+    // kBanded: the blocks of queries that the tile walks over, which the producer has looked up, where there are
+    // registers to hand them on: of packed sequences they are in global memory. Lane 0 alone reads: see read_work.
+    __device__ __forceinline__ Range walked_blocks(const Work& work) const {
+      if constexpr (!kBanded) return {};
+      if constexpr (!kHandsOnBlocks) return walk_of(params, work.block_k, kBlockQ, kBlockK);
+      int blocks[2] = {0, 0};
+      if ((threadIdx.x & 31) == 0) load_shared_v2_s32(blocks, shared.blocks());
+      return {__shfl_sync(0xffffffffu, blocks[0], 0), __shfl_sync(0xffffffffu, blocks[1], 0)};
     }
 
     // The factors of the statistics, a row a key: they hide keys that do not exist or are masked.
@@ -756,7 +772,7 @@ struct BackwardSm90 {
 
     // dK and dV of a tile.
     __device__ __forceinline__ void multiply(const Work& work) {
-      Walk walk(params, schedule, work);
+      Walk walk(params, schedule, work, walked_blocks(work));
       if constexpr (kKeepsUncut) {
         // Known to be the same in all lanes: they need no registers of theirs.
         uncut = find_uncut();
@@ -990,9 +1006,10 @@ void launch_backward_sm90(const BackwardParams& params, cudaStream_t stream) {
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int tiles_per_head = schedule.num_blocks_k * schedule.num_splits;
   schedule.num_static_tiles = params.dq_order == nullptr ? num_blocks : 0;
-  if (params.causal && params.window_left < 0) {
+  const bool packed = params.sequences.queries != nullptr;
+  if (packed || (params.causal && params.window_left < 0)) {
     schedule.kv_heads = HeadSections::make(num_kv_heads, static_cast<int>(kSectionBytes / bytes_per_head) + 1,
-                                           heads_to_balance(tiles_per_head, num_multiprocessors));
+                                           heads_to_balance(tiles_per_head, num_multiprocessors, packed));
     schedule.prepared_kv_heads = schedule.kv_heads;
   } else {
     // All tiles are alike, and a head's follow each other. Rows are prepared for the heads that begin together.

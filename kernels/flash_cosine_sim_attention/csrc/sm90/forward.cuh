@@ -123,6 +123,9 @@ struct ForwardSm90 {
 
   // What follows takes registers that the producer has up to head dim 128.
   static constexpr bool kSpacious = kHeadDim <= 128;
+  // kBanded: the producer looks up the keys of the next tile before the last values of this one. Up to a head dim of 64
+  // calls with padding are slower for it, and no others faster.
+  static constexpr bool kLooksAhead = kSpacious && kHeadDim > 64;
   static constexpr int kFirstKeyStep = kSpacious ? 32 : kBlockK;  // what blocks of a tile begin with is a multiple of
 
   // kBanded: the blocks of keys that a tile walks over, from the last to the first, but for those that a mask leaves
@@ -138,8 +141,8 @@ struct ForwardSm90 {
     int kept = -1;          // which 1024 keys `any` and `all` are of
     uint32_t any = ~0u, all = ~0u;
 
-    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work) : params(params), batch(work.batch) {
-      const Range keys = keys_of_rows(params, work.first_query, kBlockQ).any;
+    __device__ __forceinline__ Walk(const ForwardParams& params, const Work& work, const Range& keys)
+        : params(params), batch(work.batch) {
       first = keys.first / kFirstKeyStep * (kFirstKeyStep / 32);
       end = keys.first < keys.end ? (keys.end + 31) / 32 : first;
       word = first + (end - first + kWordsPerBlock - 1) / kWordsPerBlock * kWordsPerBlock - kWordsPerBlock;
@@ -147,6 +150,9 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ Step step() { return word < first ? Step::none() : Step::make(word, is_whole()); }
+
+    // Whether no block is behind the next one, for certain.
+    __device__ __forceinline__ bool ends() const { return word - kWordsPerBlock < first; }
 
     __device__ __forceinline__ Step next() {
       word -= kWordsPerBlock;
@@ -361,7 +367,6 @@ struct ForwardSm90 {
     // Returns the next tile. It is asked for when little is left to do, as the answer takes a microsecond, but no
     // sooner: tiles would go to blocks that are not the first to be through.
     __device__ __forceinline__ unsigned load_tile(const Work& work) {
-      if constexpr (kBanded) return load_band(work);
       announce(work);
       load_q(work);
       int block = count_blocks(params, work.first_query, kBlockQ) - 1;
@@ -372,7 +377,7 @@ struct ForwardSm90 {
         load_k(work, block - 1);
         load_values(work, block * kBlockK);
       }
-      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      const unsigned next = ask_for_tile();
       if (has_keys) load_values(work, 0);
       return next;
     }
@@ -383,34 +388,62 @@ struct ForwardSm90 {
       look_for_k_hat();
     }
 
-    __device__ __forceinline__ unsigned load_band(const Work& work) {
-      Walk walk(params, work);
+    // kBanded: the keys that a tile sees. Of packed sequences they are looked up in memory.
+    __device__ __forceinline__ Range keys_of_tile(unsigned tile) const {
+      if (tile >= static_cast<unsigned>(schedule.num_tiles)) return {};
+      return keys_of_rows(params, find_work(params, schedule, tile).first_query, kBlockQ).any;
+    }
+
+    // `keys` are those of the tile and then, kLooksAhead, of the next one: they are looked up before the last values,
+    // which have to wait. The next tile itself is asked for a step sooner, as the answer takes a microsecond.
+    __device__ __forceinline__ unsigned load_band(unsigned tile, Range& keys) {
+      const Work work = find_work(params, schedule, tile);
+      if constexpr (!kLooksAhead) keys = keys_of_tile(tile);
+      Walk walk(params, work, keys);
       const Step first = walk.step();
       announce(work);
       store_shared_b32(shared.first_step(), first.code);
       load_q(work);
-      Step step = first;
+      Step step = first, behind = Step::none();
       if (first.exists()) {
-        Step behind = walk.next();
+        behind = walk.next();
         load_step(work, step, behind);
-#pragma unroll 1
-        while (behind.exists()) {
-          const Step last = step;
-          step = behind;
-          behind = walk.next();
-          load_step(work, step, behind);
-          load_values(work, last.first_key());
-        }
       }
-      const unsigned next = gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
+      const auto advance = [&] {
+        const Step last = step;
+        step = behind;
+        behind = walk.next();
+        load_step(work, step, behind);
+        load_values(work, last.first_key());
+      };
+#pragma unroll 1
+      while (behind.exists() && !(kLooksAhead && walk.ends())) advance();
+      const unsigned next = ask_for_tile();
+      if constexpr (kLooksAhead) {
+#pragma unroll 1
+        while (behind.exists()) advance();
+        keys = keys_of_tile(next);
+      }
       if (first.exists()) load_values(work, step.first_key());
       return next;
+    }
+
+    __device__ __forceinline__ unsigned ask_for_tile() const {
+      return gridDim.x + atomic_increment(params.counters + ForwardSm90Counters::kTilesTaken);
     }
 
     // The block's own number is its first tile. Which ones follow depends on how far other blocks are; results do not.
     __device__ __forceinline__ void load_tiles() {
       unsigned tile = blockIdx.x;
-      while (tile < static_cast<unsigned>(schedule.num_tiles)) tile = load_tile(find_work(params, schedule, tile));
+      Range keys{};
+      if constexpr (kBanded && kLooksAhead) keys = keys_of_tile(tile);
+      while (tile < static_cast<unsigned>(schedule.num_tiles)) {
+        if constexpr (kBanded) {
+          tile = load_band(tile, keys);
+        } else {
+          tile = load_tile(find_work(params, schedule, tile));
+        }
+      }
       announce({0, 0, 0, kNoMoreTiles});
       mbarrier_arrive(shared.q_full());
     }
@@ -570,6 +603,8 @@ struct ForwardSm90 {
     uint32_t p[kSlices][4];
     float o[kHeadDim / 8 + (kOnes ? 1 : 0)][4];  // the last, if ones: the rounded row sums
     float exact_sums[2], rounded_sums[2];
+    struct Nothing {};
+    std::conditional_t<kAddsInSlices, typename Distances::Slices, Nothing> entries;  // of the block that S is made of
 
     // Waits for a tile and its q.
     __device__ __forceinline__ Work receive() {
@@ -710,6 +745,14 @@ struct ForwardSm90 {
       v_stage.advance();
     }
 
+    // kAddsInSlices: reads the first entries of distances, while S is made, to which they are added.
+    __device__ __forceinline__ void begin_entries() {
+      if constexpr (kAddsInSlices) {
+        mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
+        entries.begin(shared.distances(v_stage.index), first_row);
+      }
+    }
+
     // P = 2^S of 16 keys, in place.
     __device__ __forceinline__ void exponentiate(int slice) {
 #pragma unroll
@@ -746,9 +789,7 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ void start_pv_as_p_is_made() {
-      mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
-      typename Distances::Slices entries;
-      if constexpr (kAddsInSlices) entries.begin(shared.distances(v_stage.index), first_row);
+      if constexpr (!kAddsInSlices) mbarrier_wait(shared.v_full(v_stage.index), v_stage.parity);
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         if constexpr (kAddsInSlices) entries.add(scores, slice);
@@ -782,6 +823,7 @@ struct ForwardSm90 {
       start_qk();
       wgmma_wait<1>();
       finish_pv();
+      begin_entries();
       finish_qk<0>();
     }
 
@@ -852,6 +894,7 @@ struct ForwardSm90 {
       if (own.first < own.end && reaches(next)) {
         Step step = next;
         start_qk();
+        begin_entries();
         finish_qk<0>();
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
@@ -1071,9 +1114,10 @@ void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   const int num_multiprocessors = current_device().num_multiprocessors;
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles, num_multiprocessors));
   const int group = params.num_heads / params.num_kv_heads, num_kv_heads = params.batch * params.num_kv_heads;
-  if (params.causal && params.window_left < 0) {
+  const bool packed = params.sequences.queries != nullptr;
+  if (packed || (params.causal && params.window_left < 0)) {
     const int per_section = static_cast<int>(kSectionBytes / bytes_per_head) + 1;
-    const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors);
+    const int in_last = heads_to_balance(schedule.num_blocks_q, num_multiprocessors, packed);
     schedule.heads = HeadSections::make(params.batch * params.num_heads, per_section, in_last);
     schedule.kv_heads =
         HeadSections::make(num_kv_heads, (per_section + group - 1) / group, (in_last + group - 1) / group);

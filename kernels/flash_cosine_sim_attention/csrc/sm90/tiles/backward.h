@@ -102,7 +102,8 @@ struct BackwardSm90Traits {
   static constexpr int kOffsetRows = (kOffsetBarriers + 8 * kNumBarriers + 127) / 128 * 128;
   // From Variant::kBanded on: the range of queries that sees each key.
   static constexpr int kOffsetRanges = kOffsetRows + kRowWarps * kRowBuffers * kRowBufferBytes;
-  static constexpr int kSharedBytes = kOffsetRanges + kBlockK * 8;
+  static constexpr int kOffsetBlocks = kOffsetRanges + kBlockK * 8;  // of queries that a tile walks over: two integers
+  static constexpr int kSharedBytes = kOffsetBlocks + 16;
   // From Variant::kScored on: pieces of DistanceScores, beside Q.
   static constexpr int kOffsetDistances = kSharedBytes;
   static constexpr int kDistanceBytes = (kBlockQ + kBlockK) * static_cast<int>(sizeof(float));
