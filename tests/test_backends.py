@@ -24,6 +24,7 @@ from support.gates import (
 )
 from support.operators import cu_seqlens
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -363,6 +364,25 @@ LOST = {  # where NaN is put: rows of q, and of k
     "the first key": ([], [(0, 0, 0)]),
     "every key": ([], [...]),
 }
+
+
+@pytest.mark.parametrize(
+    ("masked", "seq_len_k", "wanted", "allowed"),
+    [
+        (True, 192, True, False), (True, 200, True, False), (True, 256, True, True), (True, 192, False, True),
+        (False, 192, True, True),
+    ],
+)  # fmt: skip
+def test_sdpa_leaves_cudnn_out_where_it_may_return_nan(masked, seq_len_k, wanted, allowed):
+    """test_library_gpu.py has the gradients; a bias alone that wants one is enough."""
+    with FakeTensorMode():
+        q, k = (torch.empty(1, 2, n, 64, device="cuda", dtype=torch.bfloat16) for n in (40, seq_len_k))
+        mask = torch.empty(40, seq_len_k, device="cuda", dtype=q.dtype, requires_grad=wanted) if masked else None
+        q.requires_grad_(wanted and not masked)
+        with sdpa._kernels_to_trust(q, k, k, mask):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+            assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("lost", LOST)

@@ -156,6 +156,26 @@ def test_autocast(dtype, backend):
     assert all(tensor.grad.dtype == torch.float32 for tensor in (q, k, v, bias, scale))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("seq_len_k", [192, 200, 256, 704])
+def test_logits_that_are_all_low_have_gradients(seq_len_k, masked, compiled):
+    """-200 everywhere changes nothing, whichever kernel PyTorch prefers: cuDNN's returns NaN at 192 and 704 keys."""
+    q, k, v, do = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (70, *[seq_len_k] * 2, 70))
+    mask = torch.rand(2, seq_len_k, device="cuda") < 0.7 if masked else None
+    tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
+
+    def gradients(value):
+        bias = torch.full((4, 70, seq_len_k), value, device="cuda", dtype=q.dtype)
+        o = flash_cosine_sim_attention(q, k, v, mask, bias, backend="sdpa")
+        return (o, *torch.autograd.grad(o, tensors, do))
+
+    wanted = gradients(0.0)
+    found = torch.compile(gradients, dynamic=False)(-200.0) if compiled else gradients(-200.0)
+    for one, other in zip(found, wanted, strict=True):
+        assert rms(one.double() - other.double()) <= 0.02 * rms(other.double())
+
+
 @pytest.mark.parametrize("options", OPTIONS[:6], ids=str)
 def test_never_waits_for_the_gpu(options):
     case = Case(dtype=torch.bfloat16, device="cuda", seq_len_q=600, seq_len_k=600, learned_scale=True, **options)

@@ -16,11 +16,13 @@ PyTorch counts the FLOPs of its CUDA kernels, but has no formula for the CPU one
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .call import Call, limits, scale_of
@@ -41,6 +43,8 @@ from .reference import (
 # One block's mask is 512 x seq_len_k values per head: 1/16 of the whole at 8192 queries, while 512 rows still
 # give SDPA's kernels (tiles of 64 to 128 rows) enough to do per head.
 ROWS_PER_BLOCK = 512
+
+KEYS_OF_A_CUDNN_TILE = 128
 
 _INSTEAD = "use backend='reference' (or plain_cosine_sim_attention), which is plain PyTorch"
 NO_FORWARD_MODE = f"backend='sdpa' has no forward-mode derivative: PyTorch's fused attention has none; {_INSTEAD}"
@@ -185,9 +189,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
         # and that pass then raises. The sum over nothing is 0, but wants one.
         q = q + attn_mask[..., :0].sum()
     try:
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa
-        )
+        with _kernels_to_trust(q, k, v, attn_mask):
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0, enable_gqa=enable_gqa
+            )
     except NotImplementedError as error:
         if "forward AD" not in str(error):
             raise
@@ -195,6 +200,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
     if not torch.compiler.is_compiling() and o.grad_fn is not None:  # compiled, PyTorch refuses it in words of its own
         o.grad_fn.register_hook(_differentiable_once)
     return o if q.is_cuda else _nan_where_logits_are(o, q, k, is_causal=is_causal, masked=attn_mask is not None)
+
+
+def _kernels_to_trust(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> AbstractContextManager:
+    """What SDPA is called in: under a mask on CUDA its kernel is the memory-efficient one, where cuDNN's may be wrong.
+
+    On compute capability 9.0 PyTorch prefers cuDNN's, whose backward pass returns NaN for a query with no logit above
+    -88 (2^-126, float32's smallest, is e^-87.3) if the number of keys is 64 above a multiple of 128:
+    pytorch/pytorch#196678.
+    """
+    if attn_mask is None or not q.is_cuda or k.shape[-2] % KEYS_OF_A_CUDNN_TILE == 0:
+        return nullcontext()
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, attn_mask)):
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _differentiable_once(grad_inputs: tuple[Tensor | None, ...], _grad_outputs) -> tuple[Tensor | None, ...] | None:
