@@ -611,6 +611,31 @@ def qk_norm_errors(path: str) -> str:
     return markdown(("model", *names), rows)
 
 
+def qk_norm_others(path: str) -> str:
+    """Each attention behind the models' own norms: its time over the fastest one's and over ours, from ... to."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for model in _report(path)["models"]:
+        times = {row["contender"]: [row.get(f"{mode}_ms") for mode in ("eager", "region")] for row in model["rows"]}
+        ours, *theirs = times.pop(OURS), *times.values()
+        if any(time is None for one in (ours, *theirs) for time in one):
+            continue
+        fastest = [min(one[mode] for one in theirs) for mode in (0, 1)]
+        for name, one in times.items():
+            ratios = [one[mode] / other[mode] for other in (fastest, ours) for mode in (0, 1)]
+            found.setdefault(_attention_of(name), []).append(tuple(ratios))
+    heads = [f"{mode}, over {other}" for other in ("the fastest", "ours") for mode in ("eager", "region")]
+    rows = [
+        [name, str(len(models)), *(_lowest_to_highest(ratios) for ratios in zip(*models, strict=True))]
+        for name, models in found.items()
+    ]
+    return markdown(("attention", "models", *heads), rows)
+
+
+def _lowest_to_highest(ratios: Sequence[float]) -> str:
+    lowest, highest = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
 def _errors(ours: float | None, theirs: float | None) -> str:
     if ours is None or theirs is None:
         return "-"
@@ -709,7 +734,8 @@ TABLES: dict[str, Callable[..., str]] = {
     for function in (
         *(comparison, differences, learning_rates, sensitivity, stability, scales, reached),
         *(speed, attention, sustained, short, predecessor, decoding, training),
-        *(windows, trained_windows, packed, padding, distances, bias, bias_backends, qk_norm, qk_norm_errors, aims),
+        *(windows, trained_windows, packed, padding, distances, bias, bias_backends),
+        *(qk_norm, qk_norm_others, qk_norm_errors, aims),
     )
 }
 

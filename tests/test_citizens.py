@@ -183,9 +183,10 @@ def test_what_export_traces_on_a_cpu_stays_in_the_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_operators_compile_ahead_of_time(tmp_path):
+@pytest.mark.parametrize("backend", ["auto", "reference", "operators"])
+def test_it_compiles_ahead_of_time(tmp_path, backend):
     """By AOTInductor, for any batch and length."""
-    with backend_name("operators") as name, torch.no_grad():
+    with backend_name(backend) as name, torch.no_grad():
         block = Block(name).eval()
         package = torch._inductor.aoti_compile_and_package(exported(block), package_path=str(tmp_path / "block.pt2"))
         compiled = torch._inductor.aoti_load_package(package)

@@ -329,6 +329,23 @@ def test_qk_norm(tmp_path, monkeypatch):
     ]
 
 
+def test_the_others_behind_the_models_norms(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+    def model(*times):
+        names = ("ours (auto)", "norms + SDPA cudnn", "norms + FlashAttention-4")
+        rows = [{"contender": n, "eager_ms": e, "region_ms": r} for n, e, r in zip(names, *times, strict=False)]
+        return {"rows": rows}
+
+    # The last was timed eager alone, as with --only-eager, and says nothing of what is compared.
+    models = [model((2, 6, 4), (2, 3, 2)), model((2, 3, 2), (2, 2.2, 2)), model((2, 9, 9), (None, None, None))]
+    (tmp_path / "qk.json").write_text(json.dumps({"models": models}))
+    assert results.qk_norm_others("qk.json").splitlines()[2:] == [
+        "| SDPA cudnn | 2 | 1.50 | 1.10 to 1.50 | 1.50 to 3.00 | 1.10 to 1.50 |",
+        "| FlashAttention-4 | 2 | 1.00 | 1.00 | 1.00 to 2.00 | 1.00 |",
+    ]
+
+
 def test_an_aim_of_three_digits_is_compared_as_the_table_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     report = {"started": "2026-11-29T11:00:00", "git_commit": "0123456789"}
@@ -351,6 +368,7 @@ def test_documents_can_have_these_tables():
         "bias",
         "bias_backends",
         "qk_norm",
+        "qk_norm_others",
         "qk_norm_errors",
         *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),
     } <= results.TABLES.keys()
