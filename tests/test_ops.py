@@ -636,6 +636,8 @@ ON_BLACKWELL = {
     "causal with more keys": ({"seq_len_q": 1024, "causal": True}, False),
     "mask": ({"mask": True}, False),
     "bias": ({"attn_bias": True}, False),
+    "distance bias": ({"distance_bias": True, "causal": True}, False),
+    "ALiBi": ({"alibi_slopes": True, "causal": True}, False),
     "window": ({"window_size": (100, 0)}, False),
     "partials": ({"return_partials": True}, False),
     "named": ({"backend": "cuda"}, False),
@@ -663,6 +665,9 @@ def test_auto_prefers_sdpa_where_the_table_says(fake_gpus, caplog, monkeypatch, 
             options["mask"] = torch.ones(1, seq_len_k, dtype=torch.bool, device=q.device)
         if options.pop("attn_bias", False):
             options["attn_bias"] = torch.zeros(2, seq_len_q, seq_len_k, device=q.device)
+        for by_distance, shape in (("distance_bias", (2, seq_len_k)), ("alibi_slopes", (2,))):
+            if by_distance in options:
+                options[by_distance] = torch.zeros(shape, device=q.device)
         for _ in range(2):
             flash_cosine_sim_attention(q, k, k, **options)
     by_sdpa = by_sdpa and index == 3
