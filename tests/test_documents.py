@@ -79,6 +79,20 @@ def test_adding_names_files_that_are_there():
     assert misnamed(f"{there} `{wrong[0]}` `{wrong[1]}` `{wrong[2]}` (new)") == wrong
 
 
+def test_adding_quotes_a_function_of_the_distance_from_the_sources():
+    """Line by line, but for where they are indented; and it names every file of the library that has the example."""
+    page = (ROOT / "docs" / "adding.md").read_text()
+    (section,) = re.findall(r"\n## A function of the distance\n(.*?)\n## ", page, re.DOTALL)
+    sources = [path for path in PACKAGE.rglob("*.*") if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")]
+    lines = {line.strip() for path in sources for line in path.read_text().splitlines()}
+    quoted = re.findall(r"```(?:py|cpp)\n(.*?)```", section, re.DOTALL)
+    assert len(quoted) == 3
+    assert [line for text in quoted for line in text.splitlines() if line.strip() not in lines] == []
+    have = {path.name for path in sources if re.search(r"alibi_slopes|slopes_stride_batch", path.read_text())}
+    doors = {"flash_attn_interface.py"}  # whose arguments are another library's
+    assert have - doors == {name for name in have if f"{name}`" in section}
+
+
 def test_raw_files_say_where_they_come_from():
     made = ("shared_gpu.json", "lengths.json")  # by hand, and by scripts/packing.py
     reports = [path for path in sorted((ROOT / "docs" / "results").glob("*/*.json")) if path.name not in made]

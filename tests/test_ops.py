@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.interface as interface
 import flash_cosine_sim_attention.ops as ops
+import flash_cosine_sim_attention.reference as reference
 from flash_cosine_sim_attention import (
     flash_cosine_sim_attention,
     flash_cosine_sim_attention_varlen,
@@ -635,6 +636,8 @@ ON_BLACKWELL = {
     "causal with more keys": ({"seq_len_q": 1024, "causal": True}, False),
     "mask": ({"mask": True}, False),
     "bias": ({"attn_bias": True}, False),
+    "distance bias": ({"distance_bias": True, "causal": True}, False),
+    "ALiBi": ({"alibi_slopes": True, "causal": True}, False),
     "window": ({"window_size": (100, 0)}, False),
     "partials": ({"return_partials": True}, False),
     "named": ({"backend": "cuda"}, False),
@@ -662,6 +665,9 @@ def test_auto_prefers_sdpa_where_the_table_says(fake_gpus, caplog, monkeypatch, 
             options["mask"] = torch.ones(1, seq_len_k, dtype=torch.bool, device=q.device)
         if options.pop("attn_bias", False):
             options["attn_bias"] = torch.zeros(2, seq_len_q, seq_len_k, device=q.device)
+        for by_distance, shape in (("distance_bias", (2, seq_len_k)), ("alibi_slopes", (2,))):
+            if by_distance in options:
+                options[by_distance] = torch.zeros(shape, device=q.device)
         for _ in range(2):
             flash_cosine_sim_attention(q, k, k, **options)
     by_sdpa = by_sdpa and index == 3
@@ -769,16 +775,24 @@ import sys, types
 import torch
 import torch._library.autograd
 
-real, name = torch._C, sys.argv[1]
+real, (*path, name) = torch._C, sys.argv[1].split(".")
 
 class Renamed(types.ModuleType):
-    def __getattr__(self, attribute):
-        if attribute == name:
-            raise AttributeError(f"no {name}")
-        return getattr(real, attribute)
+    def __init__(self, real, path):
+        self.real, self.path = real, path
 
-torch._C = Renamed("torch._C")
+    def __getattr__(self, attribute):
+        if not self.path and attribute == name:
+            raise AttributeError(f"no {name}")
+        found = getattr(self.real, attribute)
+        return Renamed(found, self.path[1:]) if self.path[:1] == [attribute] else found
+
+torch._C = Renamed(real, path)
 from flash_cosine_sim_attention import flash_cosine_sim_attention, interface, ops
+for backend in ("auto", "sdpa", "reference"):  # no call asks for the name, either
+    q = torch.ones(1, 1, 3, 8, requires_grad=True)
+    o = flash_cosine_sim_attention(q, q, q, scale=torch.tensor(8.0), backend=backend)
+    torch.testing.assert_close(o, q)
 torch._C = real
 
 def results(attend, partials):
@@ -831,14 +845,32 @@ def test_what_a_transform_leaves_behind_is_the_tensor_in_it():
         assert torch.equal(attend(left[0], k, v), expected)
 
 
-def test_a_renamed_private_of_torch_costs_time_alone():
+@pytest.mark.parametrize(
+    "name",
+    ["_AutoDispatchBelowAutograd", "_any_requires_grad", "_dispatch_tls_local_include_set",
+     "_functorch.is_functorch_wrapped_tensor"],
+)  # fmt: skip
+def test_a_renamed_private_of_torch_costs_time_alone(name):
     """Import says so and takes torch.library.register_autograd: the same gradients, and the same refusals."""
-    name = "_AutoDispatchBelowAutograd"
     kernels = Path(interface.__file__).parents[1]
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_A_PRIVATE_NAME, name]
     process = subprocess.run(command, cwd=kernels, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert f"has not all private names that make calls fast (no {name})" in process.stderr
+    assert f"has not all private names that make calls fast (no {name.split('.')[-1]})" in process.stderr
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_public_name_tells_what_torch_func_wraps(transform):
+    """What stands in where PyTorch's own name for it is another one."""
+    seen = []
+
+    def look(x):
+        seen.append([reference._has_no_memory(x), torch._C._functorch.is_functorch_wrapped_tensor(x)])
+        return x.sum()
+
+    getattr(torch.func, transform)(look)(torch.ones(2, 3))
+    assert seen == [[True, True]]
+    assert not any(map(reference._has_no_memory, (torch.ones(2), torch.ones(0), torch.ones(2, requires_grad=True))))
 
 
 def test_import_is_light():

@@ -98,7 +98,22 @@ def has_readable_values(tensor: Tensor) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Neither fake nor wrapped by torch.func; on a GPU reading them waits for it."""
     is_data = not tensor.is_meta and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return is_data and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_data and not _is_wrapped(tensor)
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    """Whether torch.func wraps a tensor that is neither fake nor on the meta device, by public names alone."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+try:  # it knows functionalize, too
+    _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+except AttributeError:  # PyTorch's own name, which any release may change
+    _is_wrapped = _has_no_memory
 
 
 def reference_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tuple[Tensor, Tensor]:
