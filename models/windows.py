@@ -21,9 +21,9 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention
 BLOCK = 128
 SMALLEST_FLEX_HEAD_DIM = 16  # of its kernels' products
 LARGEST_FLEX_HEAD_DIM = 256  # beyond, PyTorch's own tiles need more shared memory than a GPU has
-# A learned bias trains slowly by flex_attention, which adds up a table's gradient pair by pair, in few places. A bias for
-# every pair, with batch * num_heads * seq_len^2 numbers of gradient, trains seven times as fast at 1024; that it is the
-# lesser evil up to this length is an estimate (docs/log/2026-11-30-a-learned-bias-for-every-pair-trained.md).
+# A learned bias trains slowly by flex_attention, which adds up a table's gradient pair by pair, in few places. A bias
+# for every pair, with batch * num_heads * seq_len^2 numbers of gradient, trains seven times as fast at 1024; that it is
+# the lesser evil up to this length is an estimate (docs/log/2026-11-30-a-learned-bias-for-every-pair-trained.md).
 LONGEST_DENSE_BIAS = 2048
 
 log = logging.getLogger(__name__)
