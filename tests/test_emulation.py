@@ -222,6 +222,11 @@ def portable_checks():
         checks[f"decoding-partials-{name}"] = functools.partial(check_partials, replace(query, mask=True))
         distances = replace(query, seq_len_q=5, distance_bias=True, alibi="heads")
         checks[f"decoding-distances-{name}"] = functools.partial(check_emulated, distances)
+        window = {"seq_len_q": 70, "seq_len_k": 180, "window_size": (60, 9), "mask": True, "batch": 2}
+        checks[f"partials-window-{name}"] = functools.partial(check_partials, replace(query, **window))
+        checks[f"decoding-partials-window-{name}"] = functools.partial(
+            check_partials, replace(query, window_size=(500, 0))
+        )
         checks[f"partials-distances-{name}"] = functools.partial(check_partials, replace(distances, seq_len_q=70))
         for kind in ("magnitudes", "zero vectors"):
             hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
@@ -691,6 +696,7 @@ def sm90_checks():
             "mask": {"mask": True},
         }.items():
             add(f"loads-{name}", replace(case, **options), check_loads_sm90)
+            add(f"partials-{name}", replace(case, **options), check_partials)
         checks[f"wrong-cu-seqlens-{head_dim}"] = functools.partial(check_wrong_cu_seqlens, dtype)
     for dtype in SM90_DTYPES:
         case = Case(dtype=dtype, seq_len_q=70, seq_len_k=140, head_dim=64)
