@@ -44,6 +44,8 @@ pytestmark = [
 # block on each, which takes tile after tile.
 GPUS = {
     "sm80": {"EMULATED_CAPABILITY": "8"},
+    # So few that no walk is cut: each part would load what it begins with once more.
+    "sm80-3": {"EMULATED_CAPABILITY": "8", "EMULATED_MULTIPROCESSORS": "3"},
     # A multiprocessor's shared memory holds one block of the portable kernels in 16 bits, which then has eight warps.
     "sm86": {
         **{"EMULATED_CAPABILITY": "8", "EMULATED_MULTIPROCESSORS": "3"},
@@ -220,6 +222,11 @@ def portable_checks():
         checks[f"decoding-partials-{name}"] = functools.partial(check_partials, replace(query, mask=True))
         distances = replace(query, seq_len_q=5, distance_bias=True, alibi="heads")
         checks[f"decoding-distances-{name}"] = functools.partial(check_emulated, distances)
+        window = {"seq_len_q": 70, "seq_len_k": 180, "window_size": (60, 9), "mask": True, "batch": 2}
+        checks[f"partials-window-{name}"] = functools.partial(check_partials, replace(query, **window))
+        checks[f"decoding-partials-window-{name}"] = functools.partial(
+            check_partials, replace(query, window_size=(500, 0))
+        )
         checks[f"partials-distances-{name}"] = functools.partial(check_partials, replace(distances, seq_len_q=70))
         for kind in ("magnitudes", "zero vectors"):
             hard = Hard(**{**vars(query), "kind": kind, "seq_len_q": 3})
@@ -543,11 +550,58 @@ def check_loads_sm90(case):
     assert_loaded(lambda: o.backward(torch.randn_like(o)), rows)
 
 
-def loaded_bytes():
-    """By TMA, since the library was loaded."""
-    function = ctypes.CDLL(sys.argv[1]).emulated_loaded_bytes
+def loaded_bytes(by="loaded"):
+    """By TMA, or by cp.async if by is "copied", since the library was loaded."""
+    function = getattr(ctypes.CDLL(sys.argv[1]), f"emulated_{by}_bytes")
     function.restype = ctypes.c_int64
     return function()
+
+
+# The portable kernels, in 16 bits. By head dim: queries, keys; of few queries keys alone.
+PORTABLE_FORWARD_TILES = {64: (128, 64), 128: (128, 32)}
+PORTABLE_BACKWARD_TILES = {64: (64, 128), 128: (32, 64)}
+PORTABLE_SPLIT_KEYS = {64: 128, 128: 64}
+
+
+def check_loads_portable(case):
+    """What cp.async brings, in rows that exist: q of every tile of queries, K and V of every block of keys in which one
+    of the tile's queries sees a key; in the backward pass K and V of every block of keys that a query sees, q and dO of
+    every block of queries in its reach. With few queries K and V alone.
+    """
+    tensors, options = case.tensors(case.dtype), case.options()
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    distance = torch.arange(case.seq_len_q)[:, None] + case.seq_len_k - case.seq_len_q - torch.arange(case.seq_len_k)
+    left, right = case.window_size or (-1, -1)
+    right = 0 if case.causal else right
+    in_reach = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+    mask = torch.ones(case.batch, case.seq_len_k, dtype=torch.bool)
+    if case.mask:  # padding behind and before, of which whole blocks are
+        mask[0, 200:] = mask[1, :170] = False
+        options["mask"] = mask
+
+    def rows_of(function):
+        before = loaded_bytes("copied")
+        result = function()
+        return result, (loaded_bytes("copied") - before) / (2 * case.head_dim)
+
+    few = case.seq_len_q == 1
+    block_q, block_k = (1, PORTABLE_SPLIT_KEYS[case.head_dim]) if few else PORTABLE_FORWARD_TILES[case.head_dim]
+    rows = 0
+    for visible in mask:
+        for of_tile in in_reach.split(block_q):
+            blocks = zip(of_tile.split(block_k, 1), visible.split(block_k), strict=True)
+            keys = sum(len(v) for reach, v in blocks if reach.any() and v.any())
+            rows += case.num_kv_heads * 2 * keys if few else case.num_heads * (len(of_tile) + 2 * keys)
+    o, loaded = rows_of(lambda: attend("operators", **tensors, **options))
+    assert loaded == rows, (loaded, rows)
+    block_q, block_k = PORTABLE_BACKWARD_TILES[case.head_dim]
+    rows = 0
+    for visible in mask:
+        for of_tile, v in zip(in_reach.split(block_k, 1), visible.split(block_k), strict=True):
+            queries = sum(len(reach) for reach in of_tile.split(block_q) if reach.any() and v.any())
+            rows += case.num_heads * 2 * queries + case.num_kv_heads * 2 * len(v) * (queries > 0)
+    loaded = rows_of(lambda: o.backward(torch.randn_like(o)))[1]
+    assert loaded == rows, (loaded, rows)
 
 
 def check_wrong_cu_seqlens(dtype):
@@ -642,6 +696,7 @@ def sm90_checks():
             "mask": {"mask": True},
         }.items():
             add(f"loads-{name}", replace(case, **options), check_loads_sm90)
+            add(f"partials-{name}", replace(case, **options), check_partials)
         checks[f"wrong-cu-seqlens-{head_dim}"] = functools.partial(check_wrong_cu_seqlens, dtype)
     for dtype in SM90_DTYPES:
         case = Case(dtype=dtype, seq_len_q=70, seq_len_k=140, head_dim=64)
@@ -662,8 +717,24 @@ def empty_split_checks():
     return checks
 
 
+def portable_loads_checks():
+    checks = {}
+    for head_dim in PORTABLE_FORWARD_TILES:
+        case = Case(dtype=torch.bfloat16, head_dim=head_dim, num_heads=4, num_kv_heads=4, seq_len_q=420, seq_len_k=450)
+        for name, options in {
+            "causal": {"window_size": (100, -1), "causal": True},
+            "both": {"window_size": (60, 20), "num_heads": 8, "seq_len_q": 300},
+            "mask": {"mask": True},
+            "mask-causal": {"mask": True, "causal": True},
+            "one-query": {"window_size": (100, 0), "seq_len_q": 1, "num_heads": 8},
+        }.items():
+            checks[f"loads-{name}-d{head_dim}"] = functools.partial(check_loads_portable, replace(case, **options))
+    return checks
+
+
 CHECKS = {
     "sm80": portable_checks(),
+    "sm80-3": portable_loads_checks(),
     "sm86": eight_warps_checks(),
     "sm90": sm90_checks(),
     "sm90-40": empty_split_checks(),
@@ -688,7 +759,7 @@ def run_all(library, gpu, part, parts):
 
 
 # As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
-PARTS = [("sm80", 0, 1), ("sm86", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
+PARTS = [("sm80", 0, 1), ("sm80-3", 0, 1), ("sm86", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
 CPU_SECONDS = (
     3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
 )

@@ -9,6 +9,7 @@ import functools
 import os
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from support.gates import (
     rms,
     rounding,
 )
-from support.gpu import DEVICE, LOW_DTYPES, NEEDS_KERNELS, settings  # noqa: F401
+from support.gpu import DEVICE, LOW_DTYPES, NEEDS_KERNELS, fill_free_memory, settings  # noqa: F401
 from support.operators import seq_first
 from support.operators import settings as operator_settings
 from torch.utils.checkpoint import checkpoint
@@ -458,7 +459,12 @@ def random_case(seed, index):
         strided=choose.random() < 0.3,
         seed=choose.randint(0, 2**31),
     )
-    return case, {name: choose.choice([None, None, *LAYOUTS]) for name in ("q", "k", "v", "do")}
+    layouts = {name: choose.choice([None, None, *LAYOUTS]) for name in ("q", "k", "v", "do")}
+    if choose.random() < 0.4:
+        # Not so narrow that most queries see one key: gradients are 0 there, and nothing is left to compare with.
+        sides = [choose.choice([-1, choose.randint(10, 70), choose.randint(10, 700)]) for _ in range(2)]
+        case = replace(case, window_size=tuple(sides))
+    return case, layouts
 
 
 def in_layouts(layouts):
@@ -649,22 +655,6 @@ def test_mask_layouts(layout, seq_len_k, deterministic):  # noqa: ARG001
 # Memory that nobody wrote, and keys that nobody sees.
 
 
-def fill_free_memory(byte):
-    """Leave `byte` everywhere in what the caching allocator hands out next; 0xff is NaN in every dtype."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    # From small to large: the small ones also fill the gaps beside memory that is in use.
-    kib_and_counts = [(0.5, 4096), (2, 1024), (16, 256), (128, 64), (1024, 16)]  # the allocator's pool of small blocks
-    kib_and_counts += [(1100, 16), (4 * 1024, 16), (64 * 1024, 4)]  # and that of large ones
-    blocks = [
-        torch.full((int(kib * 1024),), byte, dtype=torch.uint8, device=DEVICE)
-        for kib, count in kib_and_counts
-        for _ in range(count)
-    ]
-    torch.cuda.synchronize()
-    del blocks
-
-
 @pytest.mark.parametrize("is_deterministic", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -676,6 +666,8 @@ def fill_free_memory(byte):
         {"head_dim": 256, "num_kv_heads": 2, "groups": 2, "mask": True},
         {"head_dim": 96, "causal": True, "num_kv_heads": 1, "seq_len_q": 260, "seq_len_k": 260},
         {"head_dim": 136, "seq_len_q": 700, "batch": 1},
+        {"head_dim": 64, "causal": True, "window_size": (50, -1)},
+        {"head_dim": 128, "mask": True, "window_size": (40, 70), "learned_scale": True},
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from omegaconf import OmegaConf
 
-from scripts import results
+from scripts import plot_rows, results
 from scripts.contenders import Case
 
 NO_NORM, NORM = "FlashAttention-4, no norm", "compiled l2norm + FlashAttention-4"
@@ -372,3 +372,53 @@ def test_documents_can_have_these_tables():
         "qk_norm_errors",
         *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),
     } <= results.TABLES.keys()
+
+
+# The plots of the same rows.
+
+
+def test_a_plot_has_a_group_a_problem_and_a_bar_a_contender(tmp_path, files, monkeypatch, capsys):
+    from matplotlib import pyplot
+
+    def normed(name, *times, **changes):
+        return {**row(name, *times, **changes), "cosine": "no norm" not in name}
+
+    lists = [{"lengths": lengths, "seq_len": sum(lengths)} for lengths in ([600, 400], [1000], [500, 500])]
+    padding = {"padding": ("last", 0.5)}
+    files(
+        window=[normed("ours (auto)", 0.2, 0.8, window=(99, 0)), normed(NO_NORM, 0.3, 0.72, window=(99, 0))],
+        lists=[normed("ours (auto)", time, 1.0, **one) for time, one in zip((0.5, 0.2, 0.4), lists, strict=True)],
+        one=[normed("ours (auto)", 0.2, 1.0, lengths=[500, 500])],
+        padding=[normed("ours (auto)", 0.4, 1.0, **padding), normed("ours (auto), unmasked", 0.5, 2.0)],
+        again=[normed("ours (auto)", 9.0, 9.0, window=(99, 0)), normed("ours (auto)", 0.1, 0.1, head_dim=64)],
+        none=[],
+    )
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    paths = [str(tmp_path / name) for name in ("window", "lists", "one", "padding", "again")]
+    assert plot_rows.main([*paths, "--plot", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    titles = [f"{direction}, head dim {dim}" for dim in (64, 128) for direction in ("forward", "forward + backward")]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    names = ["ours (auto)", "ours (auto), unmasked", NO_NORM]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    forward = figure.axes[2]
+    groups = ["2 x 1000\nwindow 99, 0", "3 lists of lengths", "2 x 500\ncausal", "2 x 1000\ncausal, last 50% hidden"]
+    assert [label.get_text() for label in forward.get_xticklabels()] == groups
+    flops = [
+        results.case_of(row("", 1, 1, **changes)).flops() for changes in ({"window": (99, 0)}, *lists, padding, {})
+    ]
+    speeds = [flops[0] / 0.2, flops[0] / 0.3, *(sorted((flops[1] / 0.5, flops[2] / 0.2, flops[3] / 0.4))[1:2])]
+    speeds += [flops[3] / 0.2, flops[4] / 0.4, flops[5] / 0.5]
+    assert [bar.get_height() for bar in forward.patches] == pytest.approx([speed / 1e9 for speed in speeds])
+    assert [bar.get_hatch() for bar in forward.patches] == [None, "//", None, None, None, None]
+    pyplot.close(figure)
+    assert plot_rows.main([str(tmp_path / "none"), "--plot", str(tmp_path / "q.png")]) == 2
+    assert "files must be JSON of scripts.benchmark with times, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["windows", "packed", "padding"])
+def test_the_pages_of_windows_packed_sequences_and_padding_show_a_plot(folder):
+    page = results.RESULTS / folder / "README.md"
+    assert f"]({folder}.png)" in page.read_text() and (page.parent / f"{folder}.png").exists()

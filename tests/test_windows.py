@@ -13,6 +13,7 @@ from support.gpu import (
     NEEDS_HOPPER,
     NEEDS_KERNELS,
     assert_repeatable,
+    fill_free_memory,
     guarded,
     hopper_variants,
     kernels_of,
@@ -106,6 +107,30 @@ LENGTHS = (700, 64, 1, 333, 2048, 0, 129, 500)
 def test_many_packed_tokens(dtype, head_dim, window_size):
     case = Packed(LENGTHS, causal=True, dtype=dtype, head_dim=head_dim, window_size=window_size, device=DEVICE)
     check_packed(replace(case, num_heads=8, num_kv_heads=4, behind=33), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("window_size", [None, (100, 30)])
+def test_packed_is_repeatable_whatever_memory_holds(dtype, head_dim, window_size, request):
+    """The forward pass always, the backward pass in deterministic mode: bit for bit, over NaN and other leftovers."""
+    request.addfinalizer(lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", True))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else NaN of PyTorch's own would hide what is left
+    case = Packed(LENGTHS[:4], LENGTHS[3::-1], 33, dtype, causal=window_size is None, window_size=window_size)
+    case = replace(case, head_dim=head_dim, num_heads=4, device=DEVICE)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(dtype).items()}
+    options, do = case.options(), torch.randn_like(tensors["q"])
+    first = None
+    for byte in (0xFF, 0x00, 0x7F, 0xFF):
+        fill_free_memory(byte)
+        torch.use_deterministic_algorithms(True)
+        o = attend_packed("cuda", **tensors, **options)
+        found = (o.detach(), *torch.autograd.grad(o, tensors.values(), do))
+        torch.use_deterministic_algorithms(False)
+        assert torch.equal(attend_packed("cuda", **tensors, **options).detach(), found[0])
+        first = first or found
+        for one, other in zip(found, first, strict=True):
+            assert one.isfinite().all() and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -111,6 +111,7 @@ inline unsigned num_threads, num_blocks, block_index;
 inline int current, num_launches, num_wgmmas;
 inline bool last_block_first;
 inline int64_t num_loaded_bytes;                    // by TMA
+inline int64_t num_copied_bytes;                    // by cp.async, of rows that exist
 inline std::map<unsigned, int> num_large_launches;  // of blocks with more than 48 KiB, by their threads
 inline std::function<void()> body;
 inline std::exception_ptr error;

@@ -28,6 +28,7 @@ inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
   emulator::poison(shared_memory_at(destination, 16), 16);
   emulator::Fiber& fiber = emulator::fibers[emulator::current];
   fiber.copies.push_back({destination, source, valid, fiber.num_copy_groups});
+  emulator::num_copied_bytes += valid ? 16 : 0;
 }
 
 inline void cp_async_commit() { ++emulator::fibers[emulator::current].num_copy_groups; }

@@ -53,6 +53,7 @@ extern "C" {
 // How many warps' wgmma have been issued: tests see by it that the kernels of 9.0 ran.
 __attribute__((visibility("default"))) int emulated_wgmmas() { return emulator::num_wgmmas; }
 __attribute__((visibility("default"))) int64_t emulated_loaded_bytes() { return emulator::num_loaded_bytes; }
+__attribute__((visibility("default"))) int64_t emulated_copied_bytes() { return emulator::num_copied_bytes; }
 // How many kernels have been launched whose blocks have so many threads and more than 48 KiB of shared memory: tests
 // see by it how many warps an attention kernel had.
 __attribute__((visibility("default"))) int emulated_large_launches(unsigned threads) {

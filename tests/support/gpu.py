@@ -82,6 +82,22 @@ def guarded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def fill_free_memory(byte):
+    """Leave `byte` everywhere in what the caching allocator hands out next; 0xff is NaN in every dtype."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    # From small to large: the small ones also fill the gaps beside memory that is in use.
+    kib_and_counts = [(0.5, 4096), (2, 1024), (16, 256), (128, 64), (1024, 16)]  # the allocator's pool of small blocks
+    kib_and_counts += [(1100, 16), (4 * 1024, 16), (64 * 1024, 4)]  # and that of large ones
+    blocks = [
+        torch.full((int(kib * 1024),), byte, dtype=torch.uint8, device=DEVICE)
+        for kib, count in kib_and_counts
+        for _ in range(count)
+    ]
+    torch.cuda.synchronize()
+    del blocks
+
+
 def replayed(step: Callable[[], tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
     """What a CUDA graph of ``step`` gives for other values of ``inputs``, which keep them."""
     side = torch.cuda.Stream()
