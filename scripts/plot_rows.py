@@ -51,7 +51,10 @@ def _problem(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     causal = "causal" if row["causal"] else "dense"
     if row["lengths"]:
         return f"{described(row['lengths'])}\n{causal}"
-    what = f"window {row['window'][0]}, {row['window'][1]}" if row["window"] else causal
+    what = causal
+    if row["window"]:
+        left, right = row["window"]
+        what = f"window {left}" if right == 0 else f"window {left}, {right}"
     if row["padding"]:
         what = f"{causal}, {row['padding'][0]} {row['padding'][1]:.0%} hidden"
     return f"{row['batch']} x {row['seq_len']}\n{what}"

@@ -404,7 +404,7 @@ def test_a_plot_has_a_group_a_problem_and_a_bar_a_contender(tmp_path, files, mon
     names = ["ours (auto)", "ours (auto), unmasked", NO_NORM]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     forward = figure.axes[2]
-    groups = ["2 x 1000\nwindow 99, 0", "3 lists of lengths", "2 x 500\ncausal", "2 x 1000\ncausal, last 50% hidden"]
+    groups = ["2 x 1000\nwindow 99", "3 lists of lengths", "2 x 500\ncausal", "2 x 1000\ncausal, last 50% hidden"]
     assert [label.get_text() for label in forward.get_xticklabels()] == groups
     flops = [
         results.case_of(row("", 1, 1, **changes)).flops() for changes in ({"window": (99, 0)}, *lists, padding, {})
