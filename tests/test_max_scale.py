@@ -128,3 +128,25 @@ def test_errors(options, error, message):
     q = torch.ones(1, 1, 3, 16)
     with pytest.raises(error, match=re.escape(message)):
         flash_cosine_sim_attention(q, q, q, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])  # portable kernels, and Hopper's
+@pytest.mark.parametrize("max_scale", [12, None])
+def test_on_a_gpu_a_learned_scale_counts_as_its_bound(dtype, max_scale):
+    if not ops.kernels_available():
+        pytest.skip(f"needs the CUDA kernels: {ops.kernels_error()}")
+    q, k, v, do = torch.randn(4, 2, 4, 300, 64, device="cuda", dtype=dtype).unbind(0)
+    bound = max_scale or 60.0
+    found = []
+    for values in ([3.0, 1e5, bound, 2 * bound], [3.0, bound, bound, bound]):
+        scale = torch.tensor(values, device="cuda", requires_grad=True)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = flash_cosine_sim_attention(*leaves, scale=scale, causal=True, backend="cuda", max_scale=max_scale)
+        found.append((o, *torch.autograd.grad(o, [*leaves, scale], do)))
+    (o, *gradients, dscale), (limited_o, *limited, limited_dscale) = found
+    assert torch.equal(o, limited_o)
+    for one, other in zip(gradients, limited, strict=True):  # added up in no fixed order
+        assert one.isfinite().all() and (one - other).norm() <= 1e-2 * other.norm()
+    assert (dscale[[1, 3]] == 0).all() and (dscale[[0, 2]] != 0).all() and (limited_dscale != 0).all()
