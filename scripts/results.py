@@ -10,10 +10,11 @@ this file; the arguments are paths from docs/results/ or numbers.
 import argparse
 import functools
 import json
+import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,45 @@ def _windowed(arm: Arm) -> tuple[int, str, float, str]:
     window, pattern = (arm.settings.get(f"attention.{key}") for key in ("window", "window_pattern"))
     named = "" if window is None else f"{window}{f' {pattern}' if pattern else ''}"
     return arm.settings["seq_len"], arm.settings["attention"], arm.settings["lr"], named
+
+
+def timed(folder: str, baseline: str) -> str:
+    """Recipes that trained for as long, their losses also over the baseline's mean; a run is NAME-seedN.
+
+    By windows that slide, and on a second text, is what scripts.evaluate left in a run's folder.
+    """
+    runs: dict[str, list[Results]] = {}
+    for run in _runs(RESULTS / folder):
+        runs.setdefault(re.sub(r"-seed\d+$", "", run.folder.name), []).append(run)
+    arms = {name: Arm({}, tuple(of), tuple(one.configured("seed") for one in of)) for name, of in runs.items()}
+    if baseline not in arms:
+        raise ValueError(f"the baseline must be one of {', '.join(sorted(arms))}, got {baseline}")
+    base = arms[baseline].mean("val bpc")
+    rows = []
+    for name, arm in sorted(arms.items(), key=lambda item: (item[0] != baseline, item[1].mean("val bpc") or math.inf)):
+        loss, ended = arm.mean("val bpc"), arm.finished
+        steps = [run.last("step") or 0 for run in ended]
+        megabytes = [run.record.get("tokens_per_step", 0) * step / 1e6 for run, step in zip(ended, steps, strict=True)]
+        middle = [f"{statistics.mean(numbers):,.0f}" if numbers else "-" for numbers in (steps, megabytes)]
+        ratio = f"{loss / base:.3f}" if loss and base else "-"
+        slid = [_bits(_slid(run, split) for run in ended) for split in ("val", "text")]
+        speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
+        rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
+    others = f"of {baseline}", "val, sliding", "second text, sliding"
+    return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
+
+
+def _slid(run: Results, split: str) -> float | None:
+    """Bits per byte of a split by sliding windows, as it was evaluated last."""
+    found = [json.loads(path.read_text()) for path in sorted((run.folder / "evaluations").glob("*.json"))]
+    bits = [one["bits_per_byte"] for one in found if one["split"] == split and one["mode"].startswith("slide")]
+    return bits[-1] if bits else None
+
+
+def _bits(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    spread = f" ± {statistics.stdev(known):.4f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.4f}{spread}" if known else "-"
 
 
 def _bold_lowest(cells: Sequence[str]) -> list[str]:
@@ -732,7 +772,7 @@ def _commits(reports: Sequence[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached),
+        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached, timed),
         *(speed, attention, sustained, short, predecessor, decoding, training),
         *(windows, trained_windows, packed, padding, distances, bias, bias_backends),
         *(qk_norm, qk_norm_others, qk_norm_errors, aims),

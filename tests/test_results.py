@@ -81,6 +81,43 @@ def test_trained_windows(tmp_path, monkeypatch):
     ]
 
 
+def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name, seed, steps, loss, slid in (
+        *(("plain", 0, 1000, 1.0, 0.95), ("plain", 1, 1010, 1.5, 1.05)),
+        *(("better", 0, 400, 0.875, None), ("best", 0, 300, 0.5, 0.4), ("lost", 0, 10, None, None)),
+    ):
+        folder = tmp_path / "ten" / f"{name}-seed{seed}"
+        folder.mkdir(parents=True)
+        OmegaConf.save({"seq_len": 64, "lr": 0.002, "seed": seed}, folder / "config.yaml")
+        status = "finished" if loss else "diverged"
+        (folder / "run.json").write_text(json.dumps({"status": status, "tokens_per_step": 100000}))
+        columns = "step,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc"
+        (folder / "metrics.csv").write_text(f"{columns}\n{steps},1000,1.5,{loss or ''}\n")
+        if slid:
+            (folder / "evaluations").mkdir()
+            for split, mode, bits in (
+                ("val", "slide-512", slid),
+                ("val", "chunk", 9.0),
+                ("text", "slide-512", 2 * slid),
+            ):
+                values = {"split": split, "mode": mode, "bits_per_byte": bits}
+                (folder / "evaluations" / f"{split}-{mode}.json").write_text(json.dumps(values))
+    lines = results.timed("ten", "plain").splitlines()
+    assert lines[0] == (
+        "| recipe | n | steps | MB | val bpc | of plain | val, sliding | second text, sliding | tokens/s | peak GiB |"
+    )
+    assert lines[2:] == [
+        "| plain | 2 | 1,005 | 100 | 1.2500 ± 0.3536 | 1.000 | 1.0000 ± 0.0707 | 2.0000 ± 0.1414 | 1,000 ± 0 "
+        "| 1.50 ± 0.00 |",
+        "| best | 1 | 300 | 30 | 0.5000 | 0.400 | 0.4000 | 0.8000 | 1,000 | 1.50 |",
+        "| better | 1 | 400 | 40 | 0.8750 | 0.700 | - | - | 1,000 | 1.50 |",
+        "| lost | 0, 1 diverged | - | - | - | - | - | - | - | - |",
+    ]
+    with pytest.raises(ValueError, match="the baseline must be one of best, better, lost, plain, got other"):
+        results.timed("ten", "other")
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """trained(folder, attention, loss, ...) is a run that logged five times: its last loss, then 1 more each before."""
@@ -371,6 +408,7 @@ def test_documents_can_have_these_tables():
         "qk_norm_others",
         "qk_norm_errors",
         *("comparison", "differences", "learning_rates", "sensitivity", "stability", "scales", "reached"),
+        "timed",
     } <= results.TABLES.keys()
 
 
