@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,11 +255,11 @@ def _first_below(run: Results, bpc: float) -> tuple[float, float] | None:
     return None
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def _mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
 def trained_windows(folder: str) -> str:
@@ -302,24 +302,25 @@ def timed(folder: str, baseline: str) -> str:
         megabytes = [run.record.get("tokens_per_step", 0) * step / 1e6 for run, step in zip(ended, steps, strict=True)]
         middle = [f"{statistics.mean(numbers):,.0f}" if numbers else "-" for numbers in (steps, megabytes)]
         ratio = f"{loss / base:.3f}" if loss and base else "-"
-        slid = [_bits(_slid(run, split) for run in ended) for split in ("val", "text")]
+        slid = [_mean_and_spread(_slid(ended, split), ".4f") for split in ("val", "text")]
         speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
         rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
     others = f"of {baseline}", "val, sliding", "second text, sliding"
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
 
 
-def _slid(run: Results, split: str) -> float | None:
-    """Bits per byte of a split by sliding windows, as it was evaluated last."""
-    found = [json.loads(path.read_text()) for path in sorted((run.folder / "evaluations").glob("*.json"))]
-    bits = [one["bits_per_byte"] for one in found if one["split"] == split and one["mode"].startswith("slide")]
-    return bits[-1] if bits else None
-
-
-def _bits(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    spread = f" ± {statistics.stdev(known):.4f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.4f}{spread}" if known else "-"
+def _slid(runs: Sequence[Results], split: str) -> list[float]:
+    """Bits per byte of a split by sliding windows, of each run that has it. Raises ValueError if one has several."""
+    bits = []
+    for run in runs:
+        found = [json.loads(path.read_text()) for path in (run.folder / "evaluations").glob("*.json")]
+        slid = [one["bits_per_byte"] for one in found if one["split"] == split and one["mode"].startswith("slide")]
+        if len(slid) > 1:
+            raise ValueError(
+                f"a run must have one evaluation of {split} by sliding windows, got {len(slid)}: {run.name}"
+            )
+        bits += slid
+    return bits
 
 
 def _bold_lowest(cells: Sequence[str]) -> list[str]:
@@ -652,7 +653,7 @@ def qk_norm_errors(path: str) -> str:
 
 
 def qk_norm_others(path: str) -> str:
-    """Each attention behind the models' own norms: its time over the fastest one's and over ours, from ... to."""
+    """Each attention behind the models' own norms: its time over the fastest one's and over ours."""
     found: dict[str, list[tuple[float, ...]]] = {}
     for model in _report(path)["models"]:
         times = {row["contender"]: [row.get(f"{mode}_ms") for mode in ("eager", "region")] for row in model["rows"]}
@@ -664,16 +665,8 @@ def qk_norm_others(path: str) -> str:
             ratios = [one[mode] / other[mode] for other in (fastest, ours) for mode in (0, 1)]
             found.setdefault(_attention_of(name), []).append(tuple(ratios))
     heads = [f"{mode}, over {other}" for other in ("the fastest", "ours") for mode in ("eager", "region")]
-    rows = [
-        [name, str(len(models)), *(_lowest_to_highest(ratios) for ratios in zip(*models, strict=True))]
-        for name, models in found.items()
-    ]
+    rows = [[name, str(len(models)), *map(_range, zip(*models, strict=True))] for name, models in found.items()]
     return markdown(("attention", "models", *heads), rows)
-
-
-def _lowest_to_highest(ratios: Sequence[float]) -> str:
-    lowest, highest = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _errors(ours: float | None, theirs: float | None) -> str:

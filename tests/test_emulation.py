@@ -509,6 +509,14 @@ FORWARD_TILES = {64: (192, 96), 128: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 128: (64, 128)}
 
 
+def pairs_in_reach(case):
+    """(seq_len_q, seq_len_k): which keys a query sees as far as causality and windows go."""
+    distance = torch.arange(case.seq_len_q)[:, None] + case.seq_len_k - case.seq_len_q - torch.arange(case.seq_len_k)
+    left, right = case.window_size or (-1, -1)
+    right = 0 if case.causal else right
+    return ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+
+
 def check_loads_sm90(case):
     """What TMA brings: q of every tile of queries, K and V of every block of keys that one of the tile's queries sees,
     blocks being counted from the tile's own first key; in the backward pass K and V of every tile of keys that a query
@@ -516,11 +524,7 @@ def check_loads_sm90(case):
     """
     tensors, options = case.tensors(case.dtype), case.options()
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    distance = torch.arange(case.seq_len_q)[:, None] + case.seq_len_k - case.seq_len_q - torch.arange(case.seq_len_k)
-    left, right = case.window_size or (-1, -1)
-    right = 0 if case.causal else right
-    in_reach = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
-    in_reach = in_reach.expand(case.batch, -1, -1)
+    in_reach = pairs_in_reach(case).expand(case.batch, -1, -1)
     not_masked = options["mask"][:, None] if case.mask else torch.tensor(True)
 
     def blocks_with_any(pairs, block_q, block_k):
@@ -570,10 +574,7 @@ def check_loads_portable(case):
     """
     tensors, options = case.tensors(case.dtype), case.options()
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    distance = torch.arange(case.seq_len_q)[:, None] + case.seq_len_k - case.seq_len_q - torch.arange(case.seq_len_k)
-    left, right = case.window_size or (-1, -1)
-    right = 0 if case.causal else right
-    in_reach = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+    in_reach = pairs_in_reach(case)
     mask = torch.ones(case.batch, case.seq_len_k, dtype=torch.bool)
     if case.mask:  # padding behind and before, of which whole blocks are
         mask[0, 200:] = mask[1, :170] = False

@@ -116,6 +116,10 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match="the baseline must be one of best, better, lost, plain, got other"):
         results.timed("ten", "other")
+    again = json.dumps({"split": "val", "mode": "slide-256", "bits_per_byte": 0.5})
+    (tmp_path / "ten" / "best-seed0" / "evaluations" / "again.json").write_text(again)
+    with pytest.raises(ValueError, match="one evaluation of val by sliding windows, got 2: best-seed0"):
+        results.timed("ten", "plain")
 
 
 @pytest.fixture
@@ -378,8 +382,8 @@ def test_the_others_behind_the_models_norms(tmp_path, monkeypatch):
     models = [model((2, 6, 4), (2, 3, 2)), model((2, 3, 2), (2, 2.2, 2)), model((2, 9, 9), (None, None, None))]
     (tmp_path / "qk.json").write_text(json.dumps({"models": models}))
     assert results.qk_norm_others("qk.json").splitlines()[2:] == [
-        "| SDPA cudnn | 2 | 1.50 | 1.10 to 1.50 | 1.50 to 3.00 | 1.10 to 1.50 |",
-        "| FlashAttention-4 | 2 | 1.00 | 1.00 | 1.00 to 2.00 | 1.00 |",
+        "| SDPA cudnn | 2 | 1.50 | 1.50, 1.10 | 3.00, 1.50 | 1.50, 1.10 |",
+        "| FlashAttention-4 | 2 | 1.00 | 1.00 | 2.00, 1.00 | 1.00 |",
     ]
 
 

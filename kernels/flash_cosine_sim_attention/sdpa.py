@@ -207,7 +207,8 @@ def _kernels_to_trust(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None)
 
     On compute capability 9.0 PyTorch prefers cuDNN's, whose backward pass returns NaN for a query with no logit above
     -88 (2^-126, float32's smallest, is e^-87.3) if the number of keys is 64 above a multiple of 128:
-    pytorch/pytorch#196678.
+    pytorch/pytorch#196678. At multiples of 128 it was right; what it does at others nobody has tried, so that they go
+    without it, too.
     """
     if attn_mask is None or not q.is_cuda or k.shape[-2] % KEYS_OF_A_CUDNN_TILE == 0:
         return nullcontext()
