@@ -138,7 +138,7 @@ def test_on_a_gpu_a_learned_scale_counts_as_its_bound(dtype, max_scale):
     if not ops.kernels_available():
         pytest.skip(f"needs the CUDA kernels: {ops.kernels_error()}")
     q, k, v, do = torch.randn(4, 2, 4, 300, 64, device="cuda", dtype=dtype).unbind(0)
-    bound = max_scale or 60.0
+    bound = max_scale or interface.MAX_LOGIT * (1 + interface.ROUNDING)
     found = []
     for values in ([3.0, 1e5, bound, 2 * bound], [3.0, bound, bound, bound]):
         scale = torch.tensor(values, device="cuda", requires_grad=True)
