@@ -1,0 +1,45 @@
+"""scripts.overlap: which bytes of a held-out split lie in strings that the training split has."""
+
+import re
+
+import numpy as np
+import pytest
+
+from scripts import overlap
+
+
+def plain(train, held_out, length):
+    """The same, string by string."""
+    train, held_out = bytes(train), bytes(held_out)
+    inside = set()
+    for first in range(len(held_out) - length + 1):
+        if held_out[first : first + length] in train:
+            inside.update(range(first, first + length))
+    return len(inside) / len(held_out)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+@pytest.mark.parametrize("piece", [5, 1000])  # many pieces, so that strings cross their ends; one
+def test_share_is_that_of_every_string(length, piece, monkeypatch):
+    monkeypatch.setattr(overlap, "PIECE", piece)
+    rng = np.random.default_rng(length)
+    train, held_out = (rng.integers(0, 3 + length // 8, size=n, dtype=np.uint8) for n in (400, 90))
+    held_out[30:50] = train[200:220]
+    expected = plain(train, held_out, length)
+    assert overlap.overlap(train, held_out, length) == pytest.approx(expected) and 0 < expected <= 1
+
+
+def test_texts_shorter_than_a_string_share_none():
+    train, held_out = np.zeros(50, dtype=np.uint8), np.zeros(10, dtype=np.uint8)
+    assert overlap.overlap(train, held_out, 11) == overlap.overlap(held_out, train, 11) == 0
+    assert overlap.overlap(train, held_out, 10) == 1
+
+
+def test_command(tmp_path, capsys):
+    text = bytes(np.random.default_rng(0).integers(0, 256, size=2000, dtype=np.uint8))
+    text = text[:1900] + text[:50] + text[1950:]  # of test, the last 100 bytes, the first half
+    (tmp_path / "text").write_bytes(text)
+    assert overlap.main([str(tmp_path / "text"), "--length", "20"]) == 0
+    found = dict(re.findall(r"(\w+): ([\d.]+)% of 100 bytes, by strings of 20\n", capsys.readouterr().out))
+    assert found == {"val": "0.0", "test": "50.0"}
+    assert overlap.main([str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
