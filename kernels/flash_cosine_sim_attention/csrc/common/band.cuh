@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention.h"
+#include "common/scores.cuh"
 
 namespace flash_cosine_sim {
 
@@ -81,6 +82,40 @@ __device__ __forceinline__ Range walk_of(const BackwardParams& params, int block
 __device__ __forceinline__ bool has_first_turn(const BackwardParams& params, int block_k, int block, int block_q,
                                                int keys_per_block) {
   return block_k == 0 || walk_of(params, block_k - 1, block_q, keys_per_block).end <= block;
+}
+
+// Of a row of accumulators of tensor cores a lane has columns 2c, 2c + 1, 2c + 8, 2c + 9 ..., where c = lane % 4. What
+// follows has a bit for each of them, in this order: a limit is a shift, and what hides columns is combined by `and`.
+
+// The lane's columns before a limit, of kColumns.
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_columns_before(int lane, int end) {
+  static_assert(kColumns % 8 == 0 && kColumns / 4 <= 32);
+  const unsigned own = limit(end - 2 * (lane & 3), 0, kColumns);  // counted from the lane's first column
+  const unsigned number = (own + 7) / 8 + (own + 6) / 8;          // of first and second ones of pairs
+  return ~static_cast<uint32_t>(~uint64_t{0} << number);
+}
+
+// The lane's columns from one to another.
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_columns_in(int lane, int first, int end) {
+  return lane_columns_before<kColumns>(lane, end) & ~lane_columns_before<kColumns>(lane, first);
+}
+
+// The lane's eight of the 32 columns that are bits of a word.
+__device__ __forceinline__ uint32_t lane_columns_of(int lane, uint32_t word) {
+  const uint32_t pairs = word >> (2 * (lane & 3)) & 0x03030303;
+  return (pairs * 0x01041040u) >> 24;  // pairs << 24, 18, 12 and 6, of which each gives the upper byte one
+}
+
+// Hides the scores of the lane's row of a half, but for those of its columns that are visible. Row by row: what asks
+// for the bits of one word in their order has seven of them made predicates by one instruction.
+template <int kBlocks>
+__device__ __forceinline__ void hide_others(float (&scores)[kBlocks][4], int half, uint32_t visible) {
+#pragma unroll
+  for (int column = 0; column < 2 * kBlocks; ++column) {
+    if ((visible >> column & 1) == 0) scores[column / 2][2 * half + column % 2] = -infinity();
+  }
 }
 
 }  // namespace flash_cosine_sim
