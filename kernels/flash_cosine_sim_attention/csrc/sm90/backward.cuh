@@ -535,7 +535,8 @@ struct BackwardSm90 {
         for (int half = 0; half < 2; ++half) {
           int queries[2];
           load_shared_v2_s32(queries, shared.queries_of_row(16 * warp + 8 * half + (lane >> 2)));
-          hide_others(scores, half, lane_columns_in<kBlockQ>(lane, queries[0] - first_query, queries[1] - first_query));
+          const int first = queries[0] - first_query, end = queries[1] - first_query;
+          hide(scores, half, lane_columns_outside<kBlockQ>(lane, first, end));
         }
       } else {
         mask_edges(work, walk);

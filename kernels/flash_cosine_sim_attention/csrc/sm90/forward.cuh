@@ -516,10 +516,10 @@ struct ForwardSm90 {
     }
   };
 
-  // What hides scores of a block, or multiplies them. Made while no product is under way, for it branches.
+  // What hides scores of a block. They are compared: bits as below would be a dozen instructions less, but take all of
+  // the predicates, so that plain steps would make theirs anew.
   struct Finish {
     int last_column[2];  // that the lane's rows see, counted from the lane's own first column
-    float score_scale;
 
     __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block) {
       const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
@@ -529,7 +529,6 @@ struct ForwardSm90 {
         const int query = work.first_query + first_row + 8 * half + (lane >> 2), last_key = params.seq_len_k - 1;
         last_column[half] = (params.causal ? min(query + diagonal, last_key) : last_key) - first_column;
       }
-      score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
     }
 
     __device__ __forceinline__ void operator()(float (&scores)[kBlockK / 8][4]) const {
@@ -537,37 +536,36 @@ struct ForwardSm90 {
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const bool seen = 8 * n + i % 2 <= last_column[i / 2];
-          scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
+          if (8 * n + i % 2 > last_column[i / 2]) scores[n][i] = -infinity();
         }
       }
     }
   };
 
-  // kBanded: which scores of a block are not hidden, a bit for each of the lane's columns (band.cuh) in its row of
-  // either half. It is made while S is, so that little is left to do then.
-  struct Visible {
+  // kBanded: which scores of a block are hidden, a bit for each of the lane's columns (band.cuh) in its row of either
+  // half. It is made while S is, so that little is left to do then.
+  struct Hidden {
     uint32_t columns[2];
 
     // `stage` is where the keys of the step are.
-    __device__ __forceinline__ Visible(const Shared& shared, int first_row, Step step, int stage) {
+    __device__ __forceinline__ Hidden(const Shared& shared, int first_row, Step step, int stage) {
       const int lane = threadIdx.x & 31, first_key = step.first_key();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int keys[2];
         load_shared_v2_s32(keys, shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
-        columns[half] = lane_columns_in<kBlockK>(lane, keys[0] - first_key, keys[1] - first_key);
+        columns[half] = lane_columns_outside<kBlockK>(lane, keys[0] - first_key, keys[1] - first_key);
       }
       if (step.is_whole()) return;
-      uint32_t unmasked = 0;
+      uint32_t left = 0;  // by the mask
 #pragma unroll
       for (int i = 0; i < kBlockK / 32; ++i) {
         int word = 0;
         if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
-        unmasked |= lane_columns_of(lane, __shfl_sync(0xffffffffu, word, 0)) << (8 * i);
+        left |= lane_columns_of(lane, __shfl_sync(0xffffffffu, word, 0)) << (8 * i);
       }
 #pragma unroll
-      for (uint32_t& bits : columns) bits &= unmasked;
+      for (uint32_t& bits : columns) bits |= ~left;
     }
   };
 
@@ -799,6 +797,33 @@ struct ForwardSm90 {
       wgmma_commit();
     }
 
+    // Multiplies scores, which are there, by c if q_hat does not contain it.
+    __device__ __forceinline__ void scale_scores(const Work& work) {
+      if (kAddsAtOnce || params.l2norm_qk) return;
+      const float score_scale = scale_log2(params, work.head);
+#pragma unroll
+      for (auto& columns : scores) {
+#pragma unroll
+        for (float& x : columns) x *= score_scale;
+      }
+    }
+
+    // The scores of a block that is not plain.
+    __device__ __forceinline__ void finish_scores(const Work& work, const Finish& finish) {
+      scale_scores(work);
+      finish(scores);
+    }
+
+    // kBanded: returns the step of which S is made, and reads the one behind it. That takes time, so ptxas must not put
+    // it between products: a wait for as many groups as are under way, which is over as it begins, keeps it from that.
+    template <int kUnderWay>
+    __device__ __forceinline__ Step take_step() {
+      wgmma_wait<kUnderWay>();
+      const Step step = next;
+      next = read_step(shared.next_step(k_stage.index));
+      return step;
+    }
+
     // kBanded: waits for S of a step, and hides what its queries do not see. Returns whether the walk goes on.
     //
     // All that has to be decided is decided while S is made, for between S and 2^S a warp has nothing else to do. ptxas
@@ -807,25 +832,17 @@ struct ForwardSm90 {
     template <int kPending, typename Reaches>
     __device__ __forceinline__ bool finish_band_qk(const Work& work, Step step, bool plain, Reaches reaches) {
       const Stage stage = k_stage;
-      next = read_step(shared.next_step(stage.index));
       k_stage.advance();
       const bool goes_on = reaches(next);
       if (goes_on) wgmma_wait<kPending + 1>();
       if (plain) {
         finish_qk<kPending>(stage);
       } else {
-        const Visible visible(shared, first_row, step, stage.index);
+        const Hidden hidden(shared, first_row, step, stage.index);
         finish_qk<kPending>(stage);
-        if (!kAddsAtOnce && !params.l2norm_qk) {
-          const float score_scale = scale_log2(params, work.head);
+        scale_scores(work);
 #pragma unroll
-          for (auto& columns : scores) {
-#pragma unroll
-            for (float& x : columns) x *= score_scale;
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) hide_others(scores, half, visible.columns[half]);
+        for (int half = 0; half < 2; ++half) hide(scores, half, hidden.columns[half]);
       }
       return goes_on;
     }
@@ -833,7 +850,7 @@ struct ForwardSm90 {
     // S of `block` is there. Ends with S of the block before it there and no product under way.
     template <bool kPlain>
     __device__ __forceinline__ void step_sliced(const Work& work, int block) {
-      if constexpr (!kPlain) Finish(params, work, first_row, block)(scores);
+      if constexpr (!kPlain) finish_scores(work, {params, work, first_row, block});
       start_pv_as_p_is_made();
       start_qk();
       wgmma_wait<1>();
@@ -853,17 +870,18 @@ struct ForwardSm90 {
         start_qk();
         start_whole_pv();
         finish_qk<1>();
-        finish(scores);
+        finish_scores(work, finish);
       }
       make_p();
     }
 
     // kBanded: the same. Returns whether the walk goes on.
-    template <typename Reaches>
-    __device__ __forceinline__ bool step_whole(const Work& work, Step step, bool plain, Reaches reaches) {
+    template <typename IsPlain, typename Reaches>
+    __device__ __forceinline__ bool step_whole(const Work& work, IsPlain is_plain, Reaches reaches) {
       start_qk();
       start_whole_pv();
-      const bool goes_on = finish_band_qk<1>(work, step, plain, reaches);
+      const Step step = take_step<2>();
+      const bool goes_on = finish_band_qk<1>(work, step, is_plain(step), reaches);
       make_p();
       return goes_on;
     }
@@ -904,18 +922,19 @@ struct ForwardSm90 {
       while (next.exists() && next.first_key() >= own.end) skip_block();
       if (own.first < own.end && reaches(next)) {
         start_qk();
-        wgmma_wait<1>();  // over as it begins: none of what follows gets between the products
+        Step step = take_step<1>();
         begin_entries();
-        bool goes_on = finish_band_qk<0>(work, next, is_plain(next), reaches);
+        bool goes_on = finish_band_qk<0>(work, step, is_plain(step), reaches);
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
           while (goes_on) {
             start_pv_as_p_is_made();
             start_qk();
+            step = take_step<kSlices + 1>();
             wgmma_wait<1>();
             finish_pv();
             begin_entries();
-            goes_on = finish_band_qk<0>(work, next, is_plain(next), reaches);
+            goes_on = finish_band_qk<0>(work, step, is_plain(step), reaches);
           }
           start_pv_as_p_is_made();
         } else {
@@ -925,7 +944,7 @@ struct ForwardSm90 {
             round(slice);
           }
 #pragma unroll 1
-          while (goes_on) goes_on = step_whole(work, next, is_plain(next), reaches);
+          while (goes_on) goes_on = step_whole(work, is_plain, reaches);
           start_whole_pv();
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) add_rounded(slice);
@@ -952,10 +971,10 @@ struct ForwardSm90 {
       if constexpr (Traits::kSliced) {
         for (; block > 0 && block >= num_plain; --block) step_sliced<false>(work, block);
         for (; block > 0; --block) step_sliced<true>(work, block);
-        if (num_plain == 0) Finish(params, work, first_row, 0)(scores);
+        if (num_plain == 0) finish_scores(work, {params, work, first_row, 0});
         start_pv_as_p_is_made();
       } else {
-        if (block >= num_plain) Finish(params, work, first_row, block)(scores);
+        if (block >= num_plain) finish_scores(work, {params, work, first_row, block});
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
           exponentiate(slice);
