@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention.h"
+#include "common/scores.cuh"
 
 namespace flash_cosine_sim {
 
@@ -81,6 +82,41 @@ __device__ __forceinline__ Range walk_of(const BackwardParams& params, int block
 __device__ __forceinline__ bool has_first_turn(const BackwardParams& params, int block_k, int block, int block_q,
                                                int keys_per_block) {
   return block_k == 0 || walk_of(params, block_k - 1, block_q, keys_per_block).end <= block;
+}
+
+// Of a row of accumulators of tensor cores a lane has columns 2c, 2c + 1, 2c + 8, 2c + 9 ..., where c = lane % 4. What
+// follows has a bit for each of them, in this order: a limit is a shift, and what hides columns is combined by `or`.
+
+// The lane's columns from a limit on, of kColumns.
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_columns_from(int lane, int first) {
+  static_assert(kColumns % 8 == 0 && kColumns / 4 <= 32);
+  const unsigned before = limit(first - 2 * (lane & 3), 0, kColumns);  // counted from the lane's first column
+  const unsigned number = (before + 7) / 8 + (before + 6) / 8;         // of first and second ones of pairs
+  return static_cast<uint32_t>(~uint64_t{0} << number);
+}
+
+// The lane's columns outside of a range.
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_columns_outside(int lane, int first, int end) {
+  return lane_columns_from<kColumns>(lane, end) | ~lane_columns_from<kColumns>(lane, first);
+}
+
+// The lane's eight of the 32 columns that are bits of a word.
+__device__ __forceinline__ uint32_t lane_columns_of(int lane, uint32_t word) {
+  const uint32_t pairs = word >> (2 * (lane & 3)) & 0x03030303;
+  return (pairs * 0x01041040u) >> 24;  // pairs << 24, 18, 12 and 6, of which each gives the upper byte one
+}
+
+// Hides the scores of some of the lane's columns in its row of a half. Row by row, and as bits of what is hidden: where
+// the bits of a word are asked for in their order, and none the other way round, ptxas makes seven of them predicates
+// by one instruction.
+template <int kBlocks>
+__device__ __forceinline__ void hide(float (&scores)[kBlocks][4], int half, uint32_t columns) {
+#pragma unroll
+  for (int column = 0; column < 2 * kBlocks; ++column) {
+    if ((columns >> column & 1) != 0) scores[column / 2][2 * half + column % 2] = -infinity();
+  }
 }
 
 }  // namespace flash_cosine_sim

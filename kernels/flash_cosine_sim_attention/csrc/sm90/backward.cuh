@@ -526,13 +526,30 @@ struct BackwardSm90 {
                   .sees_all(first_query, min(first_query + kBlockQ, params.seq_len_q));
     }
 
-    // Hides keys from the queries that do not see them: one end after the other, each a register.
+    // Hides keys from the queries that do not see them.
     __device__ __forceinline__ void mask_band(const Work& work, const Walk& walk) {
+      if constexpr (kKeepsUncut) {
+        // Opaque: nothing of it is worth a register through the walk.
+        const int lane = opaque(static_cast<int>(threadIdx.x & 31)), first_query = walk.block_q * kBlockQ;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int queries[2];
+          load_shared_v2_s32(queries, shared.queries_of_row(16 * warp + 8 * half + (lane >> 2)));
+          const int first = queries[0] - first_query, end = queries[1] - first_query;
+          hide(scores, half, lane_columns_outside<kBlockQ>(lane, first, end));
+        }
+      } else {
+        mask_edges(work, walk);
+      }
+    }
+
+    // The same, one end after the other, each a register. Bits would take all predicates, and registers for what those
+    // hold otherwise.
+    __device__ __forceinline__ void mask_edges(const Work& work, const Walk& walk) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool is_end = kKeepsUncut ? i / 2 : i % 2;
-        const int half = kKeepsUncut ? i % 2 : i / 2;
-        if (kKeepsUncut && !(is_end ? walk.block_q >= uncut.end : walk.block_q < uncut.first)) continue;
+        const int half = i / 2;
+        const bool is_end = i % 2;
         const int edge = edge_of(work, walk, half, is_end);
 #pragma unroll
         for (int n = 0; n < kBlockQ / 8; ++n) {
@@ -547,16 +564,9 @@ struct BackwardSm90 {
     // The first column of the lane whose query sees the lane's key of a half, or the first behind those.
     __device__ __forceinline__ int edge_of(const Work& work, const Walk& walk, int half, bool is_end) const {
       const int lane = opaque(static_cast<int>(threadIdx.x & 31));
-      const int row = 16 * warp + 8 * half + (lane >> 2);
-      int edge;
-      if constexpr (kKeepsUncut) {
-        edge = load_shared_s32(shared.queries_of_row(row) + (is_end ? 4 : 0));
-      } else {
-        const int key = work.block_k * kBlockK + row;
-        const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
-        edge = is_end ? queries.end : queries.first;
-      }
-      return opaque(edge - walk.block_q * kBlockQ - 2 * (lane & 3));
+      const int key = work.block_k * kBlockK + 16 * warp + 8 * half + (lane >> 2);
+      const Range queries = key < params.seq_len_k ? queries_of(params, key) : Range{0, 0};
+      return opaque((is_end ? queries.end : queries.first) - walk.block_q * kBlockQ - 2 * (lane & 3));
     }
 
     // Hides from queries the keys behind them.

@@ -223,15 +223,12 @@ struct ForwardSm90 {
     }
     __device__ __forceinline__ uint32_t work() const { return base + Traits::kOffsetWork; }
     // kBanded: the code of the tile's first step; for a block of keys the code of the step behind it and the words of
-    // its mask; the keys that a query sees. A block's stage is free again before its scores are finished: two turns of
-    // the ring have steps of their own.
+    // its mask; the keys that a query sees.
     __device__ __forceinline__ uint32_t first_step() const { return base + Traits::kOffsetFirstStep; }
-    __device__ __forceinline__ uint32_t next_step(const RingStage<kStages>& stage) const {
-      return base + Traits::kOffsetSteps + (stage.index + stage.parity * kStages) * Traits::kStepBytes + 16;
+    __device__ __forceinline__ uint32_t mask_words(int stage) const {
+      return base + Traits::kOffsetSteps + stage * Traits::kStepBytes;
     }
-    __device__ __forceinline__ uint32_t mask_words(const RingStage<kStages>& stage) const {
-      return next_step(stage) - 16;
-    }
+    __device__ __forceinline__ uint32_t next_step(int stage) const { return mask_words(stage) + 16; }
     __device__ __forceinline__ uint32_t keys_of_row(int row) const {
       if constexpr (Traits::kRangesInOnes) return ones(0) + row * kPanelBytes + (row % 8 ^ 1) * 16;  // swizzled
       return base + Traits::kOffsetRanges + 8 * row;
@@ -353,8 +350,8 @@ struct ForwardSm90 {
         }
       }
       mbarrier_wait(shared.k_empty(k_stage.index), k_stage.parity ^ 1);
-      store_shared_v4_s32(shared.mask_words(k_stage), words);
-      store_shared_b32(shared.next_step(k_stage), next.code);
+      store_shared_v4_s32(shared.mask_words(k_stage.index), words);
+      store_shared_b32(shared.next_step(k_stage.index), next.code);
       load_keys(work, step.first_key());
     }
 
@@ -519,10 +516,10 @@ struct ForwardSm90 {
     }
   };
 
-  // What hides scores of a block, or multiplies them. Made while no product is under way, for it branches.
+  // What hides scores of a block. They are compared: bits as below would be a dozen instructions less, but take all of
+  // the predicates, so that plain steps would make theirs anew.
   struct Finish {
     int last_column[2];  // that the lane's rows see, counted from the lane's own first column
-    float score_scale;
 
     __device__ __forceinline__ Finish(const ForwardParams& params, const Work& work, int first_row, int block) {
       const int lane = threadIdx.x & 31, first_column = block * kBlockK + 2 * (lane & 3);
@@ -532,7 +529,6 @@ struct ForwardSm90 {
         const int query = work.first_query + first_row + 8 * half + (lane >> 2), last_key = params.seq_len_k - 1;
         last_column[half] = (params.causal ? min(query + diagonal, last_key) : last_key) - first_column;
       }
-      score_scale = params.l2norm_qk ? 1.f : scale_log2(params, work.head);
     }
 
     __device__ __forceinline__ void operator()(float (&scores)[kBlockK / 8][4]) const {
@@ -540,54 +536,38 @@ struct ForwardSm90 {
       for (int n = 0; n < kBlockK / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const bool seen = 8 * n + i % 2 <= last_column[i / 2];
-          scores[n][i] = seen ? scores[n][i] * score_scale : -infinity();
+          if (8 * n + i % 2 > last_column[i / 2]) scores[n][i] = -infinity();
         }
       }
     }
   };
 
-  // kBanded: the same, of what hides keys there, and at once: a product may be under way, so that nothing may branch.
-  static __device__ __forceinline__ void finish_band(float (&scores)[kBlockK / 8][4], const ForwardParams& params,
-                                                     const Shared& shared, const Work& work, int first_row,
-                                                     int first_key, const RingStage<kStages>& stage) {
-    if (!kAddsAtOnce && !params.l2norm_qk) {
-      const float score_scale = scale_log2(params, work.head);
-#pragma unroll
-      for (auto& columns : scores) {
-#pragma unroll
-        for (float& x : columns) x *= score_scale;
-      }
-    }
-    const int lane = threadIdx.x & 31;
-    int keys[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_shared_v2_s32(keys[half], shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
-    }
-#pragma unroll
-    for (int i = 0; i < kBlockK / 32; ++i) {
-      const int first = first_key + 32 * i;  // of the word
-      int word = 0;
-      if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
-      word = __shfl_sync(0xffffffffu, word, 0);
+  // kBanded: which scores of a block are hidden, a bit for each of the lane's columns (band.cuh) in its row of either
+  // half. It is made while S is, so that little is left to do then.
+  struct Hidden {
+    uint32_t columns[2];
+
+    // `stage` is where the keys of the step are.
+    __device__ __forceinline__ Hidden(const Shared& shared, int first_row, Step step, int stage) {
+      const int lane = threadIdx.x & 31, first_key = step.first_key();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t in_range = first_bits(keys[half][1] - first) & ~first_bits(keys[half][0] - first);
-        const uint32_t seen = (in_range & static_cast<uint32_t>(word)) >> (2 * (lane & 3));
-#pragma unroll
-        for (int column = 0; column < 32; column += column % 8 == 0 ? 1 : 7) {
-          float& score = scores[4 * i + column / 8][2 * half + column % 8];
-          if ((seen >> column & 1) == 0) score = -infinity();
-        }
+        int keys[2];
+        load_shared_v2_s32(keys, shared.keys_of_row(first_row + 8 * half + (lane >> 2)));
+        columns[half] = lane_columns_outside<kBlockK>(lane, keys[0] - first_key, keys[1] - first_key);
       }
+      if (step.is_whole()) return;
+      uint32_t left = 0;  // by the mask
+#pragma unroll
+      for (int i = 0; i < kBlockK / 32; ++i) {
+        int word = 0;
+        if (lane == 0) word = load_shared_s32(shared.mask_words(stage) + 4 * i);  // see read_work
+        left |= lane_columns_of(lane, __shfl_sync(0xffffffffu, word, 0)) << (8 * i);
+      }
+#pragma unroll
+      for (uint32_t& bits : columns) bits |= ~left;
     }
-  }
-
-  // As many of the lowest bits; less than 0 and more than 32 are none and all.
-  static __device__ __forceinline__ uint32_t first_bits(int number) {
-    return number >= 32 ? ~0u : (1u << max(number, 0)) - 1;
-  }
+  };
 
   // A warpgroup; what it holds is a warp's share, 16 rows.
   struct Consumer {
@@ -685,12 +665,14 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void wait_for_warpgroup() const { named_barrier_sync<128>(1 + first_row / 64); }
 
-    // The keys that the warpgroup's queries see, as noted.
+    // The keys that the warpgroup's queries see, as noted. They are known to be the same in all lanes: what depends on
+    // them is computed once a warp, and where it branches, what is in uniform registers stays there.
     __device__ __forceinline__ Band read_band() const {
       int of_first[2], of_last[2];
       load_shared_v2_s32(of_first, shared.keys_of_row(first_row / 64 * 64));
       load_shared_v2_s32(of_last, shared.keys_of_row(first_row / 64 * 64 + 63));
-      return band_between({of_first[0], of_first[1]}, {of_last[0], of_last[1]});
+      const auto known = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };
+      return band_between({known(of_first[0]), known(of_first[1])}, {known(of_last[0]), known(of_last[1])});
     }
 
     // Starts S = q k^T for the block that arrives next.
@@ -722,21 +704,26 @@ struct ForwardSm90 {
         }
       }
       wgmma_commit();
-      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
     }
 
     // Waits for S, and scores it; kPending groups of products started later may go on.
     template <int kPending>
     __device__ __forceinline__ void finish_qk() {
+      finish_qk<kPending>(k_stage);
+      k_stage.advance();
+    }
+
+    // `stage` is where its keys are.
+    template <int kPending>
+    __device__ __forceinline__ void finish_qk(const Stage& stage) {
       wgmma_wait<kPending>();
       pin(scores);
       if constexpr (kAddsAtOnce) {
         const float scale = load_shared_f32(shared.scale(first_row));
-        Distances::add(scores, scale, shared.distances(k_stage.index), first_row);
+        Distances::add(scores, scale, shared.distances(stage.index), first_row);
         __syncwarp();  // all lanes have read it before the first releases it
       }
-      release(shared.k_empty(k_stage.index));
-      k_stage.advance();
+      release(shared.k_empty(stage.index));
     }
 
     __device__ __forceinline__ void finish_pv() {
@@ -810,20 +797,64 @@ struct ForwardSm90 {
       wgmma_commit();
     }
 
-    // `stage` is where the keys of the step are or were.
-    __device__ __forceinline__ void finish_band_scores(const Work& work, Step step, const Stage& stage) {
-      finish_band(scores, params, shared, work, first_row, step.first_key(), stage);
+    // Multiplies scores, which are there, by c if q_hat does not contain it.
+    __device__ __forceinline__ void scale_scores(const Work& work) {
+      if (kAddsAtOnce || params.l2norm_qk) return;
+      const float score_scale = scale_log2(params, work.head);
+#pragma unroll
+      for (auto& columns : scores) {
+#pragma unroll
+        for (float& x : columns) x *= score_scale;
+      }
+    }
+
+    // The scores of a block that is not plain.
+    __device__ __forceinline__ void finish_scores(const Work& work, const Finish& finish) {
+      scale_scores(work);
+      finish(scores);
+    }
+
+    // kBanded: returns the step of which S is made, and reads the one behind it. That takes time, so ptxas must not put
+    // it between products: a wait for as many groups as are under way, which is over as it begins, keeps it from that.
+    template <int kUnderWay>
+    __device__ __forceinline__ Step take_step() {
+      wgmma_wait<kUnderWay>();
+      const Step step = next;
+      next = read_step(shared.next_step(k_stage.index));
+      return step;
+    }
+
+    // kBanded: waits for S of a step, and hides what its queries do not see. Returns whether the walk goes on.
+    //
+    // All that has to be decided is decided while S is made, for between S and 2^S a warp has nothing else to do. ptxas
+    // would put it behind the wait. It cannot if the wait is in the branches that depend on it; what the end of the
+    // loop depends on has a wait of its own, which is over as it begins.
+    template <int kPending, typename Reaches>
+    __device__ __forceinline__ bool finish_band_qk(const Work& work, Step step, bool plain, Reaches reaches) {
+      const Stage stage = k_stage;
+      k_stage.advance();
+      const bool goes_on = reaches(next);
+      if (goes_on) wgmma_wait<kPending + 1>();
+      if (plain) {
+        finish_qk<kPending>(stage);
+      } else {
+        const Hidden hidden(shared, first_row, step, stage.index);
+        finish_qk<kPending>(stage);
+        scale_scores(work);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) hide(scores, half, hidden.columns[half]);
+      }
+      return goes_on;
     }
 
     // S of `block` is there. Ends with S of the block before it there and no product under way.
     template <bool kPlain>
     __device__ __forceinline__ void step_sliced(const Work& work, int block) {
-      if constexpr (!kPlain) Finish(params, work, first_row, block)(scores);
+      if constexpr (!kPlain) finish_scores(work, {params, work, first_row, block});
       start_pv_as_p_is_made();
       start_qk();
       wgmma_wait<1>();
       finish_pv();
-      begin_entries();
       finish_qk<0>();
     }
 
@@ -839,20 +870,20 @@ struct ForwardSm90 {
         start_qk();
         start_whole_pv();
         finish_qk<1>();
-        finish(scores);
+        finish_scores(work, finish);
       }
       make_p();
     }
 
-    // kBanded: the same.
-    template <typename IsPlain>
-    __device__ __forceinline__ void step_whole(const Work& work, Step step, IsPlain is_plain) {
+    // kBanded: the same. Returns whether the walk goes on.
+    template <typename IsPlain, typename Reaches>
+    __device__ __forceinline__ bool step_whole(const Work& work, IsPlain is_plain, Reaches reaches) {
       start_qk();
       start_whole_pv();
-      const bool plain = is_plain(step);
-      finish_qk<1>();
-      if (!plain) finish_band_scores(work, step, k_stage.previous());
+      const Step step = take_step<2>();
+      const bool goes_on = finish_band_qk<1>(work, step, is_plain(step), reaches);
       make_p();
+      return goes_on;
     }
 
     // P of the scores that are there, beside the product of the block before with V.
@@ -883,40 +914,37 @@ struct ForwardSm90 {
       const auto is_plain = [&](Step step) {
         const Range all = kHeadDim >= 128 ? read_band().all : band.all;  // no registers are left to keep it in
         const int first_key = step.first_key();
-        return (params.l2norm_qk || kAddsAtOnce) && step.is_whole() && all.first <= first_key &&
-               first_key + kBlockK <= all.end;
-      };
-      const auto finish = [&](Step step) {
-        if (!is_plain(step)) finish_band_scores(work, step, k_stage.previous());
+        // Not &&: none of it is worth a branch.
+        return ((params.l2norm_qk || kAddsAtOnce) & step.is_whole() & (all.first <= first_key) &
+                (first_key + kBlockK <= all.end)) != 0;
       };
       // Blocks that only warpgroups with later queries see.
       while (next.exists() && next.first_key() >= own.end) skip_block();
       if (own.first < own.end && reaches(next)) {
-        Step step = next;
         start_qk();
+        Step step = take_step<1>();
         begin_entries();
-        finish_qk<0>();
+        bool goes_on = finish_band_qk<0>(work, step, is_plain(step), reaches);
         if constexpr (Traits::kSliced) {
 #pragma unroll 1
-          while (reaches(next)) {
-            finish(step);
-            step = next;
-            step_sliced<true>(work, 0);
+          while (goes_on) {
+            start_pv_as_p_is_made();
+            start_qk();
+            step = take_step<kSlices + 1>();
+            wgmma_wait<1>();
+            finish_pv();
+            begin_entries();
+            goes_on = finish_band_qk<0>(work, step, is_plain(step), reaches);
           }
-          finish(step);
           start_pv_as_p_is_made();
         } else {
-          finish(step);
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) {
             exponentiate(slice);
             round(slice);
           }
 #pragma unroll 1
-          while (reaches(next)) {
-            step = next;
-            step_whole(work, step, is_plain);
-          }
+          while (goes_on) goes_on = step_whole(work, is_plain, reaches);
           start_whole_pv();
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) add_rounded(slice);
@@ -943,10 +971,10 @@ struct ForwardSm90 {
       if constexpr (Traits::kSliced) {
         for (; block > 0 && block >= num_plain; --block) step_sliced<false>(work, block);
         for (; block > 0; --block) step_sliced<true>(work, block);
-        if (num_plain == 0) Finish(params, work, first_row, 0)(scores);
+        if (num_plain == 0) finish_scores(work, {params, work, first_row, 0});
         start_pv_as_p_is_made();
       } else {
-        if (block >= num_plain) Finish(params, work, first_row, block)(scores);
+        if (block >= num_plain) finish_scores(work, {params, work, first_row, block});
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
           exponentiate(slice);
@@ -965,7 +993,7 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ void skip_block() {
       mbarrier_wait(shared.k_full(k_stage.index), k_stage.parity);
-      if constexpr (kBanded) next = read_step(shared.next_step(k_stage));
+      if constexpr (kBanded) next = read_step(shared.next_step(k_stage.index));
       __syncwarp();  // lane 0 must not let the next phase begin while another lane waits for this one
       release(shared.k_empty(k_stage.index));
       k_stage.advance();

@@ -99,11 +99,10 @@ struct ForwardSm90Traits {
   static constexpr int kOffsetOnes = kOffsetV + (kSharedOnes ? kStages : 1) * kTileBytesK;
   static constexpr int kOffsetWork = kOffsetV + kStages * kTileBytesV + (kSharedOnes ? kBytesOnes : 0);
   static constexpr int kOffsetBarriers = kOffsetWork + 16;  // four integers say what a tile is
-  // From Variant::kBanded on: what a step of a tile's walk is, for twice as many blocks of keys as there is room for,
-  // and the tile's first step.
+  // From Variant::kBanded on: what a step of a tile's walk is, for each stage of K, and the tile's first step.
   static constexpr int kStepBytes = 32;
   static constexpr int kOffsetSteps = (kOffsetBarriers + 2 * (1 + 2 * kStages) * 8 + 15) / 16 * 16;
-  static constexpr int kOffsetFirstStep = kOffsetSteps + 2 * kStages * kStepBytes;
+  static constexpr int kOffsetFirstStep = kOffsetSteps + kStages * kStepBytes;
   // And the range of keys that each query sees. At head dim 128 there is no more room for them: of the ones' panel
   // tensor cores read 8 columns, 16 bytes of a row, and the next 16 bytes are theirs.
   static constexpr bool kRangesInOnes = kOnes && !kSharedOnes && kPanelBytes == 128 && kBlockQ <= kBlockK;
