@@ -43,11 +43,16 @@ def test_every_test_without_a_gpu_is_in_one_tier_whatever_its_markers():
         assert not in_tier("QUICK", markers) or not markers
 
 
-@pytest.mark.slow
-def test_the_collected_tests_are_in_the_tiers_that_they_belong_to():
+def collected():
+    """By test, its markers: of all tests, also where this run chooses few of them."""
     result = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    tests = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.mark.slow
+def test_the_collected_tests_are_in_the_tiers_that_they_belong_to(all_markers):
+    tests = all_markers or collected()
     tiers = {name: {test for test in tests if in_tier(name, tests[test])} for name in ("QUICK", "TEST", "EMULATE")}
     without_gpu = {test for test in tests if "gpu" not in tests[test]}
     assert tiers["TEST"] | tiers["EMULATE"] == without_gpu and not tiers["TEST"] & tiers["EMULATE"]
