@@ -2,7 +2,8 @@
 
 What a wrong index, swizzle, fragment, mask, split or wait does shows here; what only a GPU knows does not: its
 rounding, races within a warp, occupancy, time. Emulated kernels would replace the operators' CPU implementation in
-this process, so processes of their own, one for each of GPUS, run all checks; each test looks at the outcome of one.
+this process, so processes of their own, one or more for each of GPUS, run all checks; each test looks at the outcome
+of one.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ GPUS = {
     "sm90-40": {"EMULATED_CAPABILITY": "9", "EMULATED_MULTIPROCESSORS": "40"},
 }
 SHAPES = [(33, 70), (70, 33), (66, 130), (5, 200), (129, 65)]
-RUN = "import sys, test_emulation; test_emulation.run_all(*sys.argv[1:])"
+RUN = "import sys, test_emulation; test_emulation.run_parts(*sys.argv[1:])"
 
 
 def wide(options):
@@ -742,14 +743,65 @@ CHECKS = {
 }
 
 
-def run_all(library, gpu, part, parts):
-    """What another process does with one part of the checks: print, a line of JSON each, its name, then why it failed.
+def run_parts(library, folder):
+    """What another process does: each of PARTS in a fork of it, which imports and loads nothing again.
 
-    The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
+    Writes ends.json, by GPU and part null or how its process ended, and at which check.
     """
     torch.ops.load_library(library)
     gc.freeze()  # what was imported is not searched for garbage, again and again
-    for name, function in list(CHECKS[gpu].items())[int(part) :: int(parts)]:
+    waiting, running, ends = list(PARTS), {}, {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            part = waiting.pop(0)
+            running[fork(part, Path(folder))] = part
+        process, status = os.wait()
+        gpu, part, _ = running.pop(process)
+        ends[f"{gpu}-{part}"] = end_of(gpu, os.waitstatus_to_exitcode(status), Path(folder, f"{gpu}-{part}"))
+    Path(folder, "ends.json").write_text(json.dumps(ends))
+
+
+def fork(part, folder):
+    """The number of a process that runs a part of the checks, with what it prints in files."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        gpu, number, parts = part
+        for descriptor, kind in enumerate(("txt", "err"), 1):
+            with open(folder / f"{gpu}-{number}.{kind}", "wb") as file:
+                os.dup2(file.fileno(), descriptor)
+        seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = CPU_SECONDS if seconds == resource.RLIM_INFINITY else min(CPU_SECONDS, seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, seconds))
+        os.environ.update(GPUS[gpu])
+        run_all(gpu, number, parts)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(gpu, code, files):
+    """None, or how the process ended, and at which check."""
+    if code == 0:
+        return None
+    lines = files.with_suffix(".txt").read_text().splitlines()
+    end = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+    at = f"in {lines[-1]}" if len(lines) % 2 else "between two checks"
+    return f"the process of {gpu} ended with {end} {at}\n{files.with_suffix('.err').read_text()}"
+
+
+def run_all(gpu, part, parts):
+    """What a process does with one part of the checks: print, a line of JSON each, its name, then why it failed.
+
+    The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
+    """
+    for name, function in list(CHECKS[gpu].items())[part::parts]:
         torch.manual_seed(0)
         print(json.dumps(name), flush=True)
         try:
@@ -759,8 +811,9 @@ def run_all(library, gpu, part, parts):
         print(json.dumps(outcome), flush=True)
 
 
-# As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
-PARTS = [("sm80", 0, 1), ("sm80-3", 0, 1), ("sm86", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
+# (GPU, part, of how many). CHECKS of 9.0 are more, and slower; the least work comes last, so that no core is left idle.
+PARTS = [*(("sm90", part, 4) for part in range(4)), *(("sm80", part, 3) for part in range(3))]
+PARTS += [("sm86", 0, 1), ("sm80-3", 0, 1), ("sm90-40", 0, 1)]
 CPU_SECONDS = (
     3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
 )
@@ -776,39 +829,19 @@ def emulation(make_once):
         except Exception:
             (folder / "build.txt").write_text(traceback.format_exc())
             return
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            ends = list(pool.map(lambda part: run(library, folder, *part), PARTS))
-        (folder / "ends.json").write_text(json.dumps(ends))
+        path = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), str(folder)]
+        subprocess.run(command, env=environment, check=True)
 
     folder = make_once("emulation", make)
     if (folder / "build.txt").exists():
-        return (folder / "build.txt").read_text(), [], {gpu: {} for gpu in GPUS}
+        return (folder / "build.txt").read_text(), {}, {gpu: {} for gpu in GPUS}
     outcomes = {gpu: {} for gpu in GPUS}
     for gpu, part, _ in PARTS:
         lines = [json.loads(line) for line in (folder / f"{gpu}-{part}.txt").read_text().splitlines()]
         outcomes[gpu] |= dict(zip(lines[::2], lines[1::2], strict=False))
     return None, json.loads((folder / "ends.json").read_text()), outcomes
-
-
-def run(library, folder, gpu, part, parts):
-    """None, or how the process ended, and at which check."""
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, **GPUS[gpu], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), gpu, str(part), str(parts)]
-    seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    limit = CPU_SECONDS if seconds == resource.RLIM_INFINITY else min(CPU_SECONDS, seconds)
-    with open(folder / f"{gpu}-{part}.txt", "w+") as out:
-        result = subprocess.run(
-            command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, seconds)),
-        )  # fmt: skip
-        out.seek(0)
-        lines = out.read().splitlines()
-    if result.returncode == 0:
-        return None
-    end = f"signal {signal.Signals(-result.returncode).name}" if result.returncode < 0 else f"code {result.returncode}"
-    at = f"in {lines[-1]}" if len(lines) % 2 else "between two checks"
-    return f"the process of {gpu} ended with {end} {at}\n{result.stderr}"
 
 
 def test_the_emulator_is_built(emulation):
@@ -819,7 +852,8 @@ def test_every_check_is_run_to_its_end(emulation):
     why, ends, outcomes = emulation
     if why is not None:
         pytest.skip("the emulator was not built: see test_the_emulator_is_built")
-    assert not any(ends), "\n".join(filter(None, ends))
+    assert not any(ends.values()), "\n".join(filter(None, ends.values()))
+    assert set(ends) == {f"{gpu}-{part}" for gpu, part, _ in PARTS}
     assert {gpu: set(found) for gpu, found in outcomes.items()} == {gpu: set(found) for gpu, found in CHECKS.items()}
 
 
