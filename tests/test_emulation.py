@@ -94,7 +94,7 @@ def determinism():
 
 def check_emulated(case, deterministic=False):
     with determinism() if deterministic else contextlib.nullcontext():
-        check(case, ["operators"])
+        return check(case, ["operators"])
 
 
 def check_last_block_first(case):
@@ -421,7 +421,11 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         window = -1, 0 if case.causal else -1
         settings = *[None] * 4, options.get("scale", 60.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
         before = multiplied_with_wgmma()
-        (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
+        results_of = []
+        for order in (True, False):
+            first_warp_first(order)
+            results_of.append(operators.forward(q, k, v, mask, None, scale, *settings))
+        (o, rows), again = results_of
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
         assert torch.equal(o, again[0]) and torch.equal(rows, again[1])
         parts = operators.partials(q, k, v, mask, None, scale, *settings)
@@ -447,20 +451,43 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         assert torch.equal(o[:, :, case.seq_len_q - case.seq_len_k], values[:, :, 0])
 
 
-def check_sm90_gradients(case, deterministic=False):
-    """The gate, and gradients with the kernel of 9.0, twice: the second time the warps take turns in another order."""
-    check_emulated(case, deterministic)
-    tensors, options = case.tensors(case.dtype), case.options()
-    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    o = attend("operators", **tensors, **options)
-    do = torch.randn(o.shape, dtype=o.dtype)
+def first_warp_first(order):
+    """Whether warps take turns from the first on in the next launch's first block, or from the last on."""
+    ctypes.CDLL(sys.argv[1]).emulated_first_warp_first(order)
+
+
+def check_twice(case, deterministic):
+    """The gate, and the same o and gradients where warps take turns in the other order.
+
+    Returns how many warps multiplied with wgmma in the forward and in the backward pass.
+    """
+    counts = []
+
+    def counted(**arguments):
+        counts.append(multiplied_with_wgmma())
+        o = attend("operators", **arguments)
+        counts.append(multiplied_with_wgmma())
+        return o
+
+    first_warp_first(True)
+    first = check_emulated(case, deterministic)
+    first_warp_first(False)
     with determinism() if deterministic else contextlib.nullcontext():
-        before = multiplied_with_wgmma()
-        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
-        assert multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
-        again = torch.autograd.grad(o, tensors.values(), do)
+        again = results(counted, case, case.dtype)
+    counts.append(multiplied_with_wgmma())
     # Blocks run one after the other here, so that sums of dq in any order are repeatable, too.
-    assert all(torch.equal(*gradients) for gradients in zip(first, again, strict=True))
+    for name, one in first.items():
+        if name == "ddistance_bias" and not deterministic:  # warps add to it in any order
+            torch.testing.assert_close(one, again[name], rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, again[name]), name
+    before, between, after = counts
+    return between - before, after - between
+
+
+def check_sm90_gradients(case, deterministic=False):
+    """The gate, and gradients with the kernel of 9.0, in both orders of the warps."""
+    assert check_twice(case, deterministic)[1] > 0, "the kernel of 9.0 was not launched"
 
 
 def check_packed_emulated(case, deterministic=False):
@@ -472,37 +499,18 @@ def check_window_sm90(case, deterministic=False):
     """The gate, o and gradients twice, and a window of nothing but the query's own key gives its value."""
     check_sm90_gradients(case, deterministic)
     tensors, options = case.tensors(case.dtype), case.options()
-    with torch.no_grad():
-        o, again = (attend("operators", **tensors, **options) for _ in range(2))
-        assert torch.equal(o, again)
-        if case.seq_len_q == case.seq_len_k and not case.mask:
+    if case.seq_len_q == case.seq_len_k and not case.mask:
+        with torch.no_grad():
             own = attend("operators", **tensors, **{**options, "window_size": (0, 0)})
             assert torch.equal(own, tensors["v"].repeat_interleave(case.num_heads // case.num_kv_heads, 1))
 
 
 def check_distances_sm90(case, deterministic=False):
     """The gate, o and gradients twice, and that the kernels of 9.0 made them: each where it can."""
-    check_emulated(case, deterministic)
-    tensors, options = case.tensors(case.dtype), case.options()
-    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    counts = [multiplied_with_wgmma()]
-    o = attend("operators", **tensors, **options)
-    counts.append(multiplied_with_wgmma())
-    assert torch.equal(o, attend("operators", **tensors, **options))
-    assert (counts[1] > counts[0]) == (case.seq_len_q > 1)  # few queries have another kernel
-    do = torch.randn(o.shape, dtype=o.dtype)
-    with determinism() if deterministic else contextlib.nullcontext():
-        counts = [multiplied_with_wgmma()]
-        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
-        counts.append(multiplied_with_wgmma())
-        again = torch.autograd.grad(o, tensors.values(), do)
+    forward, backward = check_twice(case, deterministic)
+    assert (forward > 0) == (case.seq_len_q > 1)  # few queries have another kernel
     takes = case.l2norm_qk or not (case.distance_bias or case.learned_scale)
-    assert (counts[1] > counts[0]) == (takes and case.head_dim <= 128)
-    for name, one, other in zip(tensors, first, again, strict=True):
-        if name == "distance_bias" and not deterministic:  # warps add to it in any order
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        else:
-            assert torch.equal(one, other), name
+    assert (backward > 0) == (takes and case.head_dim <= 128)
 
 
 # By head dim: queries, keys. With other tiles in the tables the check fails, and these follow.
@@ -804,8 +812,9 @@ def run_all(gpu, part, parts):
     for name, function in list(CHECKS[gpu].items())[part::parts]:
         torch.manual_seed(0)
         print(json.dumps(name), flush=True)
+        outcome = None
         try:
-            outcome = function()
+            function()
         except Exception:
             outcome = traceback.format_exc()
         print(json.dumps(outcome), flush=True)
