@@ -20,6 +20,8 @@ WORKERS := -n logical --maxprocesses 8 --dist worksteal
 TEST := not gpu and not emulated and not nvcc
 QUICK := $(TEST) and not training and not slow
 EMULATE := (emulated or nvcc) and not gpu
+# All that have tests of EMULATE: to import the others takes as long as some of these tests.
+EMULATE_FILES := tests/test_emulation.py tests/test_compile.py tests/test_packaging.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,7 +43,7 @@ test: lint  ## lint, and every test that needs neither a GPU nor nvcc
 	$(PYTEST) -m "$(TEST)" $(WORKERS) $(ARGS)
 
 emulate: $(INSTALLED)  ## compile the kernels, and emulate them on the CPU (needs nvcc)
-	$(PYTEST) -m "$(EMULATE)" $(ARGS)
+	$(PYTEST) -m "$(EMULATE)" $(EMULATE_FILES) $(ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff
 	$(RUN) -m ruff check .

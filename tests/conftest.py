@@ -58,7 +58,24 @@ def text(tmp_path_factory):
 LONGEST = ("test_storm.py", "test_sweeps.py", "test_train.py")
 
 
-def pytest_collection_modifyitems(items):
+_markers = pytest.StashKey[dict[str, list[str]]]()
+
+
+@pytest.fixture(scope="session")
+def all_markers(request):
+    """By test, its markers: of every test there is, also those that -m or -k did not choose; None where some of them
+    were not even collected, as the command line said.
+    """
+    config = request.config
+    given = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
+    everything = {(config.rootpath / path).resolve() for path in config.getini("testpaths")}
+    left_out = any(config.getoption(name, None) for name in ("ignore", "ignore_glob", "deselect", "lf"))
+    return config.stash[_markers] if given == everything and not left_out else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    config.stash[_markers] = {item.nodeid: [mark.name for mark in item.iter_markers()] for item in items}
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

@@ -4,6 +4,7 @@ No compiler may warn, no kernel spill registers, wait for what wgmma was to over
 wrong registers, and the library loads.
 """
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -29,7 +30,19 @@ from support.building import (
 pytestmark = [pytest.mark.nvcc, skip_without_nvcc]
 
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-CUOBJDUMP = shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
+
+
+def find_cuobjdump():
+    """That of CUDA's toolkit, or that of the package nvidia-cuda-cuobjdump, which belongs to no PATH; or None."""
+    found = shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
+    try:
+        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    return found or next((str(file.locate()) for file in files if file.name == "cuobjdump"), None)
+
+
+CUOBJDUMP = find_cuobjdump()
 
 SPILLING_CU = """
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {
@@ -245,7 +258,7 @@ def test_registers_touched_in_flight_are_found():
         assert touched_in_flight(listing) == {"kernel": touching}
 
 
-@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: neither CUDA's toolkit nor nvidia-cuda-cuobjdump has one")
 def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
     objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("*.cu.o"))
     for path in objects:
@@ -256,7 +269,7 @@ def test_nobody_touches_the_registers_of_a_wgmma_under_way(build):
     assert objects
 
 
-@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA_HOME/bin or PATH)")
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: neither CUDA's toolkit nor nvidia-cuda-cuobjdump has one")
 def test_wgmma_keeps_the_registers_of_its_operands_apart(build):
     objects = sorted((build[1] / "build" / "kernels" / "sm90").glob("forward*.cu.o"))
     for path in objects:

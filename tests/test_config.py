@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from support import ROOT
 from support.configuration import configure
+from support.forked import Forked
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
@@ -382,13 +383,6 @@ def test_help_is_as_wide_as_the_terminal_and_may_be_read_in_part():
     assert whole.stdout == command_line.usage(80)
 
 
-def run_train(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
 def test_train_answers_before_the_imports_that_take_seconds(tmp_path):
     for name in ("torch", "lightning"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('too late')\n")
@@ -407,9 +401,10 @@ def test_train_answers_before_the_imports_that_take_seconds(tmp_path):
 @pytest.mark.slow
 def test_a_back_end_that_cannot_serve_is_refused_before_a_folder_exists(tmp_path):
     line = ["model=tiny", "data=pystdlib", "logger=csv", f"run_root={tmp_path / 'runs'}", "trainer.accelerator=cpu"]
-    answer = run_train(*line, "attention.backend=cuda")
+    answer = Forked([*line, "attention.backend=cuda"], {"CUDA_VISIBLE_DEVICES": ""}, None)
+    _, errors = answer.communicate()
     assert answer.returncode == 1
-    (error,) = [text for text in answer.stderr.splitlines() if "InstallationWarning" not in text and text[0] != " "]
+    (error,) = [text for text in errors.splitlines() if "InstallationWarning" not in text and text[0] != " "]
     assert error.startswith("error: attention.backend='cuda' ")
     assert not (tmp_path / "runs").exists()
 

@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from support.forked_torch import run_code
 
 from models.training.identity import recorded_identity
 from models.training.report import read_results
@@ -109,7 +108,7 @@ def test_raw_files_say_where_they_come_from():
 @pytest.mark.parametrize("code", PYTHON)
 def test_the_python_in_the_documents_runs(code):
     names = "import torch\nq, k, v = torch.randn(3, 1, 2, 16, 64).unbind(0)\n"  # what a lone call refers to
-    run = subprocess.run([sys.executable, "-c", names + code], capture_output=True, text=True, cwd=ROOT)
+    run = run_code(names + code, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

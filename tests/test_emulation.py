@@ -2,7 +2,8 @@
 
 What a wrong index, swizzle, fragment, mask, split or wait does shows here; what only a GPU knows does not: its
 rounding, races within a warp, occupancy, time. Emulated kernels would replace the operators' CPU implementation in
-this process, so processes of their own, one for each of GPUS, run all checks; each test looks at the outcome of one.
+this process, so processes of their own, one or more for each of GPUS, run all checks; each test looks at the outcome
+of one.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ GPUS = {
     "sm90-40": {"EMULATED_CAPABILITY": "9", "EMULATED_MULTIPROCESSORS": "40"},
 }
 SHAPES = [(33, 70), (70, 33), (66, 130), (5, 200), (129, 65)]
-RUN = "import sys, test_emulation; test_emulation.run_all(*sys.argv[1:])"
+RUN = "import sys, test_emulation; test_emulation.run_parts(*sys.argv[1:])"
 
 
 def wide(options):
@@ -93,7 +94,7 @@ def determinism():
 
 def check_emulated(case, deterministic=False):
     with determinism() if deterministic else contextlib.nullcontext():
-        check(case, ["operators"])
+        return check(case, ["operators"])
 
 
 def check_last_block_first(case):
@@ -420,7 +421,11 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         window = -1, 0 if case.causal else -1
         settings = *[None] * 4, options.get("scale", 60.0), case.groups, case.causal, *window, 0, case.l2norm_qk, False
         before = multiplied_with_wgmma()
-        (o, rows), again = (operators.forward(q, k, v, mask, None, scale, *settings) for _ in range(2))
+        results_of = []
+        for order in (True, False):
+            first_warp_first(order)
+            results_of.append(operators.forward(q, k, v, mask, None, scale, *settings))
+        (o, rows), again = results_of
         assert not is_sm90 or multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
         assert torch.equal(o, again[0]) and torch.equal(rows, again[1])
         parts = operators.partials(q, k, v, mask, None, scale, *settings)
@@ -446,20 +451,43 @@ def check_sm90(case, is_sm90=False, expand_v=False):
         assert torch.equal(o[:, :, case.seq_len_q - case.seq_len_k], values[:, :, 0])
 
 
-def check_sm90_gradients(case, deterministic=False):
-    """The gate, and gradients with the kernel of 9.0, twice: the second time the warps take turns in another order."""
-    check_emulated(case, deterministic)
-    tensors, options = case.tensors(case.dtype), case.options()
-    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    o = attend("operators", **tensors, **options)
-    do = torch.randn(o.shape, dtype=o.dtype)
+def first_warp_first(order):
+    """Whether warps take turns from the first on in the next launch's first block, or from the last on."""
+    ctypes.CDLL(sys.argv[1]).emulated_first_warp_first(order)
+
+
+def check_twice(case, deterministic):
+    """The gate, and the same o and gradients where warps take turns in the other order.
+
+    Returns how many warps multiplied with wgmma in the forward and in the backward pass.
+    """
+    counts = []
+
+    def counted(**arguments):
+        counts.append(multiplied_with_wgmma())
+        o = attend("operators", **arguments)
+        counts.append(multiplied_with_wgmma())
+        return o
+
+    first_warp_first(True)
+    first = check_emulated(case, deterministic)
+    first_warp_first(False)
     with determinism() if deterministic else contextlib.nullcontext():
-        before = multiplied_with_wgmma()
-        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
-        assert multiplied_with_wgmma() > before, "the kernel of 9.0 was not launched"
-        again = torch.autograd.grad(o, tensors.values(), do)
+        again = results(counted, case, case.dtype)
+    counts.append(multiplied_with_wgmma())
     # Blocks run one after the other here, so that sums of dq in any order are repeatable, too.
-    assert all(torch.equal(*gradients) for gradients in zip(first, again, strict=True))
+    for name, one in first.items():
+        if name == "ddistance_bias" and not deterministic:  # warps add to it in any order
+            torch.testing.assert_close(one, again[name], rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, again[name]), name
+    before, between, after = counts
+    return between - before, after - between
+
+
+def check_sm90_gradients(case, deterministic=False):
+    """The gate, and gradients with the kernel of 9.0, in both orders of the warps."""
+    assert check_twice(case, deterministic)[1] > 0, "the kernel of 9.0 was not launched"
 
 
 def check_packed_emulated(case, deterministic=False):
@@ -471,37 +499,18 @@ def check_window_sm90(case, deterministic=False):
     """The gate, o and gradients twice, and a window of nothing but the query's own key gives its value."""
     check_sm90_gradients(case, deterministic)
     tensors, options = case.tensors(case.dtype), case.options()
-    with torch.no_grad():
-        o, again = (attend("operators", **tensors, **options) for _ in range(2))
-        assert torch.equal(o, again)
-        if case.seq_len_q == case.seq_len_k and not case.mask:
+    if case.seq_len_q == case.seq_len_k and not case.mask:
+        with torch.no_grad():
             own = attend("operators", **tensors, **{**options, "window_size": (0, 0)})
             assert torch.equal(own, tensors["v"].repeat_interleave(case.num_heads // case.num_kv_heads, 1))
 
 
 def check_distances_sm90(case, deterministic=False):
     """The gate, o and gradients twice, and that the kernels of 9.0 made them: each where it can."""
-    check_emulated(case, deterministic)
-    tensors, options = case.tensors(case.dtype), case.options()
-    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    counts = [multiplied_with_wgmma()]
-    o = attend("operators", **tensors, **options)
-    counts.append(multiplied_with_wgmma())
-    assert torch.equal(o, attend("operators", **tensors, **options))
-    assert (counts[1] > counts[0]) == (case.seq_len_q > 1)  # few queries have another kernel
-    do = torch.randn(o.shape, dtype=o.dtype)
-    with determinism() if deterministic else contextlib.nullcontext():
-        counts = [multiplied_with_wgmma()]
-        first = torch.autograd.grad(o, tensors.values(), do, retain_graph=True)
-        counts.append(multiplied_with_wgmma())
-        again = torch.autograd.grad(o, tensors.values(), do)
+    forward, backward = check_twice(case, deterministic)
+    assert (forward > 0) == (case.seq_len_q > 1)  # few queries have another kernel
     takes = case.l2norm_qk or not (case.distance_bias or case.learned_scale)
-    assert (counts[1] > counts[0]) == (takes and case.head_dim <= 128)
-    for name, one, other in zip(tensors, first, again, strict=True):
-        if name == "distance_bias" and not deterministic:  # warps add to it in any order
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        else:
-            assert torch.equal(one, other), name
+    assert (backward > 0) == (takes and case.head_dim <= 128)
 
 
 # By head dim: queries, keys. With other tiles in the tables the check fails, and these follow.
@@ -742,25 +751,78 @@ CHECKS = {
 }
 
 
-def run_all(library, gpu, part, parts):
-    """What another process does with one part of the checks: print, a line of JSON each, its name, then why it failed.
+def run_parts(library, folder):
+    """What another process does: each of PARTS in a fork of it, which imports and loads nothing again.
 
-    The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
+    Writes ends.json, by GPU and part null or how its process ended, and at which check.
     """
     torch.ops.load_library(library)
     gc.freeze()  # what was imported is not searched for garbage, again and again
-    for name, function in list(CHECKS[gpu].items())[int(part) :: int(parts)]:
+    waiting, running, ends = list(PARTS), {}, {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            part = waiting.pop(0)
+            running[fork(part, Path(folder))] = part
+        process, status = os.wait()
+        gpu, part, _ = running.pop(process)
+        ends[f"{gpu}-{part}"] = end_of(gpu, os.waitstatus_to_exitcode(status), Path(folder, f"{gpu}-{part}"))
+    Path(folder, "ends.json").write_text(json.dumps(ends))
+
+
+def fork(part, folder):
+    """The number of a process that runs a part of the checks, with what it prints in files."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        gpu, number, parts = part
+        for descriptor, kind in enumerate(("txt", "err"), 1):
+            with open(folder / f"{gpu}-{number}.{kind}", "wb") as file:
+                os.dup2(file.fileno(), descriptor)
+        seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = CPU_SECONDS if seconds == resource.RLIM_INFINITY else min(CPU_SECONDS, seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, seconds))
+        os.environ.update(GPUS[gpu])
+        run_all(gpu, number, parts)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(gpu, code, files):
+    """None, or how the process ended, and at which check."""
+    if code == 0:
+        return None
+    lines = files.with_suffix(".txt").read_text().splitlines()
+    end = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+    at = f"in {lines[-1]}" if len(lines) % 2 else "between two checks"
+    return f"the process of {gpu} ended with {end} {at}\n{files.with_suffix('.err').read_text()}"
+
+
+def run_all(gpu, part, parts):
+    """What a process does with one part of the checks: print, a line of JSON each, its name, then why it failed.
+
+    The second line of a check says null where it did not. A process that dies thereby names the check that it was at.
+    """
+    for name, function in list(CHECKS[gpu].items())[part::parts]:
         torch.manual_seed(0)
         print(json.dumps(name), flush=True)
+        outcome = None
         try:
-            outcome = function()
+            function()
         except Exception:
             outcome = traceback.format_exc()
         print(json.dumps(outcome), flush=True)
 
 
-# As much work for each process of a core as for any other; CHECKS of 9.0 are more, and slower.
-PARTS = [("sm80", 0, 1), ("sm80-3", 0, 1), ("sm86", 0, 1), *(("sm90", part, 3) for part in range(3)), ("sm90-40", 0, 1)]
+# (GPU, part, of how many). CHECKS of 9.0 are more, and slower; the least work comes last, so that no core is left idle.
+PARTS = [*(("sm90", part, 4) for part in range(4)), *(("sm80", part, 3) for part in range(3))]
+PARTS += [("sm86", 0, 1), ("sm80-3", 0, 1), ("sm90-40", 0, 1)]
 CPU_SECONDS = (
     3600  # of one process: a kernel that waits for ever burns it. Not a time by the clock: that is the load's.
 )
@@ -776,39 +838,19 @@ def emulation(make_once):
         except Exception:
             (folder / "build.txt").write_text(traceback.format_exc())
             return
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            ends = list(pool.map(lambda part: run(library, folder, *part), PARTS))
-        (folder / "ends.json").write_text(json.dumps(ends))
+        path = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), str(folder)]
+        subprocess.run(command, env=environment, check=True)
 
     folder = make_once("emulation", make)
     if (folder / "build.txt").exists():
-        return (folder / "build.txt").read_text(), [], {gpu: {} for gpu in GPUS}
+        return (folder / "build.txt").read_text(), {}, {gpu: {} for gpu in GPUS}
     outcomes = {gpu: {} for gpu in GPUS}
     for gpu, part, _ in PARTS:
         lines = [json.loads(line) for line in (folder / f"{gpu}-{part}.txt").read_text().splitlines()]
         outcomes[gpu] |= dict(zip(lines[::2], lines[1::2], strict=False))
     return None, json.loads((folder / "ends.json").read_text()), outcomes
-
-
-def run(library, folder, gpu, part, parts):
-    """None, or how the process ended, and at which check."""
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, **GPUS[gpu], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), gpu, str(part), str(parts)]
-    seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    limit = CPU_SECONDS if seconds == resource.RLIM_INFINITY else min(CPU_SECONDS, seconds)
-    with open(folder / f"{gpu}-{part}.txt", "w+") as out:
-        result = subprocess.run(
-            command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, seconds)),
-        )  # fmt: skip
-        out.seek(0)
-        lines = out.read().splitlines()
-    if result.returncode == 0:
-        return None
-    end = f"signal {signal.Signals(-result.returncode).name}" if result.returncode < 0 else f"code {result.returncode}"
-    at = f"in {lines[-1]}" if len(lines) % 2 else "between two checks"
-    return f"the process of {gpu} ended with {end} {at}\n{result.stderr}"
 
 
 def test_the_emulator_is_built(emulation):
@@ -819,7 +861,8 @@ def test_every_check_is_run_to_its_end(emulation):
     why, ends, outcomes = emulation
     if why is not None:
         pytest.skip("the emulator was not built: see test_the_emulator_is_built")
-    assert not any(ends), "\n".join(filter(None, ends))
+    assert not any(ends.values()), "\n".join(filter(None, ends.values()))
+    assert set(ends) == {f"{gpu}-{part}" for gpu, part, _ in PARTS}
     assert {gpu: set(found) for gpu, found in outcomes.items()} == {gpu: set(found) for gpu, found in CHECKS.items()}
 
 

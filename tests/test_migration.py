@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.configuration import configure
+from support.forked import Forked
 
 from conf.legacy import KEYS, translate
 from conf.schema import validate
@@ -61,9 +62,10 @@ def test_hydras_own_flags_and_unknown_ones_are_left_alone():
     others = "-cn config --config-name=config -cd conf --config-dir conf -sc install=bash --experimental-rerun x --lr 1"
     arguments = f"{own} {others} seq_len=8 +model.x=--seq-len ~norm --seq-length 8".split()
     assert translate(arguments) == arguments
-    result = run_train("--cfg", "job", "seq_len=24")
-    assert result.returncode == 0, result.stderr
-    assert "seq_len: 24" in result.stdout
+    shown = Forked(["--cfg", "job", "seq_len=24"], {}, None)
+    out, errors = shown.communicate()
+    assert shown.returncode == 0, errors
+    assert "seq_len: 24" in out
 
 
 # docs/migration.md

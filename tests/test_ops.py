@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forked_torch import run_code
 from support.operators import cu_seqlens, inputs, packed_inputs, seq_first, settings
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -853,8 +854,7 @@ def test_what_a_transform_leaves_behind_is_the_tensor_in_it():
 def test_a_renamed_private_of_torch_costs_time_alone(name):
     """Import says so and takes torch.library.register_autograd: the same gradients, and the same refusals."""
     kernels = Path(interface.__file__).parents[1]
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_A_PRIVATE_NAME, name]
-    process = subprocess.run(command, cwd=kernels, capture_output=True, text=True)
+    process = run_code(WITHOUT_A_PRIVATE_NAME, name, cwd=kernels)
     assert process.returncode == 0, process.stderr
     assert f"has not all private names that make calls fast (no {name.split('.')[-1]})" in process.stderr
 

@@ -43,17 +43,22 @@ def test_every_test_without_a_gpu_is_in_one_tier_whatever_its_markers():
         assert not in_tier("QUICK", markers) or not markers
 
 
-@pytest.mark.slow
-def test_the_collected_tests_are_in_the_tiers_that_they_belong_to():
+def collected():
+    """By test, its markers: of all tests, also where this run chooses few of them."""
     result = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    tests = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.mark.slow
+def test_the_collected_tests_are_in_the_tiers_that_they_belong_to(all_markers):
+    tests = all_markers or collected()
     tiers = {name: {test for test in tests if in_tier(name, tests[test])} for name in ("QUICK", "TEST", "EMULATE")}
     without_gpu = {test for test in tests if "gpu" not in tests[test]}
     assert tiers["TEST"] | tiers["EMULATE"] == without_gpu and not tiers["TEST"] & tiers["EMULATE"]
-    files = {name: {test.split("::")[0].removeprefix("tests/") for test in tests} for name, tests in tiers.items()}
-    assert files["EMULATE"] == {"test_emulation.py", "test_compile.py", "test_packaging.py"}
-    assert files["TEST"] - files["QUICK"] >= {"test_train.py", "test_storm.py"}
+    files = {name: {test.split("::")[0] for test in tests} for name, tests in tiers.items()}
+    assert files["EMULATE"] == set(expression("EMULATE_FILES").split())
+    assert files["TEST"] - files["QUICK"] >= {"tests/test_train.py", "tests/test_storm.py"}
     for name, least in (("QUICK", 600), ("TEST", 800), ("EMULATE", 600)):
         assert len(tiers[name]) >= least, (name, len(tiers[name]))
 
@@ -62,6 +67,8 @@ def test_the_targets_run_the_tiers():
     for target, tier in (("quick", "QUICK"), ("test", "TEST"), ("emulate", "EMULATE")):
         printed = make("-n", target, cwd=ROOT).stdout
         assert f'pytest -m "{expanded(tier)}"' in without_parentheses(printed)
+    printed = make("-n", "emulate", cwd=ROOT).stdout
+    assert f'" {expression("EMULATE_FILES")} ' in printed  # and nothing else
     assert re.search(r"^exec make lint test emulate$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 

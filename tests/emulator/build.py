@@ -70,6 +70,8 @@ def build(folder: Path, nvcc: str, csrc: Path = CSRC) -> Path:
     # to another stack for an error.
     compile_command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-U_FORTIFY_SOURCE"]
     compile_command += ["-Xcompiler", "-Wno-unknown-pragmas"]
+    # It runs where it is compiled. No host fuses what another does not: products are rounded before they are added.
+    compile_command += ["-Xcompiler", "-march=native,-ffp-contract=off"]
     compile_command += [f"-I{folder}", "-isystem", str(torch_folder / "include"), "-c"]
     # Read by every source, so once for all: gcc takes a header that it compiled before by the same flags.
     header = folder / "emulator.h"

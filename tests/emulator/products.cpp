@@ -10,13 +10,13 @@
 namespace flash_cosine_sim {
 namespace {
 
-// Four at once, as every x86-64 and ARM has them: the compiler would make them of loops with -O3 alone.
-using Floats [[gnu::vector_size(16)]] = float;
+// Eight at once, which the compiler makes of what the host has, and of loops with -O3 alone.
+using Floats [[gnu::vector_size(32)]] = float;
 
-Floats load(const float* four) { return *reinterpret_cast<const Floats*>(four); }
-void store(float* four, Floats values) { *reinterpret_cast<Floats*>(four) = values; }
+Floats load(const float* eight) { return *reinterpret_cast<const Floats*>(eight); }
+void store(float* eight, Floats values) { *reinterpret_cast<Floats*>(eight) = values; }
 
-// A conversion of float16 is a call where the compiler may not use instructions that not every host has.
+// A conversion of float16 is a call where the host has no instruction for it.
 const std::vector<float> float_of_half = [] {
   std::vector<float> values(1 << 16);
   for (unsigned i = 0; i < values.size(); ++i) {
@@ -84,7 +84,7 @@ void read_a(float (&a)[16][16], WgmmaKind kind, const std::vector<WgmmaOperands>
 }
 
 void multiply(WgmmaKind kind, const std::vector<WgmmaOperands>& lanes, const WgmmaRegisters& registers, int warp) {
-  alignas(16) float a[16][16];  // k, row
+  alignas(32) float a[16][16];  // k, row
   read_a(a, kind, lanes, registers, warp);
   const uint64_t descriptor = lanes[0].b_descriptor;
   for (int block = 0; block < kind.num_blocks; ++block) {
@@ -99,18 +99,20 @@ void multiply(WgmmaKind kind, const std::vector<WgmmaOperands>& lanes, const Wgm
       }
     }
     // A lane has two columns of rows lane / 4 and lane / 4 + 8.
-    alignas(16) float sums[8][16]{};  // column, row
+    alignas(32) float sums[8][16]{};  // column, row
     if (kind.accumulates) {
       for (int lane = 0; lane < 32; ++lane) {
         for (int i = 0; i < 4; ++i) sums[lane % 4 * 2 + i % 2][lane / 4 + 8 * (i / 2)] = lanes[lane].d[block][i];
       }
     }
     for (int n = 0; n < 8; ++n) {
-      for (int row = 0; row < 16; row += 4) {
-        Floats four = load(&sums[n][row]);
-        for (int k = 0; k < 16; ++k) four += load(&a[k][row]) * b[k][n];
-        store(&sums[n][row], four);
+      Floats upper = load(&sums[n][0]), lower = load(&sums[n][8]);
+      for (int k = 0; k < 16; ++k) {
+        upper += load(&a[k][0]) * b[k][n];
+        lower += load(&a[k][8]) * b[k][n];
       }
+      store(&sums[n][0], upper);
+      store(&sums[n][8], lower);
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) lanes[lane].d[block][i] = sums[lane % 4 * 2 + i % 2][lane / 4 + 8 * (i / 2)];
@@ -131,7 +133,7 @@ void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   };
   emulator::meet_warp(what, ~0u, mine, [](Product** lanes) {
     float a[16][kContraction];
-    alignas(16) float b[kContraction][8], d[16][8];
+    alignas(32) float b[kContraction][8], d[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, place = lane % 4;
       for (int i = 0; i < 4; ++i) {
@@ -148,11 +150,9 @@ void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
       }
     }
     for (int row = 0; row < 16; ++row) {
-      for (int column = 0; column < 8; column += 4) {
-        Floats four = load(&d[row][column]);
-        for (int k = 0; k < kContraction; ++k) four += a[row][k] * load(&b[k][column]);
-        store(&d[row][column], four);
-      }
+      Floats sums = load(d[row]);
+      for (int k = 0; k < kContraction; ++k) sums += a[row][k] * load(b[k]);
+      store(d[row], sums);
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];

@@ -60,6 +60,11 @@ __attribute__((visibility("default"))) int emulated_large_launches(unsigned thre
   return emulator::num_large_launches[threads];
 }
 
+// Whether warps take turns from the first on in the next launch's first block, or from the last on; and from there on
+// in turn, from block to block and from launch to launch.
+__attribute__((visibility("default"))) void emulated_first_warp_first(int first) {
+  emulator::num_launches = first ? 0 : 1;
+}
 __attribute__((visibility("default"))) void emulated_last_block_first(int last) { emulator::last_block_first = last; }
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }

@@ -40,7 +40,7 @@ class Forked:
             raise TimeoutError(f"still running after {timeout} s: {self.args}")
         return self._process.exitcode
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self, timeout: float = 1800) -> tuple[str, str]:
         """What it wrote to stdout and stderr, when it has ended."""
         self.wait(timeout)
         return tuple(path.read_text(encoding="utf-8", errors="replace") for path in self._paths)
