@@ -464,3 +464,11 @@ def test_a_plot_has_a_group_a_problem_and_a_bar_a_contender(tmp_path, files, mon
 def test_the_pages_of_windows_packed_sequences_and_padding_show_a_plot(folder):
     page = results.RESULTS / folder / "README.md"
     assert f"]({folder}.png)" in page.read_text() and (page.parent / f"{folder}.png").exists()
+
+
+def test_the_page_of_the_study_has_every_run():
+    study = results.RESULTS / "study"
+    page = (study / "report.html").read_text(encoding="utf-8")
+    runs = [path.parent.name for path in study.glob("*/*/run.json")]
+    assert len(runs) > 100 and [name for name in runs if name not in page] == []
+    assert f"<title>{len(runs)} runs: {len(runs)} finished</title>" in page
