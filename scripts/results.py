@@ -283,15 +283,20 @@ def _windowed(arm: Arm) -> tuple[int, str, float, str]:
     return arm.settings["seq_len"], arm.settings["attention"], arm.settings["lr"], named
 
 
-def timed(folder: str, baseline: str) -> str:
-    """Recipes that trained for as long, their losses also over the baseline's mean; a run is NAME-seedN.
-
-    By windows that slide, and on a second text, is what scripts.evaluate left in a run's folder.
-    """
+def _recipes(folder: str) -> dict[str, Arm]:
+    """The runs of a folder by recipe; a run is NAME-seedN."""
     runs: dict[str, list[Results]] = {}
     for run in _runs(RESULTS / folder):
         runs.setdefault(re.sub(r"-seed\d+$", "", run.folder.name), []).append(run)
-    arms = {name: Arm({}, tuple(of), tuple(one.configured("seed") for one in of)) for name, of in runs.items()}
+    return {name: Arm({}, tuple(of), tuple(one.configured("seed") for one in of)) for name, of in runs.items()}
+
+
+def timed(folder: str, baseline: str) -> str:
+    """Recipes that trained for as long, their losses also over the baseline's mean.
+
+    By windows that slide, and on a second text, is what scripts.evaluate left in a run's folder.
+    """
+    arms = _recipes(folder)
     if baseline not in arms:
         raise ValueError(f"the baseline must be one of {', '.join(sorted(arms))}, got {baseline}")
     base = arms[baseline].mean("val bpc")
@@ -302,25 +307,50 @@ def timed(folder: str, baseline: str) -> str:
         megabytes = [run.record.get("tokens_per_step", 0) * step / 1e6 for run, step in zip(ended, steps, strict=True)]
         middle = [f"{statistics.mean(numbers):,.0f}" if numbers else "-" for numbers in (steps, megabytes)]
         ratio = f"{loss / base:.3f}" if loss and base else "-"
-        slid = [_mean_and_spread(_slid(ended, split), ".4f") for split in ("val", "text")]
+        slid = [
+            _mean_and_spread([found["bits_per_byte"] for found in _evaluations(ended, split, "slide")], ".4f")
+            for split in ("val", "text")
+        ]
         speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
         rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
     others = f"of {baseline}", "val, sliding", "second text, sliding"
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
 
 
-def _slid(runs: Sequence[Results], split: str) -> list[float]:
-    """Bits per byte of a split by sliding windows, of each run that has it. Raises ValueError if one has several."""
-    bits = []
+def by_context(folder: str, shortest: str) -> str:
+    """Bits per byte of val by bytes of context, of recipes whose runs were evaluated by windows that do not overlap.
+
+    Of the octaves, those from `shortest` bytes on: the shortest ones are joined, at other ends for each seq_len.
+    """
+    found: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for name, arm in sorted(_recipes(folder).items()):
+        for evaluation in _evaluations(arm.finished, "val", "chunk"):
+            for bucket in evaluation["by_context"]:
+                key = bucket["shortest"], bucket["longest"]
+                if key[0] >= int(shortest):
+                    found.setdefault(name, {}).setdefault(key, []).append(bucket["bits_per_byte"])
+    octaves = sorted({key for of in found.values() for key in of})
+    rows = [[name, *(_mean_and_spread(of.get(key, []), ".4f") for key in octaves)] for name, of in found.items()]
+    return markdown(("recipe", *(f"{first:,} to {last:,}" for first, last in octaves)), rows)
+
+
+def _evaluations(runs: Sequence[Results], split: str, mode: str) -> list[dict[str, Any]]:
+    """What scripts.evaluate wrote of a split by such windows, of each run that has it.
+
+    Raises:
+        ValueError: a run has several.
+    """
+    evaluations = []
     for run in runs:
         found = [json.loads(path.read_text()) for path in (run.folder / "evaluations").glob("*.json")]
-        slid = [one["bits_per_byte"] for one in found if one["split"] == split and one["mode"].startswith("slide")]
-        if len(slid) > 1:
+        wanted = [one for one in found if one["split"] == split and one["mode"].startswith(mode)]
+        if len(wanted) > 1:
+            kind = {"slide": "sliding", "chunk": "non-overlapping"}[mode]
             raise ValueError(
-                f"a run must have one evaluation of {split} by sliding windows, got {len(slid)}: {run.name}"
+                f"a run must have one evaluation of {split} by {kind} windows, got {len(wanted)}: {run.name}"
             )
-        bits += slid
-    return bits
+        evaluations += wanted
+    return evaluations
 
 
 def _bold_lowest(cells: Sequence[str]) -> list[str]:
@@ -765,7 +795,7 @@ def _commits(reports: Sequence[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached, timed),
+        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached, timed, by_context),
         *(speed, attention, sustained, short, predecessor, decoding, training),
         *(windows, trained_windows, packed, padding, distances, bias, bias_backends),
         *(qk_norm, qk_norm_others, qk_norm_errors, aims),

@@ -101,7 +101,10 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
                 ("val", "chunk", 9.0),
                 ("text", "slide-512", 2 * slid),
             ):
-                values = {"split": split, "mode": mode, "bits_per_byte": bits}
+                octaves = [(1, 8, 3.0), (9, 16, 2.0), (17, 32, 1 + seed), (33, 64, slid)][: 3 if name == "best" else 4]
+                keys = "shortest", "longest", "bits_per_byte"
+                curve = [dict(zip(keys, octave, strict=True)) for octave in octaves]
+                values = {"split": split, "mode": mode, "bits_per_byte": bits, "by_context": curve}
                 (folder / "evaluations" / f"{split}-{mode}.json").write_text(json.dumps(values))
     lines = results.timed("ten", "plain").splitlines()
     assert lines[0] == (
@@ -113,6 +116,12 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
         "| best | 1 | 300 | 30 | 0.5000 | 0.400 | 0.4000 | 0.8000 | 1,000 | 1.50 |",
         "| better | 1 | 400 | 40 | 0.8750 | 0.700 | - | - | 1,000 | 1.50 |",
         "| lost | 0, 1 diverged | - | - | - | - | - | - | - | - |",
+    ]
+    assert results.by_context("ten", "17").splitlines() == [
+        "| recipe | 17 to 32 | 33 to 64 |",
+        "| --- | ---: | ---: |",
+        "| best | 1.0000 | - |",
+        "| plain | 1.5000 ± 0.7071 | 1.0000 ± 0.0707 |",
     ]
     with pytest.raises(ValueError, match="the baseline must be one of best, better, lost, plain, got other"):
         results.timed("ten", "other")
