@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from models.training.load import find_checkpoint, load_model
 from models.training.run_files import read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, choose_device, integer, run_script
+from scripts.overlap import seen
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest
 STRIDE = 512  # what published results on enwik8 mostly slide by
@@ -84,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="windows at once (default: about as many as in training)",
     )
     parser.add_argument("--max-bytes", metavar="N", type=integer(2), help="the first N bytes of the split")
+    parser.add_argument(
+        "--unseen",
+        metavar="N",
+        type=integer(1),
+        help="also of those bytes alone that are in no string of N bytes which the training split has: 48, say",
+    )
     parser.add_argument("--plot", action="store_true", help="draw bits per byte by context beside the results, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write a list of the results to FILE, too")
     return run_script(parser, evaluate, argv)
@@ -91,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Rebuilds the model, scores the split or the text, prints the results and writes them into the run's folder."""
+    if arguments.unseen is not None and arguments.text is not None:
+        raise ValueError("--unseen is of a split of the run's corpus, and cannot be given with --text")
     device = choose_device(arguments.device)
     run, checkpoint = located(arguments.run, arguments.checkpoint)
     gpt, config = load_model(run, str(checkpoint), device)
@@ -99,7 +109,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
     if arguments.text is None and arguments.split == "test":
         open_test(run)
-    data, source = text_of(arguments, run, config)
+    data, source, train = text_of(arguments, run, config)
+    unseen = None
+    if arguments.unseen is not None and train is not None:
+        unseen = (~seen(train, data, arguments.unseen)).astype(np.uint8)
     tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
     batch_size = arguments.batch_size or max(1, tokens // seq_len)
     precision = choose_precision(config.trainer.precision, cuda=device.type == "cuda")
@@ -116,15 +129,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     results = []
     for stride in strides:
-        if stride is None:
-            batches = EvalBatches(data, seq_len, batch_size, rank=0, world_size=1)
-        else:
-            batches = SlidingBatches(data, seq_len, stride, batch_size)
+        cut = partial(_cut, seq_len=seq_len, stride=stride, batch_size=batch_size)
         with autocast(device, precision):
-            score = score_batches(gpt, batches, seq_len)
+            score = score_batches(gpt, cut(data), seq_len, None if unseen is None else cut(unseen))
         whole = {**setting, "mode": "chunk" if stride is None else f"slide-{stride}"}
         print_score(whole, score)
-        numbers = {"scored_bytes": score.scored_bytes, "bits_per_byte": score.bits_per_byte}
+        numbers: dict[str, Any] = {"scored_bytes": score.scored_bytes, "bits_per_byte": score.bits_per_byte}
+        if score.unseen is not None:
+            print_line(
+                f"{'unseen bytes':<14} {score.unseen.scored_bytes:,}, in no string of {arguments.unseen} that train has"
+            )
+            print_line(f"{'bits per byte':<14} {score.unseen.bits_per_byte:.6f} of these")
+            numbers["unseen"] = {"string_bytes": arguments.unseen, "scored_bytes": score.unseen.scored_bytes}
+            numbers["unseen"]["bits_per_byte"] = score.unseen.bits_per_byte
         results.append({**whole, **numbers, "by_context": [asdict(bucket) for bucket in score.by_context()]})
     keep(run, results, draw=arguments.plot)
     if arguments.json is not None:
@@ -160,8 +177,16 @@ def windows(mode: str, seq_len: int | None, stride: int | None, trained_seq_len:
     return seq_len, {"both": [None, stride], "chunk": [None], "slide": [stride]}[mode]
 
 
-def text_of(arguments: argparse.Namespace, run: Path, config: DictConfig) -> tuple[np.ndarray, dict[str, str]]:
-    """The bytes to score, and what they are: a split of the run's corpus, or a file.
+def _cut(data: np.ndarray, *, seq_len: int, stride: int | None, batch_size: int) -> "EvalBatches | SlidingBatches":
+    if stride is None:
+        return EvalBatches(data, seq_len, batch_size, rank=0, world_size=1)
+    return SlidingBatches(data, seq_len, stride, batch_size)
+
+
+def text_of(
+    arguments: argparse.Namespace, run: Path, config: DictConfig
+) -> tuple[np.ndarray, dict[str, str], np.ndarray | None]:
+    """The bytes to score, what they are, and the training split: of the run's corpus, or a file and None.
 
     Raises:
         ValueError: they cannot be had, or are fewer than the two that it takes to predict one.
@@ -169,14 +194,14 @@ def text_of(arguments: argparse.Namespace, run: Path, config: DictConfig) -> tup
     if arguments.text is None:
         corpus = rebuild_corpus(run, config)
         source = {"corpus": corpus.name, "sha256": corpus.provenance["sha256"], "split": arguments.split}
-        return getattr(corpus, arguments.split)[: arguments.max_bytes], source
+        return getattr(corpus, arguments.split)[: arguments.max_bytes], source, corpus.train
     if not arguments.text.is_file():
         raise ValueError(f"--text must be a file, raw, .gz or .zip, got {str(arguments.text)!r}")
     data = read_file(arguments.text)
     if len(data) < 2:
         raise ValueError(f"--text must have at least 2 bytes, got {len(data)} in {str(arguments.text)!r}")
     source = {"corpus": arguments.text.name, "sha256": hashlib.sha256(data).hexdigest(), "split": "text"}
-    return data[: arguments.max_bytes], source
+    return data[: arguments.max_bytes], source, None
 
 
 def open_test(run: Path) -> None:
@@ -312,10 +337,12 @@ class Score:
     Attributes:
         nats: (seq_len,) float64, the sum of -ln p.
         scored: (seq_len,) int64, the number of bytes.
+        unseen: the same of the bytes that the training split does not have, if that was asked for.
     """
 
     nats: Tensor
     scored: Tensor
+    unseen: "Score | None" = None
 
     @property
     def scored_bytes(self) -> int:
@@ -324,8 +351,8 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Over all scored bytes."""
-        return self.nats.sum().item() / (self.scored_bytes * math.log(2))
+        """Over all scored bytes; nan where there is none."""
+        return self.nats.sum().item() / (self.scored_bytes * math.log(2)) if self.scored_bytes else math.nan
 
     def by_context(self) -> list[Bucket]:
         """The curve by context length: octaves down from seq_len, the shortest joined in one bucket."""
@@ -339,21 +366,35 @@ class Score:
 
 
 @torch.no_grad()
-def score_batches(gpt: GPT, batches: EvalBatches | SlidingBatches, seq_len: int) -> Score:
-    """Scores every target that is not IGNORE_INDEX, in the precision of the autocast around the call."""
+def score_batches(
+    gpt: GPT,
+    batches: EvalBatches | SlidingBatches,
+    seq_len: int,
+    unseen: EvalBatches | SlidingBatches | None = None,
+) -> Score:
+    """Scores every target that is not IGNORE_INDEX, in the precision of the autocast around the call.
+
+    unseen: cut as `batches` are, of a 1 for each byte of the data that counts as unseen, and a 0 for others.
+    """
     device = gpt.embedding.weight.device
-    nats = torch.zeros(seq_len, dtype=torch.float64, device=device)
-    scored = torch.zeros(seq_len, dtype=torch.int64, device=device)
+    nats, unseen_nats = torch.zeros(2, seq_len, dtype=torch.float64, device=device)
+    scored, unseen_scored = torch.zeros(2, seq_len, dtype=torch.int64, device=device)
     progress = Console(stderr=True)
-    for inputs, targets in track(
-        batches, "evaluating", console=progress, transient=True, disable=not progress.is_terminal
+    for index in track(
+        range(len(batches)), "evaluating", console=progress, transient=True, disable=not progress.is_terminal
     ):
+        inputs, targets = batches[index]
         targets = targets.to(device)
         logits = gpt(inputs.to(device))  # (batch_size, seq_len, 256) float32
         losses = F.cross_entropy(logits.mT, targets, reduction="none")  # (batch_size, seq_len), 0 if ignored
         nats += losses.sum(dim=0, dtype=torch.float64)
         scored += (targets != IGNORE_INDEX).sum(dim=0)
-    return Score(nats.cpu(), scored.cpu())
+        if unseen is not None:
+            counts = unseen[index][1].to(device) == 1
+            unseen_nats += (losses * counts).sum(dim=0, dtype=torch.float64)
+            unseen_scored += counts.sum(dim=0)
+    rest = None if unseen is None else Score(unseen_nats.cpu(), unseen_scored.cpu())
+    return Score(nats.cpu(), scored.cpu(), rest)
 
 
 def print_score(setting: dict[str, str | int], score: Score) -> None:

@@ -2,7 +2,8 @@
 
 A byte counts if it lies in a string of N bytes that also stands in the training split. A model that knows the training
 split by heart predicts such bytes for nothing, so a bits per byte of few epochs and one of many say different things
-where there are many of them. The splits are those of ``data=file data.path=TEXT``.
+where there are many of them; ``scripts.evaluate --unseen`` has that of the others, too. The splits are those of
+``data=file data.path=TEXT``.
 """
 
 import argparse
@@ -36,18 +37,18 @@ def measure(arguments: argparse.Namespace) -> None:
     """Cuts the text as training does, and prints a line a split."""
     corpus = file(str(arguments.text))
     for split in ("val", "test"):
-        found = overlap(corpus.train, getattr(corpus, split), arguments.length)
-        print(f"{split}: {found:.1%} of {len(getattr(corpus, split)):,} bytes, by strings of {arguments.length}")
+        share = seen(corpus.train, getattr(corpus, split), arguments.length).mean()
+        print(f"{split}: {share:.1%} of {len(getattr(corpus, split)):,} bytes, by strings of {arguments.length}")
 
 
-def overlap(train: np.ndarray, held_out: np.ndarray, length: int) -> float:
-    """Share of held_out's bytes, 1-D uint8, that lie in a string of `length` bytes that train has.
+def seen(train: np.ndarray, held_out: np.ndarray, length: int) -> np.ndarray:
+    """Which bytes of held_out lie in a string of `length` bytes that train has: bool; all are 1-D, those two uint8.
 
     Strings are compared by 64-bit hashes: of 90 million and 5 million, 25 in a million pairs of texts would have one
     that is wrong.
     """
     if length > len(held_out) or length > len(train):
-        return 0.0
+        return np.zeros(len(held_out), dtype=bool)
     strings = hashes(held_out, length)
     wanted = np.unique(strings)
     begins = np.zeros(1 << TABLE_BITS, dtype=bool)  # by the first bits: most of train is ruled out without a search
@@ -58,12 +59,12 @@ def overlap(train: np.ndarray, held_out: np.ndarray, length: int) -> float:
         possible = possible[begins[possible >> SHIFT]]
         place = np.minimum(np.searchsorted(wanted, possible), len(wanted) - 1)
         found[place[wanted[place] == possible]] = True
-    seen = found[np.searchsorted(wanted, strings)]
+    in_train = found[np.searchsorted(wanted, strings)]
     # +1 where a string begins, -1 behind its end: the sum is how many a byte lies in.
     edges = np.zeros(len(held_out) + 1, dtype=np.int64)
-    edges[: len(seen)] += seen
-    edges[length : length + len(seen)] -= seen
-    return float((np.cumsum(edges[:-1]) > 0).mean())
+    edges[: len(in_train)] += in_train
+    edges[length : length + len(in_train)] -= in_train
+    return np.cumsum(edges[:-1]) > 0
 
 
 def pieces(data: np.ndarray, length: int) -> Iterator[np.ndarray]:

@@ -294,7 +294,8 @@ def _recipes(folder: str) -> dict[str, Arm]:
 def timed(folder: str, baseline: str) -> str:
     """Recipes that trained for as long, their losses also over the baseline's mean.
 
-    By windows that slide, and on a second text, is what scripts.evaluate left in a run's folder.
+    By windows that slide, of the bytes that the training split does not have, and on a second text, is what
+    scripts.evaluate left in a run's folder.
     """
     arms = _recipes(folder)
     if baseline not in arms:
@@ -307,13 +308,12 @@ def timed(folder: str, baseline: str) -> str:
         megabytes = [run.record.get("tokens_per_step", 0) * step / 1e6 for run, step in zip(ended, steps, strict=True)]
         middle = [f"{statistics.mean(numbers):,.0f}" if numbers else "-" for numbers in (steps, megabytes)]
         ratio = f"{loss / base:.3f}" if loss and base else "-"
-        slid = [
-            _mean_and_spread([found["bits_per_byte"] for found in _evaluations(ended, split, "slide")], ".4f")
-            for split in ("val", "text")
-        ]
+        val, text = (_evaluations(ended, split, "slide") for split in ("val", "text"))
+        unseen = [found["unseen"] for found in val if "unseen" in found]
+        slid = [_mean_and_spread([found["bits_per_byte"] for found in of], ".4f") for of in (val, unseen, text)]
         speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
         rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
-    others = f"of {baseline}", "val, sliding", "second text, sliding"
+    others = f"of {baseline}", "val, sliding", "its unseen bytes", "second text, sliding"
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
 
 

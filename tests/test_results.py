@@ -105,17 +105,20 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
                 keys = "shortest", "longest", "bits_per_byte"
                 curve = [dict(zip(keys, octave, strict=True)) for octave in octaves]
                 values = {"split": split, "mode": mode, "bits_per_byte": bits, "by_context": curve}
+                if name == "best":
+                    values["unseen"] = {"bits_per_byte": 3 * slid}
                 (folder / "evaluations" / f"{split}-{mode}.json").write_text(json.dumps(values))
     lines = results.timed("ten", "plain").splitlines()
     assert lines[0] == (
-        "| recipe | n | steps | MB | val bpc | of plain | val, sliding | second text, sliding | tokens/s | peak GiB |"
+        "| recipe | n | steps | MB | val bpc | of plain | val, sliding | its unseen bytes | second text, sliding "
+        "| tokens/s | peak GiB |"
     )
     assert lines[2:] == [
-        "| plain | 2 | 1,005 | 100 | 1.2500 ± 0.3536 | 1.000 | 1.0000 ± 0.0707 | 2.0000 ± 0.1414 | 1,000 ± 0 "
+        "| plain | 2 | 1,005 | 100 | 1.2500 ± 0.3536 | 1.000 | 1.0000 ± 0.0707 | - | 2.0000 ± 0.1414 | 1,000 ± 0 "
         "| 1.50 ± 0.00 |",
-        "| best | 1 | 300 | 30 | 0.5000 | 0.400 | 0.4000 | 0.8000 | 1,000 | 1.50 |",
-        "| better | 1 | 400 | 40 | 0.8750 | 0.700 | - | - | 1,000 | 1.50 |",
-        "| lost | 0, 1 diverged | - | - | - | - | - | - | - | - |",
+        "| best | 1 | 300 | 30 | 0.5000 | 0.400 | 0.4000 | 1.2000 | 0.8000 | 1,000 | 1.50 |",
+        "| better | 1 | 400 | 40 | 0.8750 | 0.700 | - | - | - | 1,000 | 1.50 |",
+        "| lost | 0, 1 diverged | - | - | - | - | - | - | - | - | - |",
     ]
     assert results.by_context("ten", "17").splitlines() == [
         "| recipe | 17 to 32 | 33 to 64 |",

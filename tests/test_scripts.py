@@ -421,6 +421,8 @@ def test_curve_by_context_adds_up(trained, tmp_path):
         (["--text", "/absent/text"], "--text must be a file, raw, .gz or .zip, got '/absent/text'"),
         (["--text", "x", "--split", "test"], "argument --split: not allowed with argument --text"),
         (["--json", "/absent/result.json"], "--json must be a file in an existing folder"),
+        (["--unseen", "0"], "argument --unseen: must be an integer of at least 1, got '0'"),
+        (["--unseen", "5", "--text", "x"], "--unseen is of a split of the run's corpus"),
     ],
 )
 def test_evaluate_refuses(trained, capsys, arguments, named):
@@ -455,6 +457,30 @@ def test_evaluation_has_both_modes_and_keeps_each_in_the_runs_folder(run, capsys
     assert "RUN must be a run's folder or a checkpoint in its checkpoints/" in refusal(
         capsys, evaluate, run / "loose.ckpt"
     )
+
+
+@pytest.mark.parametrize("mode", ["chunk", "slide"])
+def test_bytes_that_the_training_text_has_can_be_left_out(trained, tmp_path, mode):
+    """Of bytes in no string of 5 that stands in the training split, by the losses of a whole evaluation's windows."""
+    result = evaluated(tmp_path, trained, "--mode", mode, "--unseen", 5)
+    train, val = TEXT[:3600], TEXT[3600:3800]
+    seen = {i + j for i in range(len(val) - 4) if val[i : i + 5] in train for j in range(5)}
+    new = [i not in seen for i in range(1, len(val))]  # byte 0 is not scored
+    gpt, _ = load_model(trained)
+    data = np.frombuffer(val, np.uint8)
+    losses = {}
+    batches = EvalBatches(data, 16, 1, 0, 1) if mode == "chunk" else SlidingBatches(data, 16, 8, 1)
+    for window in range(len(batches)):
+        inputs, targets = batches[window]
+        nats = torch.nn.functional.cross_entropy(gpt(inputs).mT, targets, reduction="none")
+        for place in range(16):
+            if targets[0, place] != IGNORE_INDEX:
+                losses[window * (16 if mode == "chunk" else 8) + place] = nats[0, place].item()
+    expected = sum(losses[i] for i in range(199) if new[i]) / sum(new) / math.log(2)
+    assert 20 < sum(new) < 199 and len(losses) == 199
+    assert result["unseen"]["scored_bytes"] == sum(new) and result["unseen"]["string_bytes"] == 5
+    assert result["unseen"]["bits_per_byte"] == pytest.approx(expected, abs=1e-5)
+    assert result["scored_bytes"] == 199 and "unseen" not in evaluated(tmp_path, trained, "--mode", mode)
 
 
 def test_every_look_at_the_test_split_is_logged_in_the_run(run, capsys, monkeypatch):
