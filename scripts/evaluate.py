@@ -113,6 +113,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     unseen = None
     if arguments.unseen is not None and train is not None:
         unseen = (~seen(train, data, arguments.unseen)).astype(np.uint8)
+        if not unseen[1:].any():
+            raise ValueError(
+                f"--unseen must leave bytes to score, got {arguments.unseen}: every byte is in a string of that length "
+                "which the training split has"
+            )
     tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
     batch_size = arguments.batch_size or max(1, tokens // seq_len)
     precision = choose_precision(config.trainer.precision, cuda=device.type == "cuda")
@@ -226,7 +231,8 @@ def keep(run: Path, results: Sequence[dict[str, Any]], *, draw: bool) -> None:
     folder.mkdir(exist_ok=True)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for result in results:
-        path = folder / f"{_name(result)}-{result['mode']}.json"
+        of_unseen = f"-unseen{result['unseen']['string_bytes']}" if "unseen" in result else ""
+        path = folder / f"{_name(result)}-{result['mode']}{of_unseen}.json"
         write_text(path, json.dumps({**result, "time": now}, indent=2) + "\n")
         print_line(f"result: {path}")
         if result["split"] == "test":
@@ -351,8 +357,8 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Over all scored bytes; nan where there is none."""
-        return self.nats.sum().item() / (self.scored_bytes * math.log(2)) if self.scored_bytes else math.nan
+        """Over all scored bytes."""
+        return self.nats.sum().item() / (self.scored_bytes * math.log(2))
 
     def by_context(self) -> list[Bucket]:
         """The curve by context length: octaves down from seq_len, the shortest joined in one bucket."""

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Cuts the text as training does, and prints a line a split."""
+    if not arguments.text.exists():
+        raise ValueError(f"TEXT must be a file or a folder, got {str(arguments.text)!r}")
     corpus = file(str(arguments.text))
     for split in ("val", "test"):
         share = seen(corpus.train, getattr(corpus, split), arguments.length).mean()

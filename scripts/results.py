@@ -301,7 +301,7 @@ def timed(folder: str, baseline: str) -> str:
     if baseline not in arms:
         raise ValueError(f"the baseline must be one of {', '.join(sorted(arms))}, got {baseline}")
     base = arms[baseline].mean("val bpc")
-    rows = []
+    rows, lengths = [], set()
     for name, arm in sorted(arms.items(), key=lambda item: (item[0] != baseline, item[1].mean("val bpc") or math.inf)):
         loss, ended = arm.mean("val bpc"), arm.finished
         steps = [run.last("step") or 0 for run in ended]
@@ -310,10 +310,14 @@ def timed(folder: str, baseline: str) -> str:
         ratio = f"{loss / base:.3f}" if loss and base else "-"
         val, text = (_evaluations(ended, split, "slide") for split in ("val", "text"))
         unseen = [found["unseen"] for found in val if "unseen" in found]
+        lengths.update(found["string_bytes"] for found in unseen)
         slid = [_mean_and_spread([found["bits_per_byte"] for found in of], ".4f") for of in (val, unseen, text)]
         speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
         rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
-    others = f"of {baseline}", "val, sliding", "its unseen bytes", "second text, sliding"
+    if len(lengths) > 1:
+        raise ValueError(f"unseen bytes must be by strings of one length, got {', '.join(map(str, sorted(lengths)))}")
+    unseen_bytes = f"in no string of {min(lengths)} of train" if lengths else "unseen bytes"
+    others = f"of {baseline}", "val, sliding", unseen_bytes, "second text, sliding"
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
 
 
@@ -322,6 +326,8 @@ def by_context(folder: str, shortest: str) -> str:
 
     Of the octaves, those from `shortest` bytes on: the shortest ones are joined, at other ends for each seq_len.
     """
+    if not shortest.isdecimal():
+        raise ValueError(f"shortest must be a number of bytes, got {shortest!r}")
     found: dict[str, dict[tuple[int, int], list[float]]] = {}
     for name, arm in sorted(_recipes(folder).items()):
         for evaluation in _evaluations(arm.finished, "val", "chunk"):

@@ -841,7 +841,8 @@ def emulation(make_once):
         path = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-c", RUN, str(library), str(folder)]
-        subprocess.run(command, env=environment, check=True)
+        process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        assert process.returncode == 0, process.stderr
 
     folder = make_once("emulation", make)
     if (folder / "build.txt").exists():

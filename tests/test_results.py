@@ -106,12 +106,12 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
                 curve = [dict(zip(keys, octave, strict=True)) for octave in octaves]
                 values = {"split": split, "mode": mode, "bits_per_byte": bits, "by_context": curve}
                 if name == "best":
-                    values["unseen"] = {"bits_per_byte": 3 * slid}
+                    values["unseen"] = {"string_bytes": 48, "bits_per_byte": 3 * slid}
                 (folder / "evaluations" / f"{split}-{mode}.json").write_text(json.dumps(values))
     lines = results.timed("ten", "plain").splitlines()
     assert lines[0] == (
-        "| recipe | n | steps | MB | val bpc | of plain | val, sliding | its unseen bytes | second text, sliding "
-        "| tokens/s | peak GiB |"
+        "| recipe | n | steps | MB | val bpc | of plain | val, sliding | in no string of 48 of train "
+        "| second text, sliding | tokens/s | peak GiB |"
     )
     assert lines[2:] == [
         "| plain | 2 | 1,005 | 100 | 1.2500 ± 0.3536 | 1.000 | 1.0000 ± 0.0707 | - | 2.0000 ± 0.1414 | 1,000 ± 0 "
@@ -126,8 +126,16 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
         "| best | 1.0000 | - |",
         "| plain | 1.5000 ± 0.7071 | 1.0000 ± 0.0707 |",
     ]
+    with pytest.raises(ValueError, match="shortest must be a number of bytes, got 'x'"):
+        results.by_context("ten", "x")
     with pytest.raises(ValueError, match="the baseline must be one of best, better, lost, plain, got other"):
         results.timed("ten", "other")
+    path = tmp_path / "ten" / "plain-seed0" / "evaluations" / "val-slide-512.json"
+    kept = path.read_text()
+    path.write_text(json.dumps({**json.loads(kept), "unseen": {"string_bytes": 100, "bits_per_byte": 1.0}}))
+    with pytest.raises(ValueError, match="strings of one length, got 48, 100"):
+        results.timed("ten", "plain")
+    path.write_text(kept)
     again = json.dumps({"split": "val", "mode": "slide-256", "bits_per_byte": 0.5})
     (tmp_path / "ten" / "best-seed0" / "evaluations" / "again.json").write_text(again)
     with pytest.raises(ValueError, match="one evaluation of val by sliding windows, got 2: best-seed0"):

@@ -422,6 +422,7 @@ def test_curve_by_context_adds_up(trained, tmp_path):
         (["--text", "x", "--split", "test"], "argument --split: not allowed with argument --text"),
         (["--json", "/absent/result.json"], "--json must be a file in an existing folder"),
         (["--unseen", "0"], "argument --unseen: must be an integer of at least 1, got '0'"),
+        (["--unseen", "1"], "--unseen must leave bytes to score, got 1: every byte is in a string of that length"),
         (["--unseen", "5", "--text", "x"], "--unseen is of a split of the run's corpus"),
     ],
 )
@@ -480,6 +481,7 @@ def test_bytes_that_the_training_text_has_can_be_left_out(trained, tmp_path, mod
     assert 20 < sum(new) < 199 and len(losses) == 199
     assert result["unseen"]["scored_bytes"] == sum(new) and result["unseen"]["string_bytes"] == 5
     assert result["unseen"]["bits_per_byte"] == pytest.approx(expected, abs=1e-5)
+    assert list((trained / "evaluations").glob(f"*{mode}*-unseen5.json"))
     assert result["scored_bytes"] == 199 and "unseen" not in evaluated(tmp_path, trained, "--mode", mode)
 
 

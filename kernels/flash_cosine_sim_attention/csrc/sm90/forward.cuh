@@ -930,7 +930,8 @@ struct ForwardSm90 {
           while (goes_on) {
             start_pv_as_p_is_made();
             start_qk();
-            step = take_step<kSlices + 1>();
+            // No wait counts beyond 7: up to head dim 32 it is for the first slices' products, too.
+            step = take_step<(kSlices < 7 ? kSlices + 1 : 7)>();
             wgmma_wait<1>();
             finish_pv();
             begin_entries();

@@ -20,6 +20,7 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 // All but the last kPending groups are complete.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
+  static_assert(kPending <= 7, "ptxas makes a larger number 7 without a word");
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
