@@ -145,8 +145,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 f"{'unseen bytes':<14} {score.unseen.scored_bytes:,}, in no string of {arguments.unseen} that train has"
             )
             print_line(f"{'bits per byte':<14} {score.unseen.bits_per_byte:.6f} of these")
-            numbers["unseen"] = {"string_bytes": arguments.unseen, "scored_bytes": score.unseen.scored_bytes}
-            numbers["unseen"]["bits_per_byte"] = score.unseen.bits_per_byte
+            numbers["unseen"] = {
+                "string_bytes": arguments.unseen,
+                "scored_bytes": score.unseen.scored_bytes,
+                "bits_per_byte": score.unseen.bits_per_byte,
+            }
         results.append({**whole, **numbers, "by_context": [asdict(bucket) for bucket in score.by_context()]})
     keep(run, results, draw=arguments.plot)
     if arguments.json is not None:
