@@ -41,7 +41,9 @@ forward pass instead, as a server that captures its decoding step has them. --bu
 GPU is busy for, by the profiler: neither the host nor gaps between kernels count, kernels that run at once count once,
 copies and memsets count, too. It is a median over 3 rounds, each after a pause, of --num-times calls one after the
 other. Nothing is flushed between them: a short call finds in the L2 cache what the one before it left there, so do not
-set its time beside one with a flush. On a CPU a clock times as ever, which the tables say.
+set its time beside one with a flush. --queued times as ever, with the flush, but has the GPU wait before the first call
+until the host has queued them all: what a call takes where the host is ahead, as it is in a training whose steps are
+long. On a CPU a clock times as ever, which the tables say.
 """
 
 import argparse
@@ -100,12 +102,13 @@ APART = {
     "padding": ("mask_prob",),
     "distance_bias": ("alibi", "bias", "padding", "packed"),
     "alibi": ("bias", "padding", "packed"),
-    "busy": ("graphs", "host", "sustained"),
+    "busy": ("graphs", "host", "sustained", "queued"),
+    "queued": ("graphs", "host", "sustained"),
 }
 
 
 class Timer:
-    """Medians of repeated calls on one device; ``busy``: call_ms() is busy_ms()."""
+    """Medians of repeated calls on one device. ``busy``: call_ms() is busy_ms(); ``queued``: with the host ahead."""
 
     WARM_UP_S = 0.05  # at least, and at least three calls, or two where one takes SLOW_S
     SLOW_S = 0.3
@@ -117,9 +120,10 @@ class Timer:
     BUSY_ROUNDS = 3
     HOST_ROUNDS, HOST_CALLS = 5, 200
     SUSTAINED_LOAD_S, SUSTAINED_S = 0.2, 0.25  # calls before the measurement and during it
+    FASTEST_CLOCK_HZ = 3e9  # of a GPU: a wait of so many cycles is no shorter than a second
 
-    def __init__(self, device: torch.device, num_times: int, busy: bool = False):
-        self.device, self.num_times, self.busy = device, num_times, busy
+    def __init__(self, device: torch.device, num_times: int, busy: bool = False, queued: bool = False):
+        self.device, self.num_times, self.busy, self.queued = device, num_times, busy, queued
         self.on_gpu = device.type == "cuda"
         # larger than any L2 cache
         self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.on_gpu else None
@@ -127,27 +131,35 @@ class Timer:
     @property
     def times(self) -> str:
         """What the times of call_ms() are."""
-        return "clock" if not self.on_gpu else "busy" if self.busy else "events"
+        return "clock" if not self.on_gpu else "busy" if self.busy else "queued" if self.queued else "events"
 
     @property
     def note(self) -> str:
-        """A line for titles of tables and plots whose times are, or were to be, busy times; else nothing."""
-        if not self.busy:
+        """A line for titles of tables and plots whose times are, or were to be, no call's as it comes; else nothing."""
+        if not (self.busy or self.queued):
             return ""
-        return "\nbusy times of the GPU, by the profiler" if self.on_gpu else "\nby a clock: only a GPU has busy times"
+        if not self.on_gpu:
+            return f"\nby a clock: only a GPU has {'busy times' if self.busy else 'a queue'}"
+        return (
+            "\nbusy times of the GPU, by the profiler" if self.busy else "\nevery call queued before the first one runs"
+        )
 
     def call_ms(self, call: Callable[[], object]) -> float:
-        """busy_ms() if that is asked for, else median_ms()."""
-        return self.busy_ms(call) if self.busy else self.median_ms(call)
+        """busy_ms() if that is asked for, else median_ms(), with a queue if that is."""
+        return self.busy_ms(call) if self.busy else self.median_ms(call, self.queued)
 
-    def median_ms(self, call: Callable[[], object]) -> float:
-        """The median time of a call in ms, the L2 cache flushed before each."""
+    def median_ms(self, call: Callable[[], object], queued: bool = False) -> float:
+        """The median time of a call in ms, the L2 cache flushed before each. ``queued``: the GPU waits before the first
+        for as long as the calls take one by one, so that the host, which takes no longer, is ahead of it.
+        """
         seconds = self._warm_up(call)
         count = min(self.num_times, max(self.FEWEST, int(self.LONGEST_S / seconds)))
         if not self.on_gpu:
             return 1e3 * statistics.median(self._clock(call) for _ in range(count))
         self._pause(seconds)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        if queued:
+            torch.cuda._sleep(int(count * seconds * self.FASTEST_CLOCK_HZ))
         for start, end in events:
             self.flush.zero_()
             start.record()
@@ -521,7 +533,7 @@ def run(arguments: argparse.Namespace) -> None:
     candidates = picked(candidates, arguments.contenders)
     for path in filter(None, (arguments.json, arguments.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    timer = Timer(device, arguments.num_times, arguments.busy)
+    timer = Timer(device, arguments.num_times, arguments.busy, arguments.queued)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
     report["times"] = "graphs" if arguments.graphs else timer.times
     report["versions"] |= versions(arguments.predecessor)
@@ -904,6 +916,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of forward passes: no host")
     parser.add_argument(
         "--busy", action="store_true", help="time what the GPU is busy for, by the profiler: no host, no gaps, no flush"
+    )
+    parser.add_argument(
+        "--queued", action="store_true", help="have the GPU wait until the host has queued all calls that are timed"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers, machine and versions here, after each length")

@@ -595,10 +595,59 @@ def test_on_a_cpu_busy_times_are_a_clocks_and_said_to_be(tmp_path, capsys):
     assert "busy" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("other", ["--graphs", "--host", "--sustained"])
+@pytest.mark.parametrize("other", ["--graphs", "--host", "--sustained", "--queued"])
 def test_busy_goes_with_no_other_way_of_timing(capsys, other):
     assert main([*SMALL, "--only-forwards", "--busy", other]) == 2
     assert f"--busy takes no {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--graphs", "--host", "--sustained"])
+def test_a_queue_goes_with_no_other_way_of_timing(capsys, option):
+    assert main([*SMALL, "--only-forwards", "--queued", option]) == 2
+    assert f"--queued takes no {option}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("busy_timer")
+@pytest.mark.parametrize("queued", [False, True])
+def test_the_gpu_waits_before_the_first_call_of_a_queue(monkeypatch, queued):
+    happened = Profiler.happened
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, _):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(f"wait {cycles}"))
+    monkeypatch.setattr(Timer, "_warm_up", lambda *_: 0.002)
+    timer = Timer(CPU, 2, queued=queued)
+    timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
+    assert timer.call_ms(lambda: happened.append("call")) == 1.5
+    waits = ["wait 12000000"] if queued else []  # two calls of 2 ms: 4 ms at 3 GHz
+    assert happened == ["pause", *waits, *["flush", "event", "call", "event"] * 2, "synchronize"]
+    assert timer.times == ("queued" if queued else "events") and ("queued" in timer.note) == queued
+
+
+def test_on_a_cpu_there_is_no_queue_which_is_said(tmp_path, capsys):
+    assert report(tmp_path, "--queued", "--seq-len", "16")["times"] == "clock"
+    assert "by a clock: only a GPU has a queue" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_slow_host_does_not_count_in_a_queue():
+    x = torch.ones(1, device="cuda")
+
+    def slow():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    device = torch.device("cuda")
+    assert Timer(device, 10).call_ms(slow) > 2 > 0.2 > Timer(device, 10, queued=True).call_ms(slow)
 
 
 @pytest.mark.gpu
