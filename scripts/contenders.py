@@ -283,14 +283,16 @@ def l2norm(*tensors: Tensor) -> list[Tensor]:
 
 @cache
 def compiled_l2norm() -> Callable[..., list[Tensor]]:
-    """l2norm() as torch.compile makes it: one kernel for all tensors each way, whatever the number of rows."""
+    """l2norm() as torch.compile makes it for each shape: one kernel for all tensors each way."""
+    # With dynamic=True the kernel loops over rows of a length that it does not know, and takes four times as long.
+    torch._dynamo.config.recompile_limit = 64  # each number of rows compiles twice, with and without gradients
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(fullgraph=True, dynamic=False)
     def rows(*flat: Tensor) -> list[Tensor]:
         return l2norm(*flat)
 
     def normalise(*tensors: Tensor) -> list[Tensor]:
-        # as rows: one compilation serves every batch, number of heads and length
+        # as rows: one compilation serves every batch, number of heads and length of as many rows
         flat = rows(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors))
         return [part.view(tensor.shape) for part, tensor in zip(flat, tensors, strict=True)]
 
