@@ -213,6 +213,35 @@ def test_on_a_gpu_compiled_norms_are_right_and_in_one_compilation(dtype):
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_the_backward_pass_of_compiled_norms_is_timed_alone():
+    torch.compiler.reset()
+    device = torch.device("cuda")
+    found = [c for c in contenders(["cuda"], device)[0] if c.name == "compiled l2norm + SDPA flash"]
+    with benchmark.repeatable_backward():
+        timed = benchmark.measure(*found, case(dtype="bfloat16"), Timer(device, 3), set(benchmark.DIRECTIONS), False)
+    assert "error" not in timed and set(benchmark.DIRECTIONS) <= set(timed), timed
+
+
+@pytest.mark.parametrize(
+    ("options", "donates"), [([], True), (["--only-forwards"], True), (["--each-direction"], False)]
+)
+def test_what_is_timed_alone_is_compiled_to_run_again(tmp_path, monkeypatch, options, donates):
+    from torch._functorch import config
+
+    found = contenders(["sdpa"], CPU)[0][:1]
+    seen = []
+
+    def attend(inputs, problem):
+        seen.append(config.donated_buffer)
+        return found[0].attend(inputs, problem)
+
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: ([Contender("one", attend, True)], []))
+    with config.patch(donated_buffer=True):
+        report(tmp_path, "--seq-len", "16", *options)
+        assert set(seen) == {donates} and config.donated_buffer
+
+
+@pytest.mark.gpu
 def test_a_graph_replays_what_was_captured():
     device = torch.device("cuda")
     one_query = case(head_dim=64, dtype="bfloat16", seq_len_q=1)
