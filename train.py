@@ -41,7 +41,7 @@ from models.training.devices import choose_precision, compiles_by_default, is_of
 from models.training.identity import default_name, plain_name
 from models.training.jobs import Job, job_here
 from models.training.length import Length
-from models.training.load import build_gpt, load_weights
+from models.training.load import build_gpt, load_weights, meant_otherwise
 from models.training.loggers import finish, group_here, offline_folder, wandb_mode
 from models.training.module import DivergedError, GPTModule
 from models.training.optimizer import OptimizerBuilder
@@ -158,7 +158,7 @@ def fit(
     run.find(corpus.provenance["sha256"])
     gpu = take_devices(config, run, job)
     if config.init_from is not None and run.checkpoint is None:
-        start_from(module, config.init_from)
+        start_from(module, config)
     validated = run.resume_step is not None and run.resume_step == run.validated_step
     if validated and length_of(config, run).is_reached(run.resume_step):
         return repeat(config, run, module, data, accumulate, stop, gpu), corpus
@@ -219,10 +219,13 @@ def repeat(
     return bits_per_byte
 
 
-def start_from(module: GPTModule, source: str) -> None:
-    """Warm start, and a word about what could not be taken over."""
-    left = load_weights(module.gpt, source)
-    log.info("weights taken from %s%s", source, f"; as they start: {', '.join(left)}" if left else "")
+def start_from(module: GPTModule, config: DictConfig) -> None:
+    """Warm start, and a word about what could not be taken over, or is used otherwise than it was trained."""
+    changed = meant_otherwise(config.init_from, config)
+    left = load_weights(module.gpt, config.init_from)
+    notes = [f"as they start: {', '.join(left)}"] if left else []
+    notes += [f"used otherwise than they were trained: {', '.join(changed)}"] if changed else []
+    log.info("%s", "; ".join([f"weights taken from {config.init_from}", *notes]))
 
 
 def trainer_of(

@@ -39,10 +39,10 @@ from data.bytes import IGNORE_INDEX, Corpus, EvalBatches
 from data.files import read_file
 from models.gpt import GPT
 from models.training.batching import default_micro_batch_tokens
-from models.training.checkpoint_files import CHECKPOINT_FOLDER, read_checkpoint, write_text
+from models.training.checkpoint_files import CHECKPOINT_FOLDER, write_text
 from models.training.devices import choose_precision
 from models.training.identity import plain_name
-from models.training.load import find_checkpoint, load_model
+from models.training.load import find_checkpoint, read_model
 from models.training.run_files import read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, choose_device, integer, run_script
@@ -103,7 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("--unseen is of a split of the run's corpus, and cannot be given with --text")
     device = choose_device(arguments.device)
     run, checkpoint = located(arguments.run, arguments.checkpoint)
-    gpt, config = load_model(run, str(checkpoint), device)
+    gpt, config, step = read_model(run, str(checkpoint), device)
     seq_len, strides = windows(arguments.mode, arguments.seq_len, arguments.stride, config.seq_len)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
@@ -124,7 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     setting = {
         "run": str(run),
         "checkpoint": str(checkpoint),
-        "step": read_checkpoint(checkpoint)["global_step"],
+        "step": step,
         **source,
         "bytes": len(data),
         "seq_len": seq_len,
@@ -218,14 +218,37 @@ def open_test(run: Path) -> None:
         raise ValueError(f"an evaluation on test is logged in the run's folder, and {str(run)!r} cannot be written")
     print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
     log = run / FOLDER / TEST_LOG
-    lines = log.read_text().splitlines() if log.is_file() else []
-    if lines:
-        last, times = json.loads(lines[-1]), "once" if len(lines) == 1 else f"{len(lines)} times"
+    results, damaged = _read_log(log) if log.is_file() else ([], [])
+    for number in damaged:
+        print(f"warning: line {number} of {log} is damaged, and is counted as one more time", file=sys.stderr)
+    count = len({result["time"] for result in results}) + len(damaged)  # a command may have logged several results
+    if results:
+        last, times = results[-1], "once" if count == 1 else f"{count} times"
         print(
             f"warning: the test split was opened {times} before, last on {last['time']}: {last['mode']} of step "
             f"{last['step']} had {last['bits_per_byte']:.4f} bits per byte ({log})",
             file=sys.stderr,
         )
+
+
+def _read_log(log: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """What is logged, and the numbers of lines that cannot be read: an evaluation was killed while it wrote them."""
+    results, damaged = [], []
+    for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            results.append(json.loads(line))
+        except ValueError:
+            damaged.append(number)
+    return results, damaged
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, below what another process was stopped in the middle of, if that is its end."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode() + b"\n")
 
 
 def keep(run: Path, results: Sequence[dict[str, Any]], *, draw: bool) -> None:
@@ -239,8 +262,7 @@ def keep(run: Path, results: Sequence[dict[str, Any]], *, draw: bool) -> None:
         write_text(path, json.dumps({**result, "time": now}, indent=2) + "\n")
         print_line(f"result: {path}")
         if result["split"] == "test":
-            with open(folder / TEST_LOG, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"time": now, **result}) + "\n")
+            append_line(folder / TEST_LOG, json.dumps({"time": now, **result}))
     if draw:
         path = folder / f"{_name(results[0])}.png"
         plot(results, path)

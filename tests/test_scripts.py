@@ -501,6 +501,39 @@ def test_every_look_at_the_test_split_is_logged_in_the_run(run, capsys, monkeypa
     assert "an evaluation on test is logged in the run's folder" in refusal(capsys, evaluate, *line)
 
 
+def test_the_log_of_the_test_split_counts_commands_and_outlives_a_cut_line(run, capsys):
+    line = [str(run), "--split", "test", "--max-bytes", "20", "--device", "cpu"]  # both modes: two results a command
+    log = run / "evaluations" / "test_split.jsonl"
+    assert evaluate.main(line) == 0
+    text = log.read_text()
+    log.write_text(text.replace(json.loads(text.splitlines()[0])["time"], "2026-11-01T00:00:00+00:00")[:-30])
+    capsys.readouterr()
+    assert evaluate.main(line) == 0
+    error = capsys.readouterr().err
+    assert f"line 2 of {log} is damaged" in error and "opened 2 times before, last on 2026-11-01T" in error
+    assert len(log.read_text().splitlines()) == 4  # what is new stands on lines of its own
+    assert evaluate.main(line) == 0
+    assert "opened 3 times before" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_of_the_step_whose_weights_it_read(run, tmp_path, monkeypatch):
+    """The run goes on meanwhile, and its best checkpoint becomes another."""
+    folder = run / "checkpoints"
+    expected = evaluated(tmp_path, folder / "step-3.ckpt")
+    (folder / "index.json").unlink()
+    shutil.copy(folder / "step-3.ckpt", folder / "best.ckpt")
+    text_of = evaluate.text_of
+
+    def meanwhile(*arguments):
+        shutil.copy(folder / "step-6.ckpt", folder / "new.ckpt")
+        (folder / "new.ckpt").replace(folder / "best.ckpt")
+        return text_of(*arguments)
+
+    monkeypatch.setattr(evaluate, "text_of", meanwhile)
+    result = evaluated(tmp_path, run)
+    assert (result["step"], result["bits_per_byte"]) == (3, expected["bits_per_byte"])
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zip"])
 def test_any_file_is_a_second_text(run, tmp_path, suffix, capsys):
     content = TEXT[:90][::-1]

@@ -505,8 +505,15 @@ def test_weights_alone_start_another_run(text, tmp_path, caplog):
     assert f"weights taken from {folder}" in caplog.text and "as they start" not in caplog.text
     fit(text, tmp_path, f"init_from={tmp_path / 'warm'}", "name=back", "max_steps=1", "lr=1e-9")
     assert "as they start: blocks.0.attention.inner.log_scale" in caplog.text
+    assert "used otherwise than they were trained: attention was 'regular', is 'cosine'" in caplog.text
     with pytest.raises(ValueError, match="init_from=.* has the weights of another model: blocks.0"):
         fit(text, tmp_path, f"init_from={folder}", "name=wide", "model.width=64")
+    for change, said in (
+        ("num_heads=1", "model.num_heads was 2, is 1, model.num_kv_heads was 2, is 1"),
+        ("tied_head=true", "model.tied_head was False, is True"),
+    ):
+        with pytest.raises(ValueError, match=f"init_from=.* has the weights of another model: {said}"):
+            fit(text, tmp_path, f"init_from={folder}", "name=other", f"model.{change}")
     with pytest.raises(ValueError, match="init_from must be null, a run's folder or a checkpoint, got"):
         fit(text, tmp_path, f"init_from={tmp_path / 'nowhere'}", "name=none")
 

@@ -1,6 +1,7 @@
 """A trained model out of its run's folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -9,6 +10,9 @@ from conf.schema import builder, check_stored
 from models.gpt import GPT
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.training.run_files import CONFIG_FILE, file_of_run, load_config
+
+# Keys without which a model's weights are no model's, though their shapes are the same.
+ONE_MEANING = ("model.num_heads", "model.num_kv_heads", "model.tied_head")
 
 
 def build_gpt(config: DictConfig) -> GPT:
@@ -29,6 +33,16 @@ def load_model(
     Raises:
         ValueError: folder is no run, or its checkpoint is missing, damaged or another model's.
     """
+    gpt, config, _ = read_model(folder, checkpoint, device)
+    return gpt, config
+
+
+def read_model(
+    folder: str | Path, checkpoint: str = "best", device: torch.device | str | None = None
+) -> tuple[GPT, DictConfig, int]:
+    """What ``load_model`` returns, and the step that the weights are of: a run that goes on replaces its checkpoints,
+    so that a second look at the file may find another step's.
+    """
     path = find_checkpoint(folder, checkpoint)
     config_path = Path(folder) / CONFIG_FILE
     config = load_config(folder)
@@ -37,13 +51,14 @@ def load_model(
         gpt = build_gpt(config)
     except ValueError as error:
         raise ValueError(f"{str(config_path)!r} does not describe a model: {error}") from error
+    weights, step = _read_weights(path)
     try:
-        gpt.load_state_dict(_read_weights(path))
+        gpt.load_state_dict(weights)
     except RuntimeError as error:  # strict: every weight is there and no other
         raise ValueError(
             f"{str(path)!r} holds the weights of another model than {str(config_path)!r}: {error}"
         ) from error
-    return gpt.to(device or "cpu").eval(), config
+    return gpt.to(device or "cpu").eval(), config, step
 
 
 def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:
@@ -60,10 +75,11 @@ def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:
     return path
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds under ``gpt.``; the optimizer's state is never read."""
-    state = read_checkpoint(path)["state_dict"]
-    return {key.removeprefix("gpt."): weight for key, weight in state.items() if key.startswith("gpt.")}
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """What a checkpoint holds under ``gpt.``, and its step; the optimizer's state is never read."""
+    checkpoint = read_checkpoint(path)
+    state = {key: weight for key, weight in checkpoint["state_dict"].items() if key.startswith("gpt.")}
+    return {key.removeprefix("gpt."): weight for key, weight in state.items()}, checkpoint["global_step"]
 
 
 def load_weights(gpt: GPT, source: str | Path) -> list[str]:
@@ -74,13 +90,10 @@ def load_weights(gpt: GPT, source: str | Path) -> list[str]:
         source: a run's folder, whose best checkpoint is taken, or a checkpoint.
 
     Raises:
-        ValueError: source is neither, or its weights are of another width, depth or number of heads.
+        ValueError: source is neither, or its weights are of another width or depth. Of what shapes do not say, such as
+            the number of heads, see ``meant_otherwise``.
     """
-    path = Path(source)
-    path = find_checkpoint(path, "best") if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"init_from must be null, a run's folder or a checkpoint, got {str(source)!r}")
-    weights, own = _read_weights(path), gpt.state_dict()
+    (weights, _), own = _read_weights(_source_checkpoint(source)), gpt.state_dict()
     # What an attention has of its own, and a table of absolute positions, belong to the old attention and length.
     special = tuple(name for name in {*weights, *own} if ".inner." in name or name.startswith("positions."))
     wrong = [
@@ -95,3 +108,45 @@ def load_weights(gpt: GPT, source: str | Path) -> list[str]:
     taken = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     gpt.load_state_dict(taken, strict=False)
     return sorted(set(own) - set(taken))
+
+
+def meant_otherwise(source: str | Path, config: DictConfig) -> list[str]:
+    """What a warm start's weights were trained with and will be used otherwise, as "KEY was X, is Y": another
+    activation, say. Nothing if the configuration of the source is not known: a checkpoint alone was moved away.
+
+    Raises:
+        ValueError: source is no run or checkpoint, or its weights would mean something else altogether: with the same
+            shapes, but other heads, or another head of the model.
+    """
+    path = _source_checkpoint(source)
+    folder = path.parent.parent
+    if path.parent.name != CHECKPOINT_FOLDER or not (folder / CONFIG_FILE).is_file():
+        return []
+    theirs, ours = _used_as(load_config(folder)), _used_as(config)
+    changed = {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in theirs if theirs[key] != ours[key]}
+    refused = [text for key, text in changed.items() if key in ONE_MEANING]
+    if refused:
+        raise ValueError(f"init_from={str(source)!r} has the weights of another model: {', '.join(refused)}")
+    return list(changed.values())
+
+
+def _used_as(config: DictConfig) -> dict[str, Any]:
+    """How a model uses its weights, where their shapes do not say it."""
+    model = config.model
+    return {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads or model.num_heads,
+        "model.tied_head": model.tied_head,
+        "model.positions": model.positions,
+        "model.activation": model.activation,
+        "norm": config.norm.kind,
+        "attention": config.attention.kind,
+    }
+
+
+def _source_checkpoint(source: str | Path) -> Path:
+    path = Path(source)
+    path = find_checkpoint(path, "best") if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"init_from must be null, a run's folder or a checkpoint, got {str(source)!r}")
+    return path
