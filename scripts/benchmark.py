@@ -33,6 +33,9 @@ time. TFLOP/s count 4 * batch * heads * head_dim operations for every visible pa
 times that backward; what --mask-prob hides counts as visible. The peak of memory is what forward and backward allocate
 beyond the inputs and the gradient of the output.
 
+--rounds has the contenders take turns so often, and gives medians over rounds: at its power limit a GPU gives one
+contender another clock than the next, and the same one another in the next round. The JSON has every round.
+
 Large GPUs lower their clock after tens of milliseconds of such work, to stay within their power limit. --sustained
 measures that, too: the mean over calls one after the other, without a flush, after 0.2 s of them, and the clock then.
 
@@ -61,6 +64,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -358,6 +362,30 @@ def measure(
     return result
 
 
+def in_turns(
+    listed: Sequence[Contender], measure_one: Callable[[Contender], dict[str, Any]], rounds: int
+) -> dict[Contender, dict[str, Any]]:
+    """What is measured of each, round by round: medians over the rounds, and of several rounds each one's times as
+    `rounds`. Who fails takes no further turn.
+    """
+    found: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in listed}
+    for _ in range(rounds):
+        for contender, results in found.items():
+            if not results or "error" not in results[-1]:
+                results.append(measure_one(contender))
+    return {contender: _over_rounds(results) for contender, results in found.items()}
+
+
+def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(results) == 1:
+        return results[0]
+    numbers = [key for key in results[0] if key != "error" and all(result.get(key) is not None for result in results)]
+    whole = {key: statistics.median(result[key] for result in results) for key in numbers}
+    errors = {"error": results[-1]["error"]} if "error" in results[-1] else {}
+    each = {key: [result[key] for result in results] for key in numbers if key in DIRECTIONS}
+    return {**whole, **errors, "rounds": each}
+
+
 def _measure(
     result: dict,
     contender: Contender,
@@ -619,11 +647,10 @@ def _compare(
     yield part
     for case in listed:
         host = arguments.host and case is smallest
-        measured = {
-            contender: measure(contender, case, timer, directions, host, arguments.sustained, arguments.graphs)
-            for contender in candidates
-            if contender.name not in refused
-        }
+        how = {"host": host, "sustained": arguments.sustained, "graphs": arguments.graphs}
+        measure_one = partial(measure, case=case, timer=timer, directions=directions, **how)
+        serving = [contender for contender in candidates if contender.name not in refused]
+        measured = in_turns(serving, measure_one, arguments.rounds)
         if not measured:
             break
         results = {contender.name: result for contender, result in measured.items()}
@@ -922,6 +949,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=20,
         help="timed calls (default: 20), with --busy a round; fewer, down to 3 in all, where they take long",
     )
+    parser.add_argument("--rounds", type=integer(1), default=1, help="so often the contenders take turns (default: 1)")
     parser.add_argument("--host", action="store_true", help="also time the host's part of a call, at the least length")
     parser.add_argument("--sustained", action="store_true", help="also measure under continuous load, with the clock")
     parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of forward passes: no host")

@@ -254,6 +254,34 @@ def test_a_graph_replays_what_was_captured():
             torch.testing.assert_close(replay(), expected)
 
 
+def test_contenders_take_turns_and_medians_are_over_the_rounds(tmp_path, monkeypatch):
+    found, order = contenders(["sdpa"], CPU)[0][:2], []
+    times = {found[0].name: iter((3.0, 1.0, 2.0)), found[1].name: iter((5.0, 5.0, 4.0))}
+
+    def measured(contender, **how):
+        assert how["directions"] == {"forward_ms", "both_ms"} and not how["graphs"]
+        order.append(contender.name)
+        ms = next(times[contender.name])
+        return {"forward_ms": ms, "both_ms": 3 * ms, "peak_mib": 8.0}
+
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: (found, []))
+    monkeypatch.setattr(benchmark, "measure", measured)
+    rows = report(tmp_path, "--seq-len", "16", "--rounds", "3")["rows"]
+    assert order == [contender.name for contender in found] * 3
+    assert [(row["forward_ms"], row["both_ms"], row["peak_mib"]) for row in rows] == [(2, 6, 8), (5, 15, 8)]
+    assert rows[0]["rounds"] == {"forward_ms": [3, 1, 2], "both_ms": [9, 3, 6]}
+
+
+def test_who_fails_takes_no_further_turn():
+    fine, fails = contenders(["sdpa"], CPU)[0][:2]
+    results = {fine: [{"forward_ms": 2.0}] * 3, fails: [{"forward_ms": 1.0}, {"error": "gone"}]}
+    left = {contender: list(of) for contender, of in results.items()}
+    measured = benchmark.in_turns([fine, fails], lambda contender: left[contender].pop(0), 3)
+    assert measured[fails] == {"error": "gone", "rounds": {}} and not any(left.values())
+    assert measured[fine] == {"forward_ms": 2, "rounds": {"forward_ms": [2, 2, 2]}}
+    assert benchmark.in_turns([fails], lambda _: {"error": "at once"}, 2) == {fails: {"error": "at once"}}
+
+
 def test_a_contender_that_fails_at_a_length_stops_no_other(tmp_path, monkeypatch, capsys):
     first = contenders(["sdpa"], CPU)[0][:2]
 

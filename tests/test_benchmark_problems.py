@@ -504,7 +504,7 @@ def test_the_preset_of_one_width_takes_lengths_of_its_tokens(capsys, monkeypatch
     assert "takes --packed lengths that add up to 16384, got 8192" in capsys.readouterr().err
     asked = []
     monkeypatch.setattr(benchmark, "check", lambda _found, checked, _device: asked.append(checked) or ({}, {}))
-    monkeypatch.setattr(benchmark, "measure", lambda _contender, problem, *_: asked.append(problem) or {"both_ms": 1.0})
+    monkeypatch.setattr(benchmark, "measure", lambda _contender, case, **_: asked.append(case) or {"both_ms": 1.0})
     assert main([*options, "8x2048", "--contenders", "batch"]) == 0
     (checked, timed), shape = asked, {"heads": 32, "kv_heads": 32, "head_dim": 64, "dtype": "bfloat16"}
     assert timed == packed(*[2048] * 8, **shape) and checked == packed(*[512] * 8, **shape)
