@@ -13,12 +13,12 @@ SDPA over keys that were normalised once, when they were cached; FlashAttention-
 installed; and the predecessor, whose package has the same name as ours and is therefore loaded out of a folder of its
 own: see --predecessor. --contenders picks some of them.
 
---window and --packed add, on a GPU, compiled l2norm + FlashAttention. --window adds flex_attention there, alone and
-compiled with the l2norm, its mask made before it is timed; those to which a window is a mask over all pairs are timed
-with --dense-mask only. --distance-bias and --alibi add flex_attention with the same score, ours without it, and ours
-with the dense bias that it stands for, made in every call, as for naive einsum and SDPA. --packed adds PyTorch's
-varlen_attn, and ours of the same tokens as a batch where all lengths are equal. --padding adds ours without the mask,
-which sees every key.
+On a GPU FlashAttention is also there with compiled l2norm before it. --window adds flex_attention there, alone and
+compiled with the l2norm, its mask made before it is timed, and by FlashAttention-4's kernels where these are installed;
+those to which a window is a mask over all pairs are timed with --dense-mask only. --distance-bias and --alibi add
+flex_attention with the same score, ours without it, and ours with the dense bias that it stands for, made in every
+call, as for naive einsum and SDPA. --packed adds PyTorch's varlen_attn, also by FlashAttention-4's kernels, and ours of
+the same tokens as a batch where all lengths are equal. --padding adds ours without the mask, which sees every key.
 
 flex_attention whose tiles need more shared memory than the GPU has, as those of --distance-bias can, is compiled again
 with smaller ones: of its forward pass, of its backward pass, or of both.

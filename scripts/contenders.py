@@ -4,7 +4,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
@@ -38,6 +38,7 @@ FLASH_ATTENTION: dict[str, tuple[str, str, int | None]] = {
 # flex_attention's passes that get the smaller tiles of the trainer's models, one after the other where the GPU has too
 # little shared memory for PyTorch's own choice.
 SMALLER = ((), ("fwd_",), ("bwd_",), ("fwd_", "bwd_"))
+BY_FLASH = ("FlashAttention-4",)  # instead of one of these: by that one's kernels, which PyTorch knows, too
 NO_SHARED_MEMORY = "No valid triton configs"  # what PyTorch's compiler says then, of either pass
 VARLEN_ATTN, VARLEN_MODULE = "varlen_attn", "torch.nn.attention.varlen"
 PREDECESSOR = "flash_cosine_sim_attention"  # 0.1 and 0.2 on PyPI: a module of the same name as ours
@@ -392,10 +393,14 @@ def varlen_attn(inputs: Inputs, case: Case, package: ModuleType) -> Tensor:
     return _unpacked(package.varlen_attn(q, k, v, *ends, window_size=case.limits(), **options))
 
 
-def flex(inputs: Inputs, case: Case, normalise: bool) -> Tensor:
-    """PyTorch's flex_attention, compiled, with or without l2norm in front in the same compilation."""
+def flex(inputs: Inputs, case: Case, normalise: bool, package: ModuleType | None = None) -> Tensor:
+    """PyTorch's flex_attention, compiled, with or without l2norm in front in the same compilation; with ``package``,
+    FlashAttention-4's, by that one's kernels.
+    """
     if inputs.mask is not None or inputs.bias is not None or case.lengths is not None:
         raise ValueError("here it takes no mask, no bias and no packed sequences")
+    if package is not None:
+        return _flex(inputs, case, normalise, BY_FLASH)
     gradient = inputs.q.requires_grad and torch.is_grad_enabled()
     return _flex(inputs, case, normalise, _tiles_that_fit(case, normalise, gradient, inputs.q.device))
 
@@ -428,7 +433,7 @@ def _flex(inputs: Inputs, case: Case, normalise: bool, smaller: tuple[str, ...])
 @cache
 def compiled_flex(normalise: bool, grouped: bool, smaller: tuple[str, ...]) -> Callable[..., Tensor]:
     """flex_attention of (q, k, v, block_mask, table, slopes, entry of distance 0) as torch.compile makes it for each
-    shape, l2norm and the score of a distance with it, by one of SMALLER.
+    shape, l2norm and the score of a distance with it, by one of SMALLER or BY_FLASH.
     """
     # Each length compiles twice, with and without gradients; beyond torch's limit of 8 it would raise.
     torch._dynamo.config.recompile_limit = 64
@@ -450,6 +455,8 @@ def compiled_flex(normalise: bool, grouped: bool, smaller: tuple[str, ...]) -> C
             (q, k), scale = l2norm(q, k), SCALE
         tiles = tiles_with_a_table(q.shape[-1], q.dtype)
         options = {name: size for name, size in tiles.items() if name[:4] in smaller}
+        if smaller == BY_FLASH:
+            options = {"BACKEND": "FLASH"}
         return flex_attention(
             q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options
         )
@@ -516,7 +523,8 @@ class Contender:
     ``cosine``: it normalises q and k; ``kernel``: the one that SDPA is held to; ``folder``: the predecessor's, whose
     calls can crash the process, so that another one tries them first; ``prepare``: what is made of the inputs once,
     before its calls and outside their time; ``dense_mask``: a window is a mask over all pairs to it; ``unmasked``: it
-    solves the problem without its padding, which says what a mask costs; ``unscored``: without what distances add.
+    solves the problem without its padding, which says what a mask costs; ``unscored``: without what distances add;
+    ``flash``: the implementation that PyTorch's own flash attention is given in its calls.
     """
 
     name: str
@@ -528,6 +536,7 @@ class Contender:
     dense_mask: bool = False
     unmasked: bool = False
     unscored: bool = False
+    flash: str | None = None
 
     def problem(self, case: Case) -> Case:
         """The problem that it solves where the others solve this one."""
@@ -541,7 +550,19 @@ class Contender:
 
     def setting(self) -> AbstractContextManager:
         """What its calls are made in, entered once around many of them, for entering takes time."""
+        if self.flash is not None:
+            return flash_implementation(self.flash)
         return nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
+
+
+@contextmanager
+def flash_implementation(name: str) -> Iterator[None]:
+    """PyTorch's flash attention by another implementation that is installed, "FA4" for one, meanwhile."""
+    torch.nn.attention.activate_flash_attention_impl(name)
+    try:
+        yield
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 CACHED = ", keys normalised when cached"
@@ -578,7 +599,7 @@ def contenders(
     for name, (module, _, unlimited) in FLASH_ATTENTION.items():
         attend = partial(flash_attention, unlimited=unlimited)
         added = [(f"{name}, no norm", attend, False)]
-        if (windows or packed) and compiles:
+        if compiles:
             added.insert(0, (f"compiled l2norm + {name}", partial(attend, norm=compiled_l2norm()), True))
         packages.append((name, module, added))
     if packed:
@@ -587,7 +608,28 @@ def contenders(
         installed = [_installed(module, *contender) for contender in added]
         found += filter(None, installed)
         absent += [package] * (None in installed)
+    if compiles:
+        found += _by_flash_attention_4(windows or any(case.by_distance for case in problems), packed)
     return found, absent
+
+
+def _by_flash_attention_4(flexes: bool, packed: bool) -> list[Contender]:
+    """PyTorch's own functions by FlashAttention-4's kernels, if that is installed and PyTorch knows how."""
+    name, module = "FlashAttention-4", FLASH_ATTENTION["FlashAttention-4"][0]
+    added = []
+    if flexes:
+        added += [
+            _installed(module, f"compiled l2norm + flex_attention by {name}", partial(flex, normalise=True), True),
+            _installed(module, f"flex_attention by {name}, no norm", partial(flex, normalise=False), False),
+        ]
+    if (
+        packed
+        and hasattr(torch.nn.attention, "activate_flash_attention_impl")
+        and _installed(module, name, flex, False)
+    ):
+        by_flash = _installed(VARLEN_MODULE, f"{VARLEN_ATTN} by {name}, no norm", varlen_attn, False)
+        added.append(by_flash and replace(by_flash, flash="FA4"))
+    return [contender for contender in added if contender is not None]
 
 
 def _ours(backends: Sequence[str], decoding: bool, problems: Sequence[Case]) -> list[Contender]:

@@ -35,8 +35,8 @@ BLOCK = re.compile(r"(<!-- table (?P<call>[^>]+?) -->\n)(?P<body>.*?)(<!-- end -
 OURS, FA4 = "ours (auto)", "FlashAttention-4, no norm"
 CUDNN, NORM_CUDNN, COMPILED_CUDNN = "SDPA cudnn, no norm", "l2norm + SDPA cudnn", "compiled l2norm + SDPA cudnn"
 SHORT = {FA4: "FlashAttention-4, no norm", CUDNN: "cuDNN, no norm", NORM_CUDNN: "l2norm + cuDNN"}
-SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", "naive einsum": "naive"}
 NORM_FA4, FLEX = "compiled l2norm + FlashAttention-4", "flex_attention, no norm"
+SHORT |= {COMPILED_CUDNN: "compiled l2norm + cuDNN", NORM_FA4: NORM_FA4, "naive einsum": "naive"}
 NORM_FLEX, VARLEN = "compiled l2norm + flex_attention", f"{VARLEN_ATTN}, no norm"
 WINDOW = 4  # logged rows of a run over which a training loss is averaged
 CUDA, SDPA = "ours (cuda)", "ours (sdpa)"
@@ -394,7 +394,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 def speed(*arguments: str) -> str:
     """Ours in ms, forward and forward + backward, and the others' times over ours: PATH:LENGTH for each row."""
-    rows, others = [], [FA4, CUDNN, COMPILED_CUDNN]  # no eager norms: inside a compiled model nobody has them
+    rows, others = [], [FA4, CUDNN, NORM_FA4, COMPILED_CUDNN]  # no eager norms: inside a compiled model nobody has them
     picked = []
     for argument in arguments:
         path, _, length = argument.partition(":")
@@ -414,7 +414,7 @@ def speed(*arguments: str) -> str:
 
 def attention(*paths: str) -> str:
     """Times with TFLOP/s of every row of some benchmarks, and the others' times over ours."""
-    others = [FA4, CUDNN, NORM_CUDNN, COMPILED_CUDNN]
+    others = [FA4, CUDNN, NORM_CUDNN, NORM_FA4, COMPILED_CUDNN]
     measured = [(results, results[OURS]) for path in paths for results in _measured(path).values()]
     others = [name for name in others if any(name in results for results, _ in measured)]
     rows = []

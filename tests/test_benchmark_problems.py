@@ -222,11 +222,40 @@ def test_a_gpu_has_compiled_contenders_of_windows_and_packed_sequences(monkeypat
         named, ordinary = map(by_name, lists)
         return {name: contender.cosine for name, contender in named.items() if name not in ordinary}
 
-    normed = {"compiled l2norm + FlashAttention-4": True}
     flex = {"compiled l2norm + flex_attention": True, "flex_attention, no norm": False}
-    assert added(case(window=(4, 0))) == normed | flex
-    assert added(packed(9, 1)) == normed | {"varlen_attn, no norm": False}
+    by_flash = {name.replace("flex_attention", "flex_attention by FlashAttention-4"): flex[name] for name in flex}
+    assert added(case(window=(4, 0))) == flex | by_flash
+    varlen = {"varlen_attn, no norm": False, "varlen_attn by FlashAttention-4, no norm": False}
+    assert added(packed(9, 1)) == varlen
     assert added(case(padding=("last", 0.5))) == {"ours (cuda), unmasked": True}
+    ordinary = by_name(contenders.contenders(["cuda"], torch.device("cuda"), problems=[case()])[0])
+    assert ordinary["compiled l2norm + FlashAttention-4"].cosine
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    assert added(case(window=(4, 0))) == flex and added(packed(9, 1)) == {"varlen_attn, no norm": False}
+
+
+def test_pytorchs_flash_attention_is_another_one_in_its_calls_alone(monkeypatch):
+    active = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
+    contender = contenders.Contender("one", lambda *_: None, False, flash="FA4")
+    with pytest.raises(KeyError), contender.setting():
+        assert active == ["FA4"]
+        raise KeyError
+    assert active == []
+
+
+def test_flex_attention_is_asked_for_flash_attentions_kernels(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    monkeypatch.setattr(
+        contenders, "flex_attention", lambda *_, kernel_options, **__: asked.append(kernel_options) or torch.zeros(1)
+    )
+    contenders.compiled_flex.cache_clear()
+    problem = case(window=(4, 0), by_distance="alibi")
+    contenders.flex(make_inputs(problem, CPU).detached(), problem, True, package=types.ModuleType("flash_attn.cute"))
+    contenders.compiled_flex.cache_clear()
+    assert asked == [{"BACKEND": "FLASH"}]
 
 
 @pytest.mark.parametrize("problem", [packed(9, 1, 14, causal=True, window=(3, 0)), packed(9, 1, 14, causal=True)])
