@@ -11,8 +11,9 @@ but without validations before the end and without a progress bar:
 - nanogpt: nanoGPT's model (https://github.com/karpathy/nanoGPT, a model.py that --nanogpt names) of the same size over
   the same bytes, in the bare loop, as its train.py sets it up: SDPA, no biases, its own AdamW groups (fused on a GPU),
   gradients clipped at 1, bf16 autocast and torch.compile wherever ours has them.
-- nanogpt_windows: the same with the windows of attention.window and attention.window_pattern, if they are given: in
-  layers with one, flex_attention in place of SDPA (not compiled, or on a CPU: SDPA under an explicit mask).
+- nanogpt_gelu: the same with ours in place of its GELU: its exact form takes more instructions than ours, tanh's.
+- nanogpt_windows: the same as nanogpt with the windows of attention.window and attention.window_pattern, if they are
+  given: in layers with one, flex_attention in place of SDPA (not compiled, or on a CPU: SDPA under an explicit mask).
 
 They take turns, --rounds times. A result is the median over intervals of trainer.log_every steps, each ended by waiting
 for the device; the first interval, which compiles and warms up, does not count. --profile also lists the kernels of a
@@ -50,6 +51,7 @@ from conf.command_line import check
 from conf.schema import CONF, builder, validate
 from data.bytes import Corpus
 from models.attention import RegularAttention
+from models.blocks import GELU
 from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
@@ -60,7 +62,13 @@ from scripts import Parser, autocast, integer, profiling, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
 
-CONTENDERS = ("lightning", "bare", "nanogpt_windows", "nanogpt")  # the last is what the others are compared with
+CONTENDERS = (
+    "lightning",
+    "bare",
+    "nanogpt_windows",
+    "nanogpt_gelu",
+    "nanogpt",
+)  # the last is what the others are compared with
 PROFILED_STEPS = 5
 KERNELS_SHOWN = 25
 DEFAULT_STEPS = 200
@@ -94,8 +102,12 @@ def our_trainee(config: DictConfig, device: torch.device) -> Trainee:
     )
 
 
-def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device, *, windows: bool = False) -> Trainee:
-    """NanoGPT's model of the same size, with the settings of its own train.py; on request with the same windows."""
+def nanogpt_trainee(
+    path: Path, config: DictConfig, device: torch.device, *, windows: bool = False, gelu: bool = False
+) -> Trainee:
+    """NanoGPT's model of the same size, with the settings of its own train.py; on request with the same windows, or
+    with our GELU.
+    """
     code = load_nanogpt(path)
     sizes = {"n_layer": config.model.num_layers, "n_head": config.model.num_heads, "n_embd": config.model.width}
     settings = {"block_size": config.seq_len, "vocab_size": VOCABULARY, "dropout": config.model.dropout, "bias": False}
@@ -106,6 +118,9 @@ def nanogpt_trainee(path: Path, config: DictConfig, device: torch.device, *, win
         )
     if windows:
         give_windows(gpt, config)
+    if gelu:
+        for block in gpt.transformer.h:
+            block.mlp.gelu = GELU()
     parameters = list(gpt.parameters())
     forward = torch.compile(gpt) if _compiles(config) else gpt
     return Trainee(
@@ -301,6 +316,7 @@ def choose_contenders(arguments: argparse.Namespace, config: DictConfig) -> dict
         load_nanogpt(arguments.nanogpt)  # a wrong path shows before anything is timed
         if config.attention.get("window") is not None:
             builders["nanogpt_windows"] = functools.partial(nanogpt_trainee, arguments.nanogpt, windows=True)
+        builders["nanogpt_gelu"] = functools.partial(nanogpt_trainee, arguments.nanogpt, gelu=True)
         builders["nanogpt"] = functools.partial(nanogpt_trainee, arguments.nanogpt)
     chosen = list(dict.fromkeys(arguments.contenders or builders))
     for name in chosen:

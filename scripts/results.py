@@ -634,6 +634,7 @@ def training(*paths: str) -> str:
         "lightning": "`train.py`",
         "bare": "our model, bare loop",
         "nanogpt_windows": "nanoGPT with the windows, bare loop",
+        "nanogpt_gelu": "nanoGPT with our GELU, bare loop",
         "nanogpt": "nanoGPT, bare loop",
     }
     rows = []

@@ -784,13 +784,15 @@ class GPT(torch.nn.Module):
         assert (config.vocab_size, config.bias) == (256, False)
         self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
         self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+        block = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gelu": torch.nn.GELU()})})
+        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([block])})
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print("said")
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
     def forward(self, tokens, targets):
-        logits = self.head(self.embedding(tokens))
+        logits = self.head(self.transformer.h[0].mlp.gelu(self.embedding(tokens)))
         return logits, torch.nn.functional.cross_entropy(logits.view(-1, 256), targets.view(-1))
 """
 
@@ -812,7 +814,7 @@ def test_all_contenders_train_the_same_in_turns(text, tmp_path, capsys):
     assert found(lengths) == [(32, "bare", 3), (16, "bare", 3)]
     capsys.readouterr()
     rows = rows("--seq-len", "32", "--rounds", "2", "--nanogpt", str(tmp_path / "model.py"))
-    assert found(rows) == [(32, name, 6) for name in ("lightning", "bare", "nanogpt")]
+    assert found(rows) == [(32, name, 6) for name in ("lightning", "bare", "nanogpt_gelu", "nanogpt")]
     assert all(row["ms_per_step"] == pytest.approx(256e3 / row["tokens_per_s"]) for row in rows)
     out = capsys.readouterr().out
     assert out.count("x nanogpt") == 1 and "said" not in out
@@ -844,7 +846,8 @@ class Attention(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        blocks = (nn.ModuleDict({"attn": Attention(config)}) for _ in range(config.n_layer))
+        mlps = (nn.ModuleDict({"gelu": nn.GELU()}) for _ in range(config.n_layer))
+        blocks = (nn.ModuleDict({"attn": Attention(config), "mlp": mlp}) for mlp in mlps)
         wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict({"wte": wte, "h": nn.ModuleList(blocks)})
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
@@ -855,7 +858,7 @@ class GPT(nn.Module):
     def forward(self, tokens, targets):
         x = self.transformer.wte(tokens)
         for block in self.transformer.h:
-            x = x + block.attn(x)
+            x = x + block.mlp.gelu(block.attn(x))
         logits = self.head(x)
         return logits, nn.functional.cross_entropy(logits.view(-1, 256), targets.reshape(-1))
 """
@@ -880,13 +883,25 @@ def test_nanogpt_is_given_the_same_windows(text, tmp_path):
     assert {id(weight) for weight in gpt.parameters()} == weights_before  # trained by the same optimizer
 
 
+def test_nanogpt_is_given_our_gelu(text, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
+    config = validate(configure(*overrides(text, tmp_path, "model.num_layers=2", "model.dropout=0")))
+    losses = []
+    for gelu in (False, True):
+        torch.manual_seed(0)
+        options = {"gelu": gelu}
+        trainee = benchmark_training.nanogpt_trainee(tmp_path / "model.py", config, torch.device("cpu"), **options)
+        losses.append(trainee.loss(torch.arange(66).view(2, 33)).item())
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)  # tanh's form of the same
+
+
 def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
     (tmp_path / "model.py").write_text(NANOGPT_WITH_BLOCKS)
     line = [word for word in overrides(text, tmp_path, *WINDOWS) if word != "max_steps=8"]
     line += ["--steps", "8", "--json", str(tmp_path / "report.json"), "--nanogpt", str(tmp_path / "model.py")]
     assert benchmark_training.main(line) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["contender"] for row in rows] == ["lightning", "bare", "nanogpt_windows", "nanogpt"]
+    assert [row["contender"] for row in rows] == ["lightning", "bare", "nanogpt_windows", "nanogpt_gelu", "nanogpt"]
     assert all(row["tokens_per_s"] > 0 for row in rows) and capsys.readouterr().out.count("x nanogpt") == 1
     for change, named in (
         ("attention.window=null attention.window_pattern=null", "nanogpt_windows needs attention.window"),
