@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.schema import GROUPS
+from conf.schema import COPIES, GROUPS
 from models.training import metrics
 from models.training.identity import INCIDENTAL, flat, is_one_of
 from models.training.report import Results
-
-# Resolved copies of a key above them, which would be shown twice.
-COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,10 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if key != "seed" and key not in COPIES and not is_one_of(key, INCIDENTAL) and not key.endswith(".kind")
+        if key != "seed"
+        and not is_said_above(config, key)
+        and not is_one_of(key, INCIDENTAL)
+        and not key.endswith(".kind")
     }
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
@@ -109,18 +109,24 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     return {**options, **({"data": corpus} if corpus else {}), **kept}
 
 
+def is_said_above(config: dict[str, Any], key: str) -> bool:
+    """Whether a key of a flat configuration says again what one above it says. Earlier runs could set it apart."""
+    return key in COPIES and config[key] == config.get(COPIES[key])
+
+
 def differing(arms: Sequence[Arm]) -> list[str]:
     """The settings that tell the arms apart: those with several values among the arms that have them.
 
     Of an option's own keys, as attention.scale, those with several values among the arms of one option: otherwise the
-    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them.
+    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them. What
+    few runs have, and no option says, is always among them: a copy with a value of its own.
     """
     values: dict[str, dict[Any, set[str]]] = {}  # of each key by the option that it belongs to
     for arm in arms:
         for key, value in arm.settings.items():
             option = arm.settings.get(key.partition(".")[0]) if "." in key else None
             values.setdefault(key, {}).setdefault(repr(option), set()).add(repr(value))
-    found = [key for key, seen in values.items() if any(len(texts) > 1 for texts in seen.values())]
+    found = [key for key, seen in values.items() if key in COPIES or any(len(texts) > 1 for texts in seen.values())]
     alike: dict[tuple, list[Arm]] = {}
     for arm in arms:
         alike.setdefault(tuple(repr(arm.settings.get(key)) for key in found), []).append(arm)

@@ -152,6 +152,21 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(ma
     assert newer.keys == ["clip"] and [arms.setting(arm, "clip") for arm in newer.arms] == ["1", "-"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_copy_of_a_key_is_a_setting_where_an_earlier_run_set_it_apart(make, tmp_path):
+    optimizer = {"kind": "adamw", "lr": 0.001, "max_steps": STEPS}
+    plain = make("plain", config={"optimizer": optimizer})
+    assert comparison(plain, make("seed", seed=1, config={"optimizer": optimizer})).keys == []
+    apart = make("apart", config={"optimizer": optimizer | {"lr": 0.01}})
+    one = comparison(plain, apart)
+    assert one.keys == ["optimizer.lr"] and [arms.setting(arm, "optimizer.lr") for arm in one.arms] == ["0.01", "-"]
+    other = make("other", lr=0.002, config={"optimizer": optimizer | {"lr": 0.002}})
+    assert comparison(apart, other).keys == ["lr", "optimizer.lr"]  # though lr tells them apart
+    page = tmp_path / "page.html"
+    assert compare.main([str(plain), str(apart), "--html", str(page)]) == 0
+    assert "optimizer.lr" in page.read_text() and "optimizer.max_steps" not in page.read_text()
+
+
 def test_numbers_are_sorted_as_numbers_and_shown_so_that_they_differ(make):
     rates = [0.0005, 0.01, 0.002, 0.0020000001]
     one = comparison(*(make(f"run{index}", lr=lr) for index, lr in enumerate(rates)))

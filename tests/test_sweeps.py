@@ -319,6 +319,39 @@ def test_submitit_stops_as_a_whole_and_goes_on(text, tmp_path):
     assert len(at_work) == 2
 
 
+def finished_run(root, text, name, *changes, keys=None, **record):
+    """The folder of a run as it is recorded, its config.yaml with further keys; and its configuration."""
+    line = ["model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={root}", *changes]
+    config = validate(configure(*line))
+    (root / name).mkdir(parents=True)
+    stored = OmegaConf.merge(config, OmegaConf.from_dotlist(keys or []))
+    OmegaConf.save(stored, root / name / "config.yaml")
+    whole = {"status": "finished", "identity": identity_of(config, "0" * 64), **record}
+    (root / name / "run.json").write_text(json.dumps(whole))
+    (root / name / "metrics.csv").write_text(f"step,val/bpc\n{config.max_steps},2.5\n")
+    return root / name, config
+
+
+def found_by_a_job(config):
+    """The folder of a sweep's job of a configuration, and whether that run is finished already."""
+    job = Run(config, "new", find_processes(devices=1, num_nodes=1), in_sweep=True)
+    try:
+        job.find("0" * 64)
+        return job.folder.name, False
+    except Skipped as skipped:
+        return skipped.folder.name, True
+    finally:
+        job.close()
+
+
+def test_a_run_whose_schedule_was_set_apart_is_another(text, tmp_path):
+    """Earlier versions took optimizer.max_steps, which no identity has."""
+    _, config = finished_run(tmp_path / "plain", text, "whole")
+    assert found_by_a_job(config) == ("whole", True)
+    _, config = finished_run(tmp_path / "apart", text, "longer", keys=["optimizer.max_steps=9000"])
+    assert found_by_a_job(config) == ("new", False)
+
+
 def test_a_job_that_another_sweep_claims_is_skipped(text, tmp_path):
     config = validate(
         configure("model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={tmp_path}")

@@ -137,7 +137,7 @@ def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_
 
     def fit_by_sgd(**changes):
         settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
-        optimizer = {"kind": "sgd", "lr": settings.pop("lr"), "momentum": settings.pop("momentum")}
+        optimizer = {"kind": "sgd", "lr": settings["lr"], "momentum": settings.pop("momentum")}
         config = configure(*overrides(text, tmp_path, "name=run"))
         config = validate(OmegaConf.create({**OmegaConf.to_container(config), **settings, "optimizer": optimizer}))
         train(config, choices={"attention": "cosine"})

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.earlier import ADDED
+from conf.schema import COPIES
 from models.training.run_files import load_config, read_record
 
 # Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
@@ -102,11 +103,11 @@ def recorded_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def changes_of(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value is another than when the run was last started: before and now."""
+    """Keys whose value is another than when the run was last started: before and now. Copies of a key are not said."""
     before = flat(OmegaConf.to_container(load_config(folder)))
     now = flat(OmegaConf.to_container(config, resolve=True))
-    quiet = (*INCIDENTAL, "max_steps", "optimizer.max_steps")
-    keys = [key for key in sorted(before.keys() | now.keys()) if not is_one_of(key, quiet)]
+    quiet = {*(key for key, source in COPIES.items() if before.get(key) == before.get(source)), "max_steps"}
+    keys = [key for key in sorted(before.keys() | now.keys()) if key not in quiet and not is_one_of(key, INCIDENTAL)]
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 

@@ -447,10 +447,11 @@ def leave_mark(root: Path, name: str, status: str, **entries: Any) -> Path:
 
 
 def _length_of(folder: Path) -> tuple[int, int | None] | None:
-    """max_steps and trainer.val_bytes of a run; None where its files do not say."""
+    """max_steps and trainer.val_bytes of a run; None where its files do not say, or its schedule had another length."""
     try:
         config = load_config(folder)
-        return config.max_steps, config.trainer.val_bytes
+        of_schedule = config.optimizer.get("max_steps", config.max_steps)  # which earlier runs could set apart
+        return (config.max_steps, config.trainer.val_bytes) if of_schedule == config.max_steps else None
     except (ValueError, OSError, OmegaConfBaseException):
         return None
 
