@@ -195,6 +195,16 @@ def _check_key(override: Override, options: dict[str, set[str]]) -> None:
         raise ConfigError(unknown("", key, [*top, *GROUPS, *CHOOSERS]))
     if isinstance(override._value, dict):
         raise ConfigError(f"{key} takes no keys of its own, got {shown(override._value)}")
+    _check_name(override, options)
+    if override.type == OverrideType.ADD:  # what there is, and nothing else is accepted
+        line = override.input_line
+        raise ConfigError(f"{line}: {key} is a key already, which + would add: drop the +, {line.removeprefix('+')}")
+
+
+def _check_name(override: Override, options: dict[str, set[str]]) -> None:
+    """Checks the key of an option."""
+    key = override.key_or_group
+    group, _, name = key.partition(".")
     if not name:
         return
     if name == "kind":

@@ -320,6 +320,10 @@ REFUSED = {
     "data=file data.path=/tmp/é": """data.path got characters that must be quoted: 'data.path="/tmp/é"'""",
     "data=file data.path='a": """"data.path='a" is no KEY=VALUE""",
     "seq_len": "'seq_len' must be KEY=VALUE",
+    "+seed=1": "+seed=1: seed is a key already, which + would add: drop the +, seed=1",
+    "+attention.scale=3": "attention.scale is a key already, which + would add: drop the +, attention.scale=3",
+    "+experiment=enwik8": "experiment is a key already, which + would add: drop the +, experiment=enwik8",
+    "-m +seed=1,2": "seed is a key already, which + would add: drop the +, seed=1,2",
 }
 
 
@@ -342,6 +346,7 @@ def test_a_command_line_that_cannot_be_is_answered_in_one_line(line):
         "name=my_target_run seed=1",
         "-c job lr=1",
         "--cfg job --package model lr=1",
+        "++seed=1 ++model.width=64",
         "hydra.verbose=true +hydra.job.env_set.X=1 hydra/launcher=basic",
         "--config-dir elsewhere attention=other attention.x=1",
     ],
