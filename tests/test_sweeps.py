@@ -319,6 +319,16 @@ def test_submitit_stops_as_a_whole_and_goes_on(text, tmp_path):
     assert len(at_work) == 2
 
 
+@pytest.mark.training
+def test_a_sweep_whose_folder_cannot_be_made_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = command(text, tmp_path / "file", "seed=0,1", flags=["-m"])
+    assert ended.returncode == 1 and "Traceback" not in ended.stdout + ended.stderr
+    said = f"error: run_root must be a folder that can be written to, or that can be made, got '{tmp_path / 'file'}': "
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(said)
+
+
 def finished_run(root, text, name, *changes, keys=None, **record):
     """The folder of a run as it is recorded, its config.yaml with further keys; and its configuration."""
     line = ["model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={root}", *changes]
