@@ -22,7 +22,7 @@ from conf.registry import BUILDERS
 from conf.schema import validate
 from models.gpt import GPT
 from models.training import checkpoints
-from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics
+from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
 from models.training.checkpoint_files import read_checkpoint
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
@@ -490,6 +490,55 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(text, tmp_path, monk
     monkeypatch.undo()
     fit(text, tmp_path, "resume=auto")
     assert read_results(folder).last("step") == 8
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.txt", "position_bias.csv", "rates.csv"])
+def test_a_disk_that_fills_up_names_the_file_and_how_to_go_on(text, tmp_path, monkeypatch, name):
+    save = Checkpoints._save
+
+    def save_and_fill(self, *arguments, **options):
+        save(self, *arguments, **options)
+        (self.folder.parent / name).unlink()
+        (self.folder.parent / name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(Checkpoints, "_save", save_and_fill)
+    with pytest.raises(OSError) as caught:
+        fit(text, tmp_path, "model.positions=dynamic", "trainer.budget_minutes=9")
+    path = tmp_path / "run" / name
+    said = (
+        f"{path} could not be written (No space left on device); resume={path.parent} goes on from the last checkpoint"
+    )
+    assert str(caught.value) == said and said in json.loads((path.parent / "run.json").read_text())["error"]
+
+
+@pytest.mark.parametrize("name", ["samples.txt", "position_bias.csv"])
+def test_what_a_resumed_run_drops_from_a_file_takes_nothing_else_with_it(tmp_path, monkeypatch, name):
+    """A kill in the midst of it leaves the file as it was."""
+    kept, dropped = {
+        "samples.txt": ("--- step 4 ---\na\n", "--- step 8 ---\nb\n"),
+        "position_bias.csv": ("step,layer\n4,0\n", "8,0\n"),
+    }[name]
+    (tmp_path / name).write_text(kept + dropped)
+
+    def begin():
+        if name == "samples.txt":
+            TextSample(tmp_path, prompt=b"a", num_bytes=1, seed=0, keep_to=4)
+        else:
+            PositionBiases(tmp_path, keep_to=4)
+
+    class Killed(Exception):
+        pass
+
+    def replace(*_):
+        assert (tmp_path / name).read_text() == kept + dropped
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            begin()
+    begin()
+    assert (tmp_path / name).read_text() == kept
 
 
 def test_weights_alone_start_another_run(text, tmp_path, caplog):

@@ -12,7 +12,8 @@ import re
 import shutil
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,31 @@ def crc32(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: a kill leaves the old one or the new one, and a full disk nothing that is half."""
+    """Writes a file whole: a kill leaves the old one or the new one, and a full disk nothing that is half.
+
+    Raises:
+        OSError: with the file's name, which a write that fails does not tell by itself.
+    """
     temporary = temporary_name(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file of a run while it trains: an OSError names the file, and says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        folder = path.parent
+        kept = (folder / CHECKPOINT_FOLDER / LAST_CHECKPOINT).exists()
+        on = f"resume={folder} goes on from the last checkpoint" if kept else "there is no checkpoint yet to go on from"
+        raise OSError(f"{path} could not be written ({error.strerror or error}); {on}") from error
 
 
 def temporary_name(path: Path) -> Path:
