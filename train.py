@@ -202,7 +202,12 @@ def repeat(
     stop: Stopping,
     gpu: int | None,
 ) -> float:
-    """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc."""
+    """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc.
+
+    Raises:
+        ValueError: see Run.check_complete.
+    """
+    run.check_complete()
     bits_per_byte = read_results(run.folder).last("val/bpc")
     if bits_per_byte is None:
         raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {run.resume_step} steps")

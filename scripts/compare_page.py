@@ -13,11 +13,10 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from conf.secrets import redact_tree
-from models.training.identity import flat
+from models.training.identity import flat, is_said_above
 from models.training.report import Results, cells, headings
 from models.training.run_files import SAMPLES_FILE, read_samples
 from scripts import compare_plots
-from scripts.arms import is_said_above
 from scripts.compare_tables import Listing, said_once
 from scripts.comparisons import LOSS, Comparison, counts
 

@@ -167,6 +167,17 @@ def test_a_copy_of_a_key_is_a_setting_where_an_earlier_run_set_it_apart(make, tm
     assert "optimizer.lr" in page.read_text() and "optimizer.max_steps" not in page.read_text()
 
 
+def test_a_run_that_was_changed_on_its_way_is_an_arm_of_its_own(make):
+    changed = [{"step": 4, "changed": {"lr": [0.01, 0.001], "max_steps": [4, 6]}}]
+    pure, mixed = make("pure"), make("mixed", seed=1, resumed_with=changed)
+    one = comparison(pure, mixed, make("alike", seed=2, resumed_with=changed))
+    assert one.keys == ["resumed_with"] and [len(arm.runs) for arm in one.arms] == [1, 2]
+    assert arms.setting(one.arms[1], "resumed_with") == "at step 4 lr 0.01 to 0.001, max_steps 4 to 6"
+    assert comparison(mixed, make("other", lr=0.01)).keys == ["lr", "resumed_with"]  # though lr tells them apart
+    for index, nothing in enumerate(({}, [], "x", [1, {"step": "4"}, {"step": 4, "changed": {"lr": 1}}])):
+        assert comparison(pure, make(f"odd{index}", seed=3, resumed_with=nothing)).keys == []
+
+
 def test_numbers_are_sorted_as_numbers_and_shown_so_that_they_differ(make):
     rates = [0.0005, 0.01, 0.002, 0.0020000001]
     one = comparison(*(make(f"run{index}", lr=lr) for index, lr in enumerate(rates)))

@@ -362,6 +362,17 @@ def test_a_run_whose_schedule_was_set_apart_is_another(text, tmp_path):
     assert found_by_a_job(config) == ("new", False)
 
 
+def test_a_run_that_was_changed_on_its_way_is_another(text, tmp_path):
+    changed = [{"step": 9, "changed": {"lr": [1e-3, 2e-3]}}]
+    _, config = finished_run(tmp_path / "lr", text, "mixed", "lr=2e-3", resumed_with=changed)
+    assert found_by_a_job(config) == ("new", False)
+    changed = [{"step": 9, "changed": {"max_steps": [9, 2000]}}]
+    _, config = finished_run(tmp_path / "length", text, "longer", resumed_with=changed)
+    assert found_by_a_job(config) == ("new", False)
+    config.resume = "auto"  # with which a run of another length goes on
+    assert found_by_a_job(config) == ("longer", True)
+
+
 def test_a_job_that_another_sweep_claims_is_skipped(text, tmp_path):
     config = validate(
         configure("model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={tmp_path}")

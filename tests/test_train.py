@@ -21,12 +21,12 @@ from support.training import KILL_IN, Popen, command, fit, killed_in, losses, me
 from conf.registry import BUILDERS
 from conf.schema import validate
 from models.gpt import GPT
-from models.training import checkpoints
+from models.training import checkpoints, runs
 from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
-from models.training.checkpoint_files import read_checkpoint
+from models.training.checkpoint_files import read_checkpoint, write_text
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
-from models.training.identity import default_name
+from models.training.identity import default_name, recorded_identity
 from models.training.load import load_model
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
@@ -232,6 +232,72 @@ def test_fewer_steps_than_there_are_is_refused(text, tmp_path):
         fit(text, tmp_path, f"resume={folder}", "max_steps=2")
     assert (folder / "metrics.csv").read_bytes() == before
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_finished_run_cannot_be_relabelled(text, tmp_path):
+    keys = ["trainer.keep_checkpoints=9", "max_steps=12"]
+    folder = fit(text, tmp_path, *keys)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "train.log")]
+    before = [path.read_bytes() for path in files]
+    named = f"nothing is left to train after step 12, and the run in '{folder}' was another: "
+    first = folder / "checkpoints" / "step-4.ckpt"
+    for changes, said in {
+        (
+            "lr=0.5",
+            "model.dropout=0",
+            f"resume={folder}",
+        ): f"{named}lr was 0.001, is 0.5; model.dropout was 0.1, is 0.0; ",
+        ("max_steps=4", "test=true", f"resume={first}"): f"nothing is left to train after step 4, and the run in "
+        f"'{folder}' goes to step 12; python -m scripts.evaluate {first} scores an earlier one",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(said)):
+            fit(text, tmp_path, *keys, *changes)
+    assert before == [path.read_bytes() for path in files]
+    fit(text, tmp_path, *keys, f"resume={folder}", "micro_batch_tokens=256", "trainer.val_every=2", "test=true")
+    assert read_results(folder).last("test/bpc") > 0 and read_results(folder).series("val/bpc")[0] == [4, 8, 12]
+
+
+def test_a_run_that_ended_early_is_not_finished_by_a_smaller_max_steps(text, tmp_path):
+    folder = fit(text, tmp_path, "max_steps=4")
+    config = OmegaConf.load(folder / "config.yaml")
+    config.max_steps = config.optimizer.max_steps = 8  # as one that was stopped after its first validation
+    OmegaConf.save(config, folder / "config.yaml")
+    with pytest.raises(ValueError, match="was another: max_steps was 8, is 4; give the same keys again"):
+        fit(text, tmp_path, f"resume={folder}", "max_steps=4")
+
+
+def test_what_a_run_was_resumed_with_is_recorded_until_it_is_undone(text, tmp_path, monkeypatch):
+    keys = ["trainer.keep_checkpoints=9"]
+    folder = fit(text, tmp_path, *keys)
+    pure = recorded_identity(folder)
+    assert "resumed_with" not in json.loads((folder / "run.json").read_text()) and pure["lr"] == 0.001
+
+    def resume(checkpoint, *changes):
+        fit(text, tmp_path, *keys, f"resume={folder / 'checkpoints' / checkpoint}", *changes)
+        return json.loads((folder / "run.json").read_text()).get("resumed_with")
+
+    longer = {"step": 8, "changed": {"max_steps": [8, 10]}}
+    assert resume("step-8.ckpt", "max_steps=10", "trainer.val_every=2") == [longer]
+    assert recorded_identity(folder) == pure
+    other = {"step": 10, "changed": {"lr": [0.001, 0.5], "max_steps": [10, 12]}}
+    assert resume("step-10.ckpt", "max_steps=12", "lr=0.5") == [longer, other]
+    assert recorded_identity(folder) == pure | {"lr": 0.5, "optimizer.lr": 0.5, "resumed_with": [other]}
+
+    # going on before a change undoes it, also where a kill left run.json newer than config.yaml
+    def killed(path, content):
+        if path.name == "config.yaml":
+            raise KeyboardInterrupt
+        write_text(path, content)
+
+    monkeypatch.setattr(runs, "write_text", killed)
+    for changes in (["lr=0.1"], ["lr=0.2"]):
+        with pytest.raises(SystemExit):
+            resume("step-4.ckpt", *changes)
+    monkeypatch.undo()
+    assert resume("step-4.ckpt", "lr=0.2", "max_steps=6") == [
+        {"step": 4, "changed": {"lr": [0.001, 0.2], "max_steps": [8, 6]}}
+    ]
+    assert resume("step-4.ckpt") is None and recorded_identity(folder) == pure
 
 
 def test_another_model_or_corpus_is_refused_and_harms_nothing(text, tmp_path):
