@@ -23,7 +23,7 @@ from conf.schema import validate
 from models.gpt import GPT
 from models.training import checkpoints, runs
 from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
-from models.training.checkpoint_files import read_checkpoint, write_text
+from models.training.checkpoint_files import mend_best, read_checkpoint, write_text
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name, recorded_identity
@@ -636,6 +636,111 @@ def test_resuming_from_the_best_checkpoint_goes_on_from_there(text, tmp_path):
     assert kept == [f"before-resuming-at-4-step-{step}.ckpt" for step in (12, 8)]
 
 
+def worse_from(monkeypatch, steps):
+    """Validations of steps for which steps() is true score worse than all others."""
+    score = GPTModule.validation_step
+
+    def worse(self, batch, batch_idx):
+        score(self, batch, batch_idx)
+        if steps(self.global_step):
+            self._nats += 1e6 + self.global_step
+
+    monkeypatch.setattr(GPTModule, "validation_step", worse)
+
+
+def best_of(folder):
+    return torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+def test_the_best_checkpoint_of_steps_that_are_taken_back_is_put_aside(text, tmp_path, monkeypatch):
+    keys = ["trainer.keep_checkpoints=9", "max_steps=12"]
+    folder = fit(text, tmp_path, *keys)
+    first = folder / "checkpoints" / "step-4.ckpt"
+    assert best_of(folder)["global_step"] == 12
+    worse_from(monkeypatch, lambda step: step > 4)
+    fit(text, tmp_path, f"resume={first}", *keys, "test=true")
+    assert best_of(folder)["global_step"] == 4 and first.samefile(first.with_name("best.ckpt"))
+    assert weights(folder)["callbacks"]["Checkpoints"]["best_step"] == 4
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("before-*"))
+    assert kept == [f"before-resuming-at-4-step-{step}.ckpt" for step in (12, 8)]
+
+
+@pytest.mark.parametrize("at", [8, 12])  # at the last step nothing is left to train, and its test is to be of it
+def test_a_best_checkpoint_that_did_not_get_its_name_has_it_when_the_run_goes_on(text, tmp_path, monkeypatch, at):
+    worse_from(monkeypatch, lambda step: step > at)
+    named = checkpoints.also_named
+
+    def full(path, name):
+        if (path.name, name) == (f"step-{at}.ckpt", "best.ckpt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return named(path, name)
+
+    monkeypatch.setattr(checkpoints, "also_named", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(text, tmp_path, "max_steps=12")
+    folder = tmp_path / "run"
+    assert best_of(folder)["global_step"] == at - 4
+    monkeypatch.setattr(checkpoints, "also_named", named)
+    fit(text, tmp_path, "max_steps=12", "resume=auto", "test=true")
+    assert best_of(folder)["global_step"] == at and read_results(folder).last("step") == 12
+    assert read_results(folder).last("test/bpc") > 0
+
+
+def write_checkpoint(path, step, **state):
+    torch.save({"global_step": step, "state_dict": {}, "callbacks": {"Checkpoints": state}}, path)
+
+
+LATE = {"best": 2.0, "best_step": 8, "score": 2.5, "validated_step": 12}  # of a run that was best at step 8
+AT_8 = {"best": 2.0, "best_step": 8, "score": 2.0, "validated_step": 8}
+
+
+@pytest.mark.parametrize(
+    ("resumed", "others", "expected", "is_best", "aside"),
+    [
+        (LATE, {"best": (8, AT_8)}, 8, True, []),
+        (LATE, {"best": (16, LATE), "step-8": (8, AT_8)}, 8, True, ["before-resuming-at-12-step-16.ckpt"]),
+        (LATE, {"best": (16, LATE)}, 12, False, ["before-resuming-at-12-step-16.ckpt"]),  # its weights are lost
+        (LATE, {"step-8": (8, AT_8 | {"score": 2.1})}, 12, False, []),  # of another way there
+        (LATE, {"best": (8, AT_8 | {"best": 3.0, "score": 3.0})}, 12, False, []),
+        (LATE | {"best_step": 12, "best": 2.5}, {"best": (8, AT_8)}, 12, True, []),
+        (LATE, {"best": b"cut", "step-8": (8, AT_8)}, 8, True, []),
+        (LATE, {"best": b"cut", "step-8": b"short"}, 12, False, []),
+        ({"best": None, "best_step": None, "score": None, "validated_step": None}, {}, None, True, []),
+        # as earlier versions kept it
+        ({"best": 2.0, "validated_step": 12}, {"best": (8, {"best": 2.0, "validated_step": 8})}, 8, True, []),
+        ({"best": 2.0, "validated_step": 12}, {"best": (8, {"best": 2.1, "validated_step": 8})}, 12, False, []),
+        ({"best": 2.0, "validated_step": 12}, {}, 12, False, []),
+    ],
+)
+def test_best_is_of_the_way_to_the_checkpoint_that_a_run_goes_on_from(
+    tmp_path, resumed, others, expected, is_best, aside
+):
+    last = tmp_path / "last.ckpt"
+    write_checkpoint(last, 12, **resumed)
+    for name, content in others.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content) if isinstance(content, bytes) else write_checkpoint(path, content[0], **content[1])
+    state = {"best": resumed["best"], "best_step": resumed.get("best_step")}
+    assert mend_best(last, step=12, **state) == is_best
+    path = tmp_path / "best.ckpt"
+    assert (torch.load(path)["global_step"] if path.exists() else None) == expected
+    assert [path.name for path in tmp_path.glob("before-*")] == aside and not list(tmp_path.glob("*.tmp"))
+
+
+def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):
+    worse_from(monkeypatch, lambda step: step > 4)
+    folder = fit(text, tmp_path)
+    for name in ("best.ckpt", "step-4.ckpt"):
+        (folder / "checkpoints" / name).unlink()
+    monkeypatch.undo()
+    worse_from(monkeypatch, lambda step: step in (8, 16))  # better than at step 8 is better than what is left
+    fit(text, tmp_path, "resume=auto", "max_steps=12")
+    assert "best.ckpt is that of step 8: the best one until then was not kept" in caplog.text
+    assert best_of(folder)["global_step"] == 12
+    fit(text, tmp_path, "resume=auto", "max_steps=16")
+    assert best_of(folder)["global_step"] == 12
+
+
 def test_a_moved_run_keeps_its_best_score(text, tmp_path):
     folder = fit(text, tmp_path / "before")
     score = read_results(folder).best("val/bpc")
@@ -710,6 +815,14 @@ def test_resuming_from_what_is_no_run_is_refused(text, tmp_path, path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="resume must be null, auto, new, a run's folder"):
         fit(text, tmp_path / "runs", f"resume={tmp_path / path}")
+
+
+def test_a_checkpoint_elsewhere_in_a_run_is_refused(text, tmp_path):
+    """What is put aside, and what best.ckpt is, would be decided in the wrong folder."""
+    folder = fit(text, tmp_path, "max_steps=4")
+    (folder / "checkpoints").rename(folder / "kept")
+    with pytest.raises(ValueError, match=f"resume must be a checkpoint in {folder}/checkpoints, got .*step-4.ckpt'"):
+        fit(text, tmp_path, f"resume={folder / 'kept' / 'step-4.ckpt'}")
 
 
 def test_divergence_is_marked_and_raised(text, tmp_path):

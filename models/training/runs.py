@@ -23,7 +23,9 @@ from models.training.checkpoint_files import (
     CHECKPOINT_FOLDER,
     LAST_CHECKPOINT,
     also_named,
+    mend_best,
     newest_good,
+    put_aside,
     read_checkpoint,
     steps_in,
     write_text,
@@ -177,6 +179,12 @@ class Run:
                 f"nothing is left to train after step {self.resume_step}, and the run in {str(self.folder)!r} was "
                 f"another: {told}; give the same keys again, a larger max_steps, or another name"
             )
+
+    def mend_best(self) -> None:
+        """Where nothing is trained: that best.ckpt is the best, though the run was killed before it had the name."""
+        if self.processes.is_first:
+            found = read_checkpoint(self.checkpoint)
+            mend_best(self.checkpoint, step=self.resume_step, best=found["best"], best_step=found["best_step"])
 
     @property
     def _is_timed(self) -> bool:
@@ -557,7 +565,7 @@ def _make_last(checkpoint: Path) -> Path:
     last = checkpoint.with_name(LAST_CHECKPOINT)
     later = [path for path in checkpoint.parent.glob("step-*.ckpt") if int(re.sub(r"\D", "", path.stem) or 0) > step]
     for path in later:
-        os.replace(path, path.with_name(f"before-resuming-at-{step}-{path.name}"))
+        put_aside(path, step, path.name)
     if checkpoint != last:
         also_named(checkpoint, LAST_CHECKPOINT)
     return last
@@ -581,6 +589,8 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
     folder = path.parent.parent
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"resume={str(path)!r} is no checkpoint in a run's folder: {folder} has no {RECORD_FILE}")
+    if path.absolute().parent.name != CHECKPOINT_FOLDER:
+        raise ValueError(f"resume must be a checkpoint in {folder / CHECKPOINT_FOLDER}, got {str(path)!r}")
     try:
         read_checkpoint(path)
     except ValueError as error:
