@@ -23,7 +23,7 @@ from conf.schema import validate
 from models.gpt import GPT
 from models.training import checkpoints, runs
 from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
-from models.training.checkpoint_files import mend_best, read_checkpoint, write_text
+from models.training.checkpoint_files import also_named, mend_best, read_checkpoint, write_text
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name, recorded_identity
@@ -725,6 +725,13 @@ def test_best_is_of_the_way_to_the_checkpoint_that_a_run_goes_on_from(
     path = tmp_path / "best.ckpt"
     assert (torch.load(path)["global_step"] if path.exists() else None) == expected
     assert [path.name for path in tmp_path.glob("before-*")] == aside and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_name_that_a_checkpoint_has_already_leaves_nothing_beside_it(tmp_path):
+    write_checkpoint(tmp_path / "step-1.ckpt", 1)
+    for _ in range(2):
+        assert also_named(tmp_path / "step-1.ckpt", "last.ckpt").samefile(tmp_path / "step-1.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-1.ckpt"]
 
 
 def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):

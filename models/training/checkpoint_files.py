@@ -115,6 +115,7 @@ def also_named(path: Path, name: str) -> Path:
     if path.name in index:
         note_crc32(other, index[path.name].split(",")[-1])
     os.replace(temporary, other)
+    temporary.unlink(missing_ok=True)  # of two names of one file neither replaces the other
     return other
 
 
@@ -162,7 +163,7 @@ def _sound(path: Path) -> dict[str, Any] | None:
 def put_aside(path: Path, step: int, name: str) -> None:
     """Keeps a checkpoint of steps that a run takes back, which goes on from an earlier one, under another name."""
     os.replace(path, path.with_name(f"before-resuming-at-{step}-{name}"))
-    path.unlink(missing_ok=True)  # two names of one file stay two
+    path.unlink(missing_ok=True)  # of two names of one file neither replaces the other
 
 
 def note_crc32(path: Path, crc: str) -> None:
