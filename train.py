@@ -202,12 +202,18 @@ def repeat(
     stop: Stopping,
     gpu: int | None,
 ) -> float:
-    """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc."""
+    """Nothing is left to train: tests where that is asked for, and leaves all else as it is. Returns val/bpc.
+
+    Raises:
+        ValueError: see Run.check_complete.
+    """
+    run.check_complete()
     bits_per_byte = read_results(run.folder).last("val/bpc")
     if bits_per_byte is None:
         raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {run.resume_step} steps")
     log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, run.resume_step)
     run.started = True  # its end is recorded, as before
+    run.mend_best()
     if config.test:
         with loggers_of(config, run) as loggers:
             trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Overri
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from conf.schema import CONF, GROUPS, ConfigError, keys_of, options_of, shown, unknown
+from conf.schema import CONF, COPIES, GROUPS, ConfigError, keys_of, options_of, shown, unknown
 
 CHOOSERS = ("experiment", "debug", "sweep")  # groups of overrides; they hold no keys of their own
 MULTIRUN = ("-m", "--multirun")
@@ -195,6 +195,16 @@ def _check_key(override: Override, options: dict[str, set[str]]) -> None:
         raise ConfigError(unknown("", key, [*top, *GROUPS, *CHOOSERS]))
     if isinstance(override._value, dict):
         raise ConfigError(f"{key} takes no keys of its own, got {shown(override._value)}")
+    _check_name(override, options)
+    if override.type == OverrideType.ADD:  # what there is, and nothing else is accepted
+        line = override.input_line
+        raise ConfigError(f"{line}: {key} is a key already, which + would add: drop the +, {line.removeprefix('+')}")
+
+
+def _check_name(override: Override, options: dict[str, set[str]]) -> None:
+    """Checks the key of an option."""
+    key = override.key_or_group
+    group, _, name = key.partition(".")
     if not name:
         return
     if name == "kind":
@@ -204,6 +214,9 @@ def _check_key(override: Override, options: dict[str, set[str]]) -> None:
     if rest or not any(name in known for known in keys.values()):
         accepted = list(dict.fromkeys(itertools.chain(*keys.values())))
         raise ConfigError(unknown(f"{group}.", first if not rest else name, accepted))
+    if key in COPIES:
+        source, value = COPIES[key], override.input_line.partition("=")[2]
+        raise ConfigError(f"{key} follows {source} and takes no value of its own: give {source}={value or 'VALUE'}")
 
 
 def _top_level() -> list[str]:

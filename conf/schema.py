@@ -22,6 +22,8 @@ from conf.registry import BUILDERS, GIVEN_BY_CODE, find
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
 OVERRIDING = ("experiment", "debug", "sweep")  # groups that choose options of the others, and values
+# Keys of options that are references to a key above them, which is the one to set.
+COPIES = {"optimizer.lr": "lr", "optimizer.max_steps": "max_steps", "model.seq_len": "seq_len"}
 # Keys that are looked for in a group that does not have them: where they are.
 ELSEWHERE = {"attention.position": "model.positions", "attention.positions": "model.positions"}
 
@@ -89,9 +91,19 @@ def validate(config: DictConfig) -> DictConfig:
     checked = _check(TopLevel, top, prefix="")
     for group in GROUPS:
         checked[group] = check_group(group, values.get(group))
+    _check_copies(checked)
     if not 0 <= checked["seed"] < 2**32:
         raise ConfigError(f"seed must be an integer from 0 to 2**32 - 1, got {checked['seed']}")
     return OmegaConf.create(checked)
+
+
+def _check_copies(checked: dict[str, Any]) -> None:
+    """A copy of another value would train by it what the run's name, its identity and comparisons say of the source."""
+    for key, source in COPIES.items():
+        group, _, name = key.partition(".")
+        value = checked[group].get(name, checked[source])
+        if value != checked[source]:
+            raise ConfigError(f"{key} follows {source} = {checked[source]}, got {shown(value)}: give {source} alone")
 
 
 def check_stored(config: DictConfig) -> DictConfig:

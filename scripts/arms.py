@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.schema import GROUPS
+from conf.schema import COPIES, GROUPS
 from models.training import metrics
-from models.training.identity import INCIDENTAL, flat, is_one_of
+from models.training.identity import INCIDENTAL, RESUMED_WITH, flat, is_one_of, is_said_above, resumed_with
 from models.training.report import Results
 
-# Resolved copies of a key above them, which would be shown twice.
-COPIES = ("optimizer.lr", "optimizer.max_steps", "model.seq_len")
+ALWAYS_TOLD = (*COPIES, RESUMED_WITH)
 
 
 @dataclass(frozen=True)
@@ -101,26 +100,43 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if key != "seed" and key not in COPIES and not is_one_of(key, INCIDENTAL) and not key.endswith(".kind")
+        if key != "seed"
+        and not is_said_above(config, key)
+        and not is_one_of(key, INCIDENTAL)
+        and not key.endswith(".kind")
     }
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
     corpus = (run.record.get("corpus") or {}).get("name")
-    return {**options, **({"data": corpus} if corpus else {}), **kept}
+    changed = "; ".join(map(_change, resumed_with(run.record)))
+    return {
+        **options,
+        **({"data": corpus} if corpus else {}),
+        **kept,
+        **({RESUMED_WITH: changed} if changed else {}),
+    }
+
+
+def _change(entry: dict[str, Any]) -> str:
+    values = (f"{key} {before} to {now}" for key, (before, now) in entry["changed"].items())
+    return f"at step {entry['step']} {', '.join(values)}"
 
 
 def differing(arms: Sequence[Arm]) -> list[str]:
     """The settings that tell the arms apart: those with several values among the arms that have them.
 
     Of an option's own keys, as attention.scale, those with several values among the arms of one option: otherwise the
-    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them.
+    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them. What
+    few runs have, and no option says, is always among them: a copy with a value of its own, and changes on the way.
     """
     values: dict[str, dict[Any, set[str]]] = {}  # of each key by the option that it belongs to
     for arm in arms:
         for key, value in arm.settings.items():
             option = arm.settings.get(key.partition(".")[0]) if "." in key else None
             values.setdefault(key, {}).setdefault(repr(option), set()).add(repr(value))
-    found = [key for key, seen in values.items() if any(len(texts) > 1 for texts in seen.values())]
+    found = [
+        key for key, seen in values.items() if key in ALWAYS_TOLD or any(len(texts) > 1 for texts in seen.values())
+    ]
     alike: dict[tuple, list[Arm]] = {}
     for arm in arms:
         alike.setdefault(tuple(repr(arm.settings.get(key)) for key in found), []).append(arm)

@@ -13,11 +13,10 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from conf.secrets import redact_tree
-from models.training.identity import flat
+from models.training.identity import flat, is_said_above
 from models.training.report import Results, cells, headings
 from models.training.run_files import SAMPLES_FILE, read_samples
 from scripts import compare_plots
-from scripts.arms import COPIES
 from scripts.compare_tables import Listing, said_once
 from scripts.comparisons import LOSS, Comparison, counts
 
@@ -127,8 +126,8 @@ def _sample(run: Results) -> dict[str, Any] | None:
 def _values(configurations: Sequence[dict[str, Any] | None]) -> dict[str, list[str]]:
     """By dotted key the values that runs have, each once; a run that lacks the key has -."""
     known = [flat(configuration) for configuration in configurations if configuration is not None]
-    keys = dict.fromkeys(key for one in known for key in one)
-    return {key: list(dict.fromkeys(str(one.get(key, "-")) for one in known)) for key in keys if key not in COPIES}
+    keys = dict.fromkeys(key for one in known for key in one if not is_said_above(one, key))
+    return {key: list(dict.fromkeys(str(one.get(key, "-")) for one in known)) for key in keys}
 
 
 def _common(configurations: Sequence[dict[str, Any] | None]) -> list[tuple[str, str]]:

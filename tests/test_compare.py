@@ -152,6 +152,32 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(ma
     assert newer.keys == ["clip"] and [arms.setting(arm, "clip") for arm in newer.arms] == ["1", "-"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_copy_of_a_key_is_a_setting_where_an_earlier_run_set_it_apart(make, tmp_path):
+    optimizer = {"kind": "adamw", "lr": 0.001, "max_steps": STEPS}
+    plain = make("plain", config={"optimizer": optimizer})
+    assert comparison(plain, make("seed", seed=1, config={"optimizer": optimizer})).keys == []
+    apart = make("apart", config={"optimizer": optimizer | {"lr": 0.01}})
+    one = comparison(plain, apart)
+    assert one.keys == ["optimizer.lr"] and [arms.setting(arm, "optimizer.lr") for arm in one.arms] == ["0.01", "-"]
+    other = make("other", lr=0.002, config={"optimizer": optimizer | {"lr": 0.002}})
+    assert comparison(apart, other).keys == ["lr", "optimizer.lr"]  # though lr tells them apart
+    page = tmp_path / "page.html"
+    assert compare.main([str(plain), str(apart), "--html", str(page)]) == 0
+    assert "optimizer.lr" in page.read_text() and "optimizer.max_steps" not in page.read_text()
+
+
+def test_a_run_that_was_changed_on_its_way_is_an_arm_of_its_own(make):
+    changed = [{"step": 4, "changed": {"lr": [0.01, 0.001], "max_steps": [4, 6]}}]
+    pure, mixed = make("pure"), make("mixed", seed=1, resumed_with=changed)
+    one = comparison(pure, mixed, make("alike", seed=2, resumed_with=changed))
+    assert one.keys == ["resumed_with"] and [len(arm.runs) for arm in one.arms] == [1, 2]
+    assert arms.setting(one.arms[1], "resumed_with") == "at step 4 lr 0.01 to 0.001, max_steps 4 to 6"
+    assert comparison(mixed, make("other", lr=0.01)).keys == ["lr", "resumed_with"]  # though lr tells them apart
+    for index, nothing in enumerate(({}, [], "x", [1, {"step": "4"}, {"step": 4, "changed": {"lr": 1}}])):
+        assert comparison(pure, make(f"odd{index}", seed=3, resumed_with=nothing)).keys == []
+
+
 def test_numbers_are_sorted_as_numbers_and_shown_so_that_they_differ(make):
     rates = [0.0005, 0.01, 0.002, 0.0020000001]
     one = comparison(*(make(f"run{index}", lr=lr) for index, lr in enumerate(rates)))

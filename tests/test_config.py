@@ -14,7 +14,7 @@ from support.forked import Forked
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
-from conf.schema import GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
+from conf.schema import COPIES, GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
 from models.training.batching import micro_batches
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.identity import INCIDENTAL
@@ -59,6 +59,15 @@ def test_an_options_file_has_the_keys_of_what_it_builds(group, option):
     written = OmegaConf.load(ROOT / "conf" / group / f"{option}.yaml")
     parameters = inspect.signature(find(group, written.kind)).parameters
     assert set(keys_of(group, option)) == set(parameters) - set(GIVEN_BY_CODE[group])
+
+
+def test_every_reference_of_an_option_is_known_as_a_copy():
+    found = {}
+    for group, option in OPTIONS:
+        for key, value in OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{option}.yaml")).items():
+            if isinstance(value, str) and "${" in value:
+                found[f"{group}.{key}"] = value
+    assert found == {key: f"${{{source}}}" for key, source in COPIES.items()}
 
 
 def test_every_kind_is_an_options_and_every_former_target_a_kind():
@@ -215,6 +224,9 @@ def test_command_line_of_the_readme_composes():
         ("model.width=wide", "model.width must be an integer, got 'wide'"),
         ("model.activation=[gelu]", "model.activation must be text, got ['gelu']"),
         ("model=huge", "Available options in 'model':\n\tbase\n\tsmall\n\ttiny"),
+        ("optimizer.lr=0.1", "optimizer.lr follows lr = 0.001, got 0.1: give lr alone"),
+        ("optimizer.max_steps=20", "optimizer.max_steps follows max_steps = 2000, got 20: give max_steps alone"),
+        ("model.seq_len=32", "model.seq_len follows seq_len = 1024, got 32: give seq_len alone"),
         ("optimizer.betas=[a,b]", "optimizer.betas must be a list, each entry a finite number"),
         ("+flash=1", "flash is not a key; accepted: seq_len, max_steps"),
         ("+model.depth=3", "model.depth is not a key; accepted: model.num_layers, model.width"),
@@ -276,6 +288,11 @@ REFUSED = {
     "model.depth=3": "model.depth is not a key; accepted: model.num_layers, model.width",
     "+model.depth=3": "model.depth is not a key; accepted: model.num_layers, model.width",
     "optimizer.betas.x=3": "optimizer.betas.x is not a key; accepted: optimizer.lr",
+    "optimizer.lr=0.1": "optimizer.lr follows lr and takes no value of its own: give lr=0.1",
+    "-m optimizer.max_steps=10,20": "optimizer.max_steps follows max_steps and takes no value of its own: give "
+    "max_steps=10,20",
+    "model.seq_len=1024": "model.seq_len follows seq_len and takes no value of its own: give seq_len=1024",
+    "~optimizer.lr": "optimizer.lr follows lr and takes no value of its own: give lr=VALUE",
     "optimizer.betas={a:0.9}": "optimizer.betas takes no keys of its own, got {'a': 0.9}",
     "attention=regular attention.scale=3": "attention.scale is a key of attention=cosine and attention=cosine_fixed; "
     "the chosen option has attention.window, attention.window_pattern",
@@ -303,6 +320,10 @@ REFUSED = {
     "data=file data.path=/tmp/é": """data.path got characters that must be quoted: 'data.path="/tmp/é"'""",
     "data=file data.path='a": """"data.path='a" is no KEY=VALUE""",
     "seq_len": "'seq_len' must be KEY=VALUE",
+    "+seed=1": "+seed=1: seed is a key already, which + would add: drop the +, seed=1",
+    "+attention.scale=3": "attention.scale is a key already, which + would add: drop the +, attention.scale=3",
+    "+experiment=enwik8": "experiment is a key already, which + would add: drop the +, experiment=enwik8",
+    "-m +seed=1,2": "seed is a key already, which + would add: drop the +, seed=1,2",
 }
 
 
@@ -325,6 +346,7 @@ def test_a_command_line_that_cannot_be_is_answered_in_one_line(line):
         "name=my_target_run seed=1",
         "-c job lr=1",
         "--cfg job --package model lr=1",
+        "++seed=1 ++model.width=64",
         "hydra.verbose=true +hydra.job.env_set.X=1 hydra/launcher=basic",
         "--config-dir elsewhere attention=other attention.x=1",
     ],

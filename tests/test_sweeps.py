@@ -319,6 +319,60 @@ def test_submitit_stops_as_a_whole_and_goes_on(text, tmp_path):
     assert len(at_work) == 2
 
 
+@pytest.mark.training
+def test_a_sweep_whose_folder_cannot_be_made_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = command(text, tmp_path / "file", "seed=0,1", flags=["-m"])
+    assert ended.returncode == 1 and "Traceback" not in ended.stdout + ended.stderr
+    said = f"error: run_root must be a folder that can be written to, or that can be made, got '{tmp_path / 'file'}': "
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(said)
+
+
+def finished_run(root, text, name, *changes, keys=None, **record):
+    """The folder of a run as it is recorded, its config.yaml with further keys; and its configuration."""
+    line = ["model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={root}", *changes]
+    config = validate(configure(*line))
+    (root / name).mkdir(parents=True)
+    stored = OmegaConf.merge(config, OmegaConf.from_dotlist(keys or []))
+    OmegaConf.save(stored, root / name / "config.yaml")
+    whole = {"status": "finished", "identity": identity_of(config, "0" * 64), **record}
+    (root / name / "run.json").write_text(json.dumps(whole))
+    (root / name / "metrics.csv").write_text(f"step,val/bpc\n{config.max_steps},2.5\n")
+    return root / name, config
+
+
+def found_by_a_job(config):
+    """The folder of a sweep's job of a configuration, and whether that run is finished already."""
+    job = Run(config, "new", find_processes(devices=1, num_nodes=1), in_sweep=True)
+    try:
+        job.find("0" * 64)
+        return job.folder.name, False
+    except Skipped as skipped:
+        return skipped.folder.name, True
+    finally:
+        job.close()
+
+
+def test_a_run_whose_schedule_was_set_apart_is_another(text, tmp_path):
+    """Earlier versions took optimizer.max_steps, which no identity has."""
+    _, config = finished_run(tmp_path / "plain", text, "whole")
+    assert found_by_a_job(config) == ("whole", True)
+    _, config = finished_run(tmp_path / "apart", text, "longer", keys=["optimizer.max_steps=9000"])
+    assert found_by_a_job(config) == ("new", False)
+
+
+def test_a_run_that_was_changed_on_its_way_is_another(text, tmp_path):
+    changed = [{"step": 9, "changed": {"lr": [1e-3, 2e-3]}}]
+    _, config = finished_run(tmp_path / "lr", text, "mixed", "lr=2e-3", resumed_with=changed)
+    assert found_by_a_job(config) == ("new", False)
+    changed = [{"step": 9, "changed": {"max_steps": [9, 2000]}}]
+    _, config = finished_run(tmp_path / "length", text, "longer", resumed_with=changed)
+    assert found_by_a_job(config) == ("new", False)
+    config.resume = "auto"  # with which a run of another length goes on
+    assert found_by_a_job(config) == ("longer", True)
+
+
 def test_a_job_that_another_sweep_claims_is_skipped(text, tmp_path):
     config = validate(
         configure("model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu", f"run_root={tmp_path}")

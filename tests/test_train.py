@@ -21,12 +21,12 @@ from support.training import KILL_IN, Popen, command, fit, killed_in, losses, me
 from conf.registry import BUILDERS
 from conf.schema import validate
 from models.gpt import GPT
-from models.training import checkpoints
-from models.training.callbacks import LearnedScales, LogitMetrics, TrainingMetrics
-from models.training.checkpoint_files import read_checkpoint
+from models.training import checkpoints, runs
+from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
+from models.training.checkpoint_files import also_named, mend_best, read_checkpoint, write_text
 from models.training.checkpoints import Checkpoints
 from models.training.devices import peak_flops
-from models.training.identity import default_name
+from models.training.identity import default_name, recorded_identity
 from models.training.load import load_model
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
@@ -137,7 +137,7 @@ def test_another_optimizer_trains_and_resumes_with_what_is_configured(text, tmp_
 
     def fit_by_sgd(**changes):
         settings = {"max_steps": 8, "resume": None, "lr": 0.1, "momentum": 0.5} | changes
-        optimizer = {"kind": "sgd", "lr": settings.pop("lr"), "momentum": settings.pop("momentum")}
+        optimizer = {"kind": "sgd", "lr": settings["lr"], "momentum": settings.pop("momentum")}
         config = configure(*overrides(text, tmp_path, "name=run"))
         config = validate(OmegaConf.create({**OmegaConf.to_container(config), **settings, "optimizer": optimizer}))
         train(config, choices={"attention": "cosine"})
@@ -232,6 +232,72 @@ def test_fewer_steps_than_there_are_is_refused(text, tmp_path):
         fit(text, tmp_path, f"resume={folder}", "max_steps=2")
     assert (folder / "metrics.csv").read_bytes() == before
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_finished_run_cannot_be_relabelled(text, tmp_path):
+    keys = ["trainer.keep_checkpoints=9", "max_steps=12"]
+    folder = fit(text, tmp_path, *keys)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "train.log")]
+    before = [path.read_bytes() for path in files]
+    named = f"nothing is left to train after step 12, and the run in '{folder}' was another: "
+    first = folder / "checkpoints" / "step-4.ckpt"
+    for changes, said in {
+        (
+            "lr=0.5",
+            "model.dropout=0",
+            f"resume={folder}",
+        ): f"{named}lr was 0.001, is 0.5; model.dropout was 0.1, is 0.0; ",
+        ("max_steps=4", "test=true", f"resume={first}"): f"nothing is left to train after step 4, and the run in "
+        f"'{folder}' goes to step 12; python -m scripts.evaluate {first} scores an earlier one",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(said)):
+            fit(text, tmp_path, *keys, *changes)
+    assert before == [path.read_bytes() for path in files]
+    fit(text, tmp_path, *keys, f"resume={folder}", "micro_batch_tokens=256", "trainer.val_every=2", "test=true")
+    assert read_results(folder).last("test/bpc") > 0 and read_results(folder).series("val/bpc")[0] == [4, 8, 12]
+
+
+def test_a_run_that_ended_early_is_not_finished_by_a_smaller_max_steps(text, tmp_path):
+    folder = fit(text, tmp_path, "max_steps=4")
+    config = OmegaConf.load(folder / "config.yaml")
+    config.max_steps = config.optimizer.max_steps = 8  # as one that was stopped after its first validation
+    OmegaConf.save(config, folder / "config.yaml")
+    with pytest.raises(ValueError, match="was another: max_steps was 8, is 4; give the same keys again"):
+        fit(text, tmp_path, f"resume={folder}", "max_steps=4")
+
+
+def test_what_a_run_was_resumed_with_is_recorded_until_it_is_undone(text, tmp_path, monkeypatch):
+    keys = ["trainer.keep_checkpoints=9"]
+    folder = fit(text, tmp_path, *keys)
+    pure = recorded_identity(folder)
+    assert "resumed_with" not in json.loads((folder / "run.json").read_text()) and pure["lr"] == 0.001
+
+    def resume(checkpoint, *changes):
+        fit(text, tmp_path, *keys, f"resume={folder / 'checkpoints' / checkpoint}", *changes)
+        return json.loads((folder / "run.json").read_text()).get("resumed_with")
+
+    longer = {"step": 8, "changed": {"max_steps": [8, 10]}}
+    assert resume("step-8.ckpt", "max_steps=10", "trainer.val_every=2") == [longer]
+    assert recorded_identity(folder) == pure
+    other = {"step": 10, "changed": {"lr": [0.001, 0.5], "max_steps": [10, 12]}}
+    assert resume("step-10.ckpt", "max_steps=12", "lr=0.5") == [longer, other]
+    assert recorded_identity(folder) == pure | {"lr": 0.5, "optimizer.lr": 0.5, "resumed_with": [other]}
+
+    # going on before a change undoes it, also where a kill left run.json newer than config.yaml
+    def killed(path, content):
+        if path.name == "config.yaml":
+            raise KeyboardInterrupt
+        write_text(path, content)
+
+    monkeypatch.setattr(runs, "write_text", killed)
+    for changes in (["lr=0.1"], ["lr=0.2"]):
+        with pytest.raises(SystemExit):
+            resume("step-4.ckpt", *changes)
+    monkeypatch.undo()
+    assert resume("step-4.ckpt", "lr=0.2", "max_steps=6") == [
+        {"step": 4, "changed": {"lr": [0.001, 0.2], "max_steps": [8, 6]}}
+    ]
+    assert resume("step-4.ckpt") is None and recorded_identity(folder) == pure
 
 
 def test_another_model_or_corpus_is_refused_and_harms_nothing(text, tmp_path):
@@ -492,6 +558,55 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(text, tmp_path, monk
     assert read_results(folder).last("step") == 8
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.txt", "position_bias.csv", "rates.csv"])
+def test_a_disk_that_fills_up_names_the_file_and_how_to_go_on(text, tmp_path, monkeypatch, name):
+    save = Checkpoints._save
+
+    def save_and_fill(self, *arguments, **options):
+        save(self, *arguments, **options)
+        (self.folder.parent / name).unlink()
+        (self.folder.parent / name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(Checkpoints, "_save", save_and_fill)
+    with pytest.raises(OSError) as caught:
+        fit(text, tmp_path, "model.positions=dynamic", "trainer.budget_minutes=9")
+    path = tmp_path / "run" / name
+    said = (
+        f"{path} could not be written (No space left on device); resume={path.parent} goes on from the last checkpoint"
+    )
+    assert str(caught.value) == said and said in json.loads((path.parent / "run.json").read_text())["error"]
+
+
+@pytest.mark.parametrize("name", ["samples.txt", "position_bias.csv"])
+def test_what_a_resumed_run_drops_from_a_file_takes_nothing_else_with_it(tmp_path, monkeypatch, name):
+    """A kill in the midst of it leaves the file as it was."""
+    kept, dropped = {
+        "samples.txt": ("--- step 4 ---\na\n", "--- step 8 ---\nb\n"),
+        "position_bias.csv": ("step,layer\n4,0\n", "8,0\n"),
+    }[name]
+    (tmp_path / name).write_text(kept + dropped)
+
+    def begin():
+        if name == "samples.txt":
+            TextSample(tmp_path, prompt=b"a", num_bytes=1, seed=0, keep_to=4)
+        else:
+            PositionBiases(tmp_path, keep_to=4)
+
+    class Killed(Exception):
+        pass
+
+    def replace(*_):
+        assert (tmp_path / name).read_text() == kept + dropped
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            begin()
+    begin()
+    assert (tmp_path / name).read_text() == kept
+
+
 def test_weights_alone_start_another_run(text, tmp_path, caplog):
     folder = fit(text, tmp_path)
     trained = weights(folder)["state_dict"]
@@ -526,6 +641,118 @@ def test_resuming_from_the_best_checkpoint_goes_on_from_there(text, tmp_path):
     assert results.last("step") == 12 and results.series("val/bpc")[0] == [4, 8, 12]
     kept = sorted(path.name for path in (folder / "checkpoints").glob("before-*"))
     assert kept == [f"before-resuming-at-4-step-{step}.ckpt" for step in (12, 8)]
+
+
+def worse_from(monkeypatch, steps):
+    """Validations of steps for which steps() is true score worse than all others."""
+    score = GPTModule.validation_step
+
+    def worse(self, batch, batch_idx):
+        score(self, batch, batch_idx)
+        if steps(self.global_step):
+            self._nats += 1e6 + self.global_step
+
+    monkeypatch.setattr(GPTModule, "validation_step", worse)
+
+
+def best_of(folder):
+    return torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+def test_the_best_checkpoint_of_steps_that_are_taken_back_is_put_aside(text, tmp_path, monkeypatch):
+    keys = ["trainer.keep_checkpoints=9", "max_steps=12"]
+    folder = fit(text, tmp_path, *keys)
+    first = folder / "checkpoints" / "step-4.ckpt"
+    assert best_of(folder)["global_step"] == 12
+    worse_from(monkeypatch, lambda step: step > 4)
+    fit(text, tmp_path, f"resume={first}", *keys, "test=true")
+    assert best_of(folder)["global_step"] == 4 and first.samefile(first.with_name("best.ckpt"))
+    assert weights(folder)["callbacks"]["Checkpoints"]["best_step"] == 4
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("before-*"))
+    assert kept == [f"before-resuming-at-4-step-{step}.ckpt" for step in (12, 8)]
+
+
+@pytest.mark.parametrize("at", [8, 12])  # at the last step nothing is left to train, and its test is to be of it
+def test_a_best_checkpoint_that_did_not_get_its_name_has_it_when_the_run_goes_on(text, tmp_path, monkeypatch, at):
+    worse_from(monkeypatch, lambda step: step > at)
+    named = checkpoints.also_named
+
+    def full(path, name):
+        if (path.name, name) == (f"step-{at}.ckpt", "best.ckpt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return named(path, name)
+
+    monkeypatch.setattr(checkpoints, "also_named", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(text, tmp_path, "max_steps=12")
+    folder = tmp_path / "run"
+    assert best_of(folder)["global_step"] == at - 4
+    monkeypatch.setattr(checkpoints, "also_named", named)
+    fit(text, tmp_path, "max_steps=12", "resume=auto", "test=true")
+    assert best_of(folder)["global_step"] == at and read_results(folder).last("step") == 12
+    assert read_results(folder).last("test/bpc") > 0
+
+
+def write_checkpoint(path, step, **state):
+    torch.save({"global_step": step, "state_dict": {}, "callbacks": {"Checkpoints": state}}, path)
+
+
+LATE = {"best": 2.0, "best_step": 8, "score": 2.5, "validated_step": 12}  # of a run that was best at step 8
+AT_8 = {"best": 2.0, "best_step": 8, "score": 2.0, "validated_step": 8}
+
+
+@pytest.mark.parametrize(
+    ("resumed", "others", "expected", "is_best", "aside"),
+    [
+        (LATE, {"best": (8, AT_8)}, 8, True, []),
+        (LATE, {"best": (16, LATE), "step-8": (8, AT_8)}, 8, True, ["before-resuming-at-12-step-16.ckpt"]),
+        (LATE, {"best": (16, LATE)}, 12, False, ["before-resuming-at-12-step-16.ckpt"]),  # its weights are lost
+        (LATE, {"step-8": (8, AT_8 | {"score": 2.1})}, 12, False, []),  # of another way there
+        (LATE, {"best": (8, AT_8 | {"best": 3.0, "score": 3.0})}, 12, False, []),
+        (LATE | {"best_step": 12, "best": 2.5}, {"best": (8, AT_8)}, 12, True, []),
+        (LATE, {"best": b"cut", "step-8": (8, AT_8)}, 8, True, []),
+        (LATE, {"best": b"cut", "step-8": b"short"}, 12, False, []),
+        ({"best": None, "best_step": None, "score": None, "validated_step": None}, {}, None, True, []),
+        # as earlier versions kept it
+        ({"best": 2.0, "validated_step": 12}, {"best": (8, {"best": 2.0, "validated_step": 8})}, 8, True, []),
+        ({"best": 2.0, "validated_step": 12}, {"best": (8, {"best": 2.1, "validated_step": 8})}, 12, False, []),
+        ({"best": 2.0, "validated_step": 12}, {}, 12, False, []),
+    ],
+)
+def test_best_is_of_the_way_to_the_checkpoint_that_a_run_goes_on_from(
+    tmp_path, resumed, others, expected, is_best, aside
+):
+    last = tmp_path / "last.ckpt"
+    write_checkpoint(last, 12, **resumed)
+    for name, content in others.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content) if isinstance(content, bytes) else write_checkpoint(path, content[0], **content[1])
+    state = {"best": resumed["best"], "best_step": resumed.get("best_step")}
+    assert mend_best(last, step=12, **state) == is_best
+    path = tmp_path / "best.ckpt"
+    assert (torch.load(path)["global_step"] if path.exists() else None) == expected
+    assert [path.name for path in tmp_path.glob("before-*")] == aside and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_name_that_a_checkpoint_has_already_leaves_nothing_beside_it(tmp_path):
+    write_checkpoint(tmp_path / "step-1.ckpt", 1)
+    for _ in range(2):
+        assert also_named(tmp_path / "step-1.ckpt", "last.ckpt").samefile(tmp_path / "step-1.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-1.ckpt"]
+
+
+def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):
+    worse_from(monkeypatch, lambda step: step > 4)
+    folder = fit(text, tmp_path)
+    for name in ("best.ckpt", "step-4.ckpt"):
+        (folder / "checkpoints" / name).unlink()
+    monkeypatch.undo()
+    worse_from(monkeypatch, lambda step: step in (8, 16))  # better than at step 8 is better than what is left
+    fit(text, tmp_path, "resume=auto", "max_steps=12")
+    assert "best.ckpt is that of step 8: the best one until then was not kept" in caplog.text
+    assert best_of(folder)["global_step"] == 12
+    fit(text, tmp_path, "resume=auto", "max_steps=16")
+    assert best_of(folder)["global_step"] == 12
 
 
 def test_a_moved_run_keeps_its_best_score(text, tmp_path):
@@ -602,6 +829,14 @@ def test_resuming_from_what_is_no_run_is_refused(text, tmp_path, path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="resume must be null, auto, new, a run's folder"):
         fit(text, tmp_path / "runs", f"resume={tmp_path / path}")
+
+
+def test_a_checkpoint_elsewhere_in_a_run_is_refused(text, tmp_path):
+    """What is put aside, and what best.ckpt is, would be decided in the wrong folder."""
+    folder = fit(text, tmp_path, "max_steps=4")
+    (folder / "checkpoints").rename(folder / "kept")
+    with pytest.raises(ValueError, match=f"resume must be a checkpoint in {folder}/checkpoints, got .*step-4.ckpt'"):
+        fit(text, tmp_path, f"resume={folder / 'kept' / 'step-4.ckpt'}")
 
 
 def test_divergence_is_marked_and_raised(text, tmp_path):

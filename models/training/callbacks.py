@@ -1,6 +1,5 @@
 """What is recorded while training: loss, throughput, memory, and a sample of text at each validation."""
 
-import csv
 import logging
 import math
 import time
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from models.gpt import GPT
 from models.positions import DynamicBias
+from models.training.checkpoint_files import write_text, writing
 from models.training.devices import peak_flops
 from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
-from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, read_csv, read_samples
+from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, csv_text, read_csv, read_samples
 from models.training.tables import decode
 
 log = logging.getLogger(__name__)
@@ -233,9 +233,10 @@ class PositionBiases(lightning.Callback):
     def _drop_after(self, step: int) -> None:
         # as samples: a run killed between a validation and its checkpoint validates again
         kept = [row for row in read_csv(self.path) if int(row["step"]) <= step]
-        self.path.unlink()
         if kept:
-            self._append([list(row.values()) for row in kept], header=list(kept[0]))
+            write_text(self.path, csv_text([list(kept[0]), *(list(row.values()) for row in kept)]))
+        else:
+            self.path.unlink()
 
     @rank_zero_only
     def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
@@ -247,8 +248,8 @@ class PositionBiases(lightning.Callback):
 
     def _append(self, rows: list[list[Any]], header: list[str]) -> None:
         is_new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows] if is_new else rows)
+        with writing(self.path), open(self.path, "a", newline="") as file:
+            file.write(csv_text([header, *rows] if is_new else rows))
 
 
 @torch.no_grad()
@@ -333,14 +334,14 @@ class TextSample(lightning.Callback):
     def _drop_after(self, step: int) -> None:
         # a run killed between a sample and its checkpoint draws that sample again
         kept = [_section(*sample) for sample in read_samples(self.path) if sample[0] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_text(self.path, "".join(kept))
 
     @rank_zero_only
     def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         if not self.num_bytes or trainer.state.fn != "fit":
             return
         text = self.sample(trainer, module)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_section(trainer.global_step, text))
         for logger in trainer.loggers:
             log_sample(logger, trainer.global_step, text)

@@ -12,7 +12,8 @@ import re
 import shutil
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint of train.py holds of a run's progress; mapped, so that only what is used is read.
 
     Returns:
-        global_step, state_dict, validated_step: the step that was validated last, and trained_s: the seconds of
-        training that a run by time has counted, None in one by steps.
+        global_step, state_dict, validated_step: the step that was validated last; score: the val/bpc of this very step,
+        or None; best: the smallest val/bpc until then, and best_step, which had it, each None where it is not known;
+        trained_s: the seconds of training that a run by time has counted, None in one by steps.
 
     Raises:
         ValueError: the file is cut short, damaged, or something else.
@@ -41,9 +43,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step = checkpoint["global_step"]
         saved = (checkpoint.get("callbacks") or {}).get(STATE_KEY, {})
+        validated_step = saved.get("validated_step", step)  # earlier versions saved after validations alone
         return {
             "global_step": step,
-            "validated_step": saved.get("validated_step", step),  # earlier versions saved after validations alone
+            "validated_step": validated_step,
+            # earlier versions did not keep it: it is that of the one named best.ckpt, and who asks knows which that is
+            "score": saved.get("score", saved.get("best")) if validated_step == step else None,
+            "best": saved.get("best"),
+            "best_step": saved.get("best_step"),
             "state_dict": checkpoint["state_dict"],
             "trained_s": (checkpoint.get(TRAINING_TIME) or {}).get("seconds"),
         }
@@ -99,12 +106,64 @@ def also_named(path: Path, name: str) -> Path:
     try:
         os.link(path, temporary)
     except OSError:
-        shutil.copyfile(path, temporary)
+        try:
+            shutil.copyfile(path, temporary)
+        except OSError:  # a full disk, which what is half written would keep full
+            temporary.unlink(missing_ok=True)
+            raise
     index = read_index(path.parent)
     if path.name in index:
         note_crc32(other, index[path.name].split(",")[-1])
     os.replace(temporary, other)
+    temporary.unlink(missing_ok=True)  # of two names of one file neither replaces the other
     return other
+
+
+def mend_best(checkpoint: Path, *, step: int, best: float | None, best_step: int | None) -> bool:
+    """Has best.ckpt be of the steps that lead to the checkpoint that a run goes on from.
+
+    It may not be: it is of a later step, which the run takes back; or of an earlier one than it should, because a kill
+    or a full disk came between the names of a new best checkpoint. Later ones are put aside. Where the best one is no
+    longer there under any name, best.ckpt becomes the checkpoint that the run goes on from. The score of weights that
+    are lost must be forgotten then: held on to, it would leave best.ckpt where it is however much better others become.
+
+    Args:
+        checkpoint: the one that the run goes on from.
+        step: its step.
+        best: the smallest val/bpc until then; None before the first.
+        best_step: the step that had it; None where it is not known, as in earlier versions.
+
+    Returns:
+        whether best.ckpt has the smallest val/bpc, as it should; else it is the checkpoint itself.
+    """
+    path = checkpoint.with_name(BEST_CHECKPOINT)
+    found = _sound(path)
+    if found is not None and found["global_step"] > step:
+        put_aside(path, step, f"step-{found['global_step']}.ckpt")
+        found = None
+    if best is None or _is_best(found, best, best_step or (found or {}).get("global_step")):
+        return True
+    named = checkpoint if best_step == step else checkpoint.with_name(f"step-{best_step}.ckpt")
+    is_kept = _is_best(_sound(named), best, best_step)
+    also_named(named if is_kept else checkpoint, BEST_CHECKPOINT)
+    return is_kept
+
+
+def _is_best(found: dict[str, Any] | None, best: float, best_step: int | None) -> bool:
+    return found is not None and found["global_step"] == best_step and found["score"] == best
+
+
+def _sound(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_checkpoint(path)
+    except ValueError:
+        return None
+
+
+def put_aside(path: Path, step: int, name: str) -> None:
+    """Keeps a checkpoint of steps that a run takes back, which goes on from an earlier one, under another name."""
+    os.replace(path, path.with_name(f"before-resuming-at-{step}-{name}"))
+    path.unlink(missing_ok=True)  # of two names of one file neither replaces the other
 
 
 def note_crc32(path: Path, crc: str) -> None:
@@ -135,15 +194,31 @@ def crc32(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: a kill leaves the old one or the new one, and a full disk nothing that is half."""
+    """Writes a file whole: a kill leaves the old one or the new one, and a full disk nothing that is half.
+
+    Raises:
+        OSError: with the file's name, which a write that fails does not tell by itself.
+    """
     temporary = temporary_name(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file of a run while it trains: an OSError names the file, and says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        folder = path.parent
+        kept = (folder / CHECKPOINT_FOLDER / LAST_CHECKPOINT).exists()
+        on = f"resume={folder} goes on from the last checkpoint" if kept else "there is no checkpoint yet to go on from"
+        raise OSError(f"{path} could not be written ({error.strerror or error}); {on}") from error
 
 
 def temporary_name(path: Path) -> Path:

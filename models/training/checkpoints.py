@@ -1,5 +1,6 @@
 """Checkpoints of a run: when they are saved, and how they are written. Their files: checkpoint_files.py."""
 
+import logging
 import math
 import os
 import time
@@ -17,6 +18,7 @@ from models.training.checkpoint_files import (
     STATE_KEY,
     also_named,
     crc32,
+    mend_best,
     note_crc32,
     steps_in,
     temporary_name,
@@ -24,6 +26,8 @@ from models.training.checkpoint_files import (
 from models.training.length import Length
 from models.training.module import DivergedError, GPTModule
 from models.training.stopping import Interrupted, Stopping
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -91,18 +95,26 @@ class Checkpoints(lightning.Callback):
         self.stopping = stopping
         self.val_every, self.length = val_every, length
         self.every, self.minutes, self.keep = every, minutes, keep
+        self.score: float | None = None  # the last one
         self.best: float | None = None
+        self.best_step: int | None = None
         self.saved_step: int | None = None  # of the newest checkpoint
         self.validated_step: int | None = None
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far, and the step that was validated last."""
-        return {"best": self.best, "validated_step": self.validated_step}
+        """The best score so far and its step, and the last score and its step."""
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "score": self.score,
+            "validated_step": self.validated_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores it."""
         self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
+        self.best_step, self.score = state_dict.get("best_step"), state_dict.get("score")  # earlier versions had none
 
     def on_fit_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del module
@@ -115,6 +127,8 @@ class Checkpoints(lightning.Callback):
         self._saved_at = time.monotonic()
         step = trainer.global_step
         trainer.fit_loop.epoch_loop.max_steps = step if self.length.is_reached(step) else self.length.max_steps
+        if step and trainer.is_global_zero:
+            self._mend_best(step)
         if step and self._validation_follows(step) and self.validated_step != step:
             # stopped between a step and the validation that follows it
             trainer.validating = True
@@ -144,14 +158,22 @@ class Checkpoints(lightning.Callback):
         if trainer.state.fn != "fit":
             return
         score = trainer.callback_metrics["val/bpc"].item()
+        self.score, self.validated_step = score, trainer.global_step
         is_best = self.best is None or score < self.best
-        self.best = score if is_best else self.best
-        self.validated_step = trainer.global_step
+        if is_best:
+            self.best, self.best_step = score, trainer.global_step
         self._save(trainer, best=is_best)
 
     def on_fit_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del trainer, module
         self.stopping.end()
+
+    def _mend_best(self, step: int) -> None:
+        if mend_best(self.folder / LAST_CHECKPOINT, step=step, best=self.best, best_step=self.best_step):
+            return
+        log.warning("%s is that of step %d: the best one until then was not kept", BEST_CHECKPOINT, step)
+        self.best = self.score if self.validated_step == step else None
+        self.best_step = None if self.best is None else step
 
     def _validation_follows(self, step: int) -> bool:
         return step % self.val_every == 0 or self.length.is_reached(step)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.earlier import ADDED
+from conf.schema import COPIES
 from models.training.run_files import load_config, read_record
 
 # Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
@@ -52,6 +53,8 @@ CONTINUABLE = (
 # What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
 MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
+LENGTH_KEYS = ("max_steps", "optimizer.max_steps")  # they stretch a schedule, but for one that goes by time
+RESUMED_WITH = "resumed_with"  # the entry of run.json that says which keys were changed, and at which steps
 LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 
@@ -90,24 +93,69 @@ def _without_added(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity of a run, or None where its files do not say."""
+    """The identity of a run, or None where its files do not say.
+
+    A run that went on with other values of keys, of more than its length, has an identity that no other has.
+    """
     try:
         record = read_record(folder)
         recorded = record.get("identity")
         if recorded and isinstance(recorded, dict):
-            return _without_added(recorded)
-        return identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
+            identity = _without_added(recorded)
+        else:
+            identity = identity_of(load_config(folder), (record.get("corpus") or {}).get("sha256"))
     except (ValueError, OSError):
         return None
+    mixed = [entry for entry in resumed_with(record) if any(key not in LENGTH_KEYS for key in entry["changed"])]
+    return {**identity, RESUMED_WITH: mixed} if mixed else identity
 
 
-def changes_of(folder: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value is another than when the run was last started: before and now."""
+def resumed_with(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run.json says of changes: entries of ``step``, from which on, and ``changed``, [before, now] by key."""
+    entries = record.get(RESUMED_WITH)
+    return [entry for entry in entries if _is_entry(entry)] if isinstance(entries, list) else []
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    changed = entry.get("changed")
+    return isinstance(changed, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in changed.values())
+
+
+def was_stretched(folder: Path) -> bool:
+    """Whether a run was resumed with another length, so that its first steps are those of another schedule."""
+    return any(key in LENGTH_KEYS for entry in resumed_with(read_record(folder)) for key in entry["changed"])
+
+
+def changes_of(folder: Path, config: DictConfig, *, step: int | None = None) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value is another than in the run: before and now. Copies of a key are not said.
+
+    Args:
+        folder: the run's.
+        config: what is asked for now.
+        step: compare with what the run had at this step; None: when it was last started.
+    """
     before = flat(OmegaConf.to_container(load_config(folder)))
     now = flat(OmegaConf.to_container(config, resolve=True))
-    quiet = (*INCIDENTAL, "max_steps", "optimizer.max_steps")
-    keys = [key for key in sorted(before.keys() | now.keys()) if not is_one_of(key, quiet)]
+    keys = {key for values in (before, now) for key in values if not is_said_above(values, key)}
+    if step is not None:
+        for entry in reversed(resumed_with(read_record(folder))):
+            if entry["step"] >= step:
+                before |= {key: was for key, (was, _) in entry["changed"].items()}
+    keys = [key for key in sorted(keys) if not is_one_of(key, INCIDENTAL)]
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def changing_numbers(changes: dict[str, tuple[Any, Any]], *, timed: bool) -> dict[str, tuple[Any, Any]]:
+    """Those of the changes that make a run compute something else, by more than rounding.
+
+    Args:
+        changes: before and now, by key.
+        timed: the learning rate follows the time, and not the number of steps.
+    """
+    quiet = CONTINUABLE if timed else tuple(key for key in CONTINUABLE if key not in LENGTH_KEYS)
+    return {key: change for key, change in changes.items() if not is_one_of(key, quiet)}
 
 
 def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
@@ -138,6 +186,11 @@ def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -
             f"the splits of the run in {str(folder)!r} were others: {data}; bytes that were trained on would be "
             "validated on"
         )
+
+
+def is_said_above(config: dict[str, Any], key: str) -> bool:
+    """Whether a key of a flat configuration says again what one above it says. Earlier runs could set it apart."""
+    return key in COPIES and config[key] == config.get(COPIES[key])
 
 
 def is_one_of(key: str, keys: Sequence[str]) -> bool:

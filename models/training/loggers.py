@@ -1,6 +1,7 @@
 """Metrics on disk: one CSV a run that survives being killed and resumed; and, from it, wandb and TensorBoard."""
 
 import csv
+import io
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from models.training.checkpoint_files import write_text, writing
 from models.training.jobs import sweep_group
 from models.training.metrics import METRICS
 from models.training.run_files import METRICS_FILE, SAMPLES_FILE, read_csv, read_samples
@@ -69,7 +71,7 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Writes one row; metrics of a step that already has its row join it."""
+        """Writes one row; metrics of a step that already has its row join it. Raises OSError that names the file."""
         values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
         new_columns = [key for key in values if key not in self._columns]
         self._columns += new_columns
@@ -78,11 +80,12 @@ class CSVLogger(Logger):
             self._rows[-1].update(values)
         else:
             self._rows.append({"step": step, **values})
-        if joins or new_columns or not self._written:
-            self._rewrite()
-        else:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, fieldnames=self._columns).writerow(self._rows[-1])
+        with writing(self.path):
+            if joins or new_columns or not self._written:
+                self._rewrite()
+            else:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, fieldnames=self._columns).writerow(self._rows[-1])
 
     @rank_zero_only
     def replay(self, logger: Logger) -> None:
@@ -99,13 +102,11 @@ class CSVLogger(Logger):
                 log_sample(logger, *samples.pop(0))
 
     def _rewrite(self) -> None:
-        # Written whole and renamed: a kill at any moment leaves either the old file or the new one.
-        temporary = self.path.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=self._columns)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self.path, text.getvalue())
         self._written = True
 
 

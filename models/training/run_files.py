@@ -2,9 +2,11 @@
 
 import csv
 import fcntl
+import io
 import json
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,13 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         log.warning("%s ends within a line, which is left out: its run was killed, or is writing", path)
         lines.pop()
     return [{key: cell for key, cell in row.items() if cell != ""} for row in csv.DictReader(lines)]
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as lines of a CSV file; floats in as many digits as say them exactly."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def read_samples(path: str | Path) -> list[tuple[int, str]]:

@@ -23,12 +23,26 @@ from models.training.checkpoint_files import (
     CHECKPOINT_FOLDER,
     LAST_CHECKPOINT,
     also_named,
+    mend_best,
     newest_good,
+    put_aside,
     read_checkpoint,
+    steps_in,
     write_text,
 )
 from models.training.environment import command, environment
-from models.training.identity import changes_of, default_name, flat, identity_of, recorded_identity, refuse_another
+from models.training.identity import (
+    LENGTH_KEYS,
+    RESUMED_WITH,
+    changes_of,
+    changing_numbers,
+    default_name,
+    identity_of,
+    recorded_identity,
+    refuse_another,
+    resumed_with,
+    was_stretched,
+)
 from models.training.locks import Lock, holder, try_lock
 from models.training.module import DivergedError
 from models.training.places import hold, places, take
@@ -78,6 +92,7 @@ class Run:
         validated_step: the step that was validated last before it, or None.
         trained_s: the seconds of training that a run by time had until then, or None.
         record: what is stored in run.json.
+        identity: what the configuration computes, once the bytes are known.
         started: whether ``start`` was called; before it, a resumed run's files are as they were.
     """
 
@@ -91,6 +106,7 @@ class Run:
     validated_step: int | None = None
     trained_s: float | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
     started: bool = False
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
     _lock: IO[str] | None = None
@@ -105,7 +121,7 @@ class Run:
             ValueError: resume names no run, one of another model or corpus, or one that another process owns.
             Skipped: in a sweep, such a run is finished, or another process is at it.
         """
-        identity = identity_of(self.config, corpus_sha256)
+        self.identity = identity = identity_of(self.config, corpus_sha256)
         if RUN_VARIABLE in os.environ:
             folder, checkpoint, error = json.loads(os.environ[RUN_VARIABLE])
         else:
@@ -135,11 +151,44 @@ class Run:
                     f"got {self.config.max_steps}"
                 )
             self._check_budget()
-        self.record["identity"] = identity
+        else:
+            self.record["identity"] = identity
         # wandb takes ids of up to 64 characters
         plain = re.sub("[^A-Za-z0-9_-]", "_", self.folder.name)
         self.record.setdefault("wandb_id", f"{plain[:50]}-{uuid.uuid4().hex[:8]}")
         self._log_into_folder()
+
+    def check_complete(self) -> None:
+        """Of a run in which nothing is left to train: that it is the one that is asked for, and stays what it is.
+
+        Raises:
+            ValueError: the folder goes on behind the checkpoint, or the run had other values of keys that change it.
+        """
+        rows = read_csv(self.folder / METRICS_FILE) if (self.folder / METRICS_FILE).is_file() else []
+        steps = [*steps_in(self.checkpoint.parent).values(), *(int(row["step"]) for row in rows)]
+        latest = max(steps, default=0)
+        if latest > self.resume_step:
+            raise ValueError(
+                f"nothing is left to train after step {self.resume_step}, and the run in {str(self.folder)!r} goes to "
+                f"step {latest}; python -m scripts.evaluate {self.checkpoint} scores an earlier one"
+            )
+        changed = changing_numbers(changes_of(self.folder, self.config), timed=self._is_timed)
+        if changed:
+            told = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(
+                f"nothing is left to train after step {self.resume_step}, and the run in {str(self.folder)!r} was "
+                f"another: {told}; give the same keys again, a larger max_steps, or another name"
+            )
+
+    def mend_best(self) -> None:
+        """Where nothing is trained: that best.ckpt is the best, though the run was killed before it had the name."""
+        if self.processes.is_first:
+            found = read_checkpoint(self.checkpoint)
+            mend_best(self.checkpoint, step=self.resume_step, best=found["best"], best_step=found["best_step"])
+
+    @property
+    def _is_timed(self) -> bool:
+        return self.config.trainer.budget_minutes is not None
 
     def _check_budget(self) -> None:
         budget = self.config.trainer.budget_minutes
@@ -185,10 +234,12 @@ class Run:
     def _find_of_sweep(self, root: Path, identity: dict[str, Any]) -> None:
         """The run that a sweep's job goes on with; Skipped if there is nothing left to do in it.
 
-        With resume=auto a run of another max_steps may go on, as it does in a lone run; else it is another run.
+        With resume=auto a run of another max_steps may go on, as it does in a lone run; else it is another run, and so
+        is one that went on so.
         """
-        runs = self._runs_of(root, identity)
+        runs, auto = self._runs_of(root, identity), self.config.resume == "auto"
         as_long = [folder for folder in runs if _length_of(folder) == self._length]
+        as_long = [folder for folder in as_long if auto or not was_stretched(folder)]
         for folder in as_long:
             if is_owned(folder):
                 raise Skipped(f"{holder(folder / LOCK_FILE)} is at it", folder)
@@ -198,7 +249,7 @@ class Run:
                     raise Skipped("finished before", folder, bits_per_byte)
                 runs = as_long = [folder]  # what is left is its test
                 break
-        self._find_own(as_long if self.config.resume is None else runs)
+        self._find_own(runs if auto else as_long)
 
     @property
     def _length(self) -> tuple[int, int | None]:
@@ -304,29 +355,49 @@ class Run:
                 log.info("%s continues at step %s", self.folder, self.resume_step)
             if not self.checkpoint and not self._made:
                 _empty(self.folder)
+            changes, lasting = {}, []
             if self.checkpoint:
-                self._say_changes()
+                changes = changes_of(self.folder, self.config, step=self.resume_step)
+                self._say(changes)
                 self.checkpoint = _make_last(self.checkpoint)
+                lasting = self._note(changes)
             write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+            self.record[RESUMED_WITH] = lasting
+            if not lasting:
+                del self.record[RESUMED_WITH]
         elif self.checkpoint:
             self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
         self.started = True
         self.update(choices=choices, **environment(), **entries, status="running", error=None)
 
-    def _say_changes(self) -> None:
-        for key, (before, now) in changes_of(self.folder, self.config).items():
-            log.warning("resumed with a change: %s was %s, is %s", key, before, now)
-        before = flat(OmegaConf.to_container(load_config(self.folder)))
-        if self.config.trainer.budget_minutes is None and before.get("max_steps") != self.config.max_steps:
-            log.warning(
-                "max_steps was %s, is %s: from here on the learning rate follows the schedule of %s steps",
-                *(before.get("max_steps"), self.config.max_steps, self.config.max_steps),
-            )
-        if before.get("trainer.val_bytes") != self.config.trainer.val_bytes:
+    def _say(self, changes: dict[str, tuple[Any, Any]]) -> None:
+        for key, (before, now) in changes.items():
+            if key not in LENGTH_KEYS:
+                log.warning("resumed with a change: %s was %s, is %s", key, before, now)
+            elif not self._is_timed:
+                log.warning(
+                    "%s was %s, is %s: from here on the learning rate follows the schedule of %s steps",
+                    *(key, before, now, now),
+                )
+        before, now = load_config(self.folder).trainer.get("val_bytes"), self.config.trainer.val_bytes
+        if before != now:
             log.warning(
                 "trainer.val_bytes was %s, is %s: val/bpc before and after step %s are of other bytes",
-                *(before.get("trainer.val_bytes"), self.config.trainer.val_bytes, self.resume_step),
+                *(before, now, self.resume_step),
             )
+
+    def _note(self, changes: dict[str, tuple[Any, Any]]) -> list[dict[str, Any]]:
+        """Writes into run.json, before config.yaml is replaced, what is changed from the resumed step on.
+
+        A kill between the two files then loses no change. Returns the entries that are to stay: those of steps behind
+        the resumed one were undone with them.
+        """
+        changed = changing_numbers(changes, timed=self._is_timed)
+        new = [{"step": self.resume_step, "changed": {key: list(pair) for key, pair in changed.items()}}]
+        new = new if changed else []
+        earlier = resumed_with(self.record)
+        self.update(**{RESUMED_WITH: earlier + new}, identity=self.identity, status="running")
+        return [entry for entry in earlier if entry["step"] < self.resume_step] + new
 
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json; only the first process writes."""
@@ -447,10 +518,11 @@ def leave_mark(root: Path, name: str, status: str, **entries: Any) -> Path:
 
 
 def _length_of(folder: Path) -> tuple[int, int | None] | None:
-    """max_steps and trainer.val_bytes of a run; None where its files do not say."""
+    """max_steps and trainer.val_bytes of a run; None where its files do not say, or its schedule had another length."""
     try:
         config = load_config(folder)
-        return config.max_steps, config.trainer.val_bytes
+        of_schedule = config.optimizer.get("max_steps", config.max_steps)  # which earlier runs could set apart
+        return (config.max_steps, config.trainer.val_bytes) if of_schedule == config.max_steps else None
     except (ValueError, OSError, OmegaConfBaseException):
         return None
 
@@ -493,7 +565,7 @@ def _make_last(checkpoint: Path) -> Path:
     last = checkpoint.with_name(LAST_CHECKPOINT)
     later = [path for path in checkpoint.parent.glob("step-*.ckpt") if int(re.sub(r"\D", "", path.stem) or 0) > step]
     for path in later:
-        os.replace(path, path.with_name(f"before-resuming-at-{step}-{path.name}"))
+        put_aside(path, step, path.name)
     if checkpoint != last:
         also_named(checkpoint, LAST_CHECKPOINT)
     return last
@@ -517,6 +589,8 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
     folder = path.parent.parent
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"resume={str(path)!r} is no checkpoint in a run's folder: {folder} has no {RECORD_FILE}")
+    if path.absolute().parent.name != CHECKPOINT_FOLDER:
+        raise ValueError(f"resume must be a checkpoint in {folder / CHECKPOINT_FOLDER}, got {str(path)!r}")
     try:
         read_checkpoint(path)
     except ValueError as error:

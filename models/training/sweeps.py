@@ -92,6 +92,20 @@ class Sweep:
         records = self._conclude()
         return code or int(any(record["status"] in WRONG for record in records))
 
+    def prepare(self, config: DictConfig) -> None:
+        """Before Hydra writes what the sweep is, which it would refuse with a traceback.
+
+        Raises:
+            SystemExit: nothing can be written in run_root, in one line.
+        """
+        try:
+            Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(
+                f"error: run_root must be a folder that can be written to, or that can be made, got "
+                f"{str(config.run_root)!r}: {error}"
+            ) from error
+
     def begin(self, config: DictConfig, jobs: Sequence[Sequence[str]], first: int) -> None:
         """Notes a batch of jobs that is about to be launched, and tells their processes where they belong."""
         if self.folder is None:
@@ -251,6 +265,7 @@ def _launchers_wrapped(sweep: Sweep) -> Iterator[None]:
     instantiate = Plugins.instantiate_launcher
 
     def wrapped(self: Plugins, **arguments: Any) -> Launcher:
+        sweep.prepare(arguments["config"])
         return _Watched(instantiate(self, **arguments), sweep, arguments["config"])
 
     Plugins.instantiate_launcher = wrapped

@@ -1,7 +1,5 @@
 """A run by time: counts the seconds of its training steps, and gives every step the learning rate that they say."""
 
-import csv
-import io
 import logging
 import time
 from collections import deque
@@ -12,9 +10,9 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from models.training.checkpoint_files import TRAINING_TIME, write_text
+from models.training.checkpoint_files import TRAINING_TIME, write_text, writing
 from models.training.length import Length
-from models.training.run_files import RATES_FILE, read_csv
+from models.training.run_files import RATES_FILE, csv_text, read_csv
 from models.training.schedule import Schedule, TimedFractions
 from models.training.stopping import Stopping
 
@@ -61,7 +59,7 @@ class TrainingTime(lightning.Callback):
         rows = [row for row in read_csv(self.path) if int(row["step"]) <= step] if self.path.is_file() and step else []
         if len(rows) != step:
             log.warning("%s has %d of the first %d steps: it cannot repeat the run", self.path, len(rows), step)
-        write_text(self.path, _lines([COLUMNS, *([row[column] for column in COLUMNS] for row in rows)]))
+        write_text(self.path, csv_text([COLUMNS, *([row[column] for column in COLUMNS] for row in rows)]))
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         if self._warm and self._since is None:
@@ -136,15 +134,9 @@ class TrainingTime(lightning.Callback):
     @rank_zero_only
     def _write(self) -> None:
         """Before a checkpoint: what it continues from is then always in the file, whatever happens in between."""
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            file.write(_lines(self._unwritten))
+        with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
+            file.write(csv_text(self._unwritten))
         self._unwritten.clear()
-
-
-def _lines(rows: Any) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)  # floats in as many digits as say them exactly
-    return text.getvalue()
 
 
 def _wait_for(device: torch.device) -> None:
