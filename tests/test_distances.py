@@ -65,6 +65,58 @@ def test_accuracy(name):
         )
 
 
+def relative_error(q, k, v, **options):
+    """That of "sdpa" against float64: by RMS, and the largest."""
+    exact = plain_cosine_sim_attention(q.double(), k.double(), v.double(), **options)
+    error = flash_cosine_sim_attention(q, k, v, backend="sdpa", **options).double() - exact
+    return torch.stack((error.square().mean().sqrt(), error.abs().amax())) / exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpa_is_as_exact_with_large_biases_as_without(dtype):
+    """Rounded at their full size they would be 2 off in bfloat16, at a distance of 700 with the slope 0.5."""
+    q, k, v = (torch.randn(4, 8, n, 64).to(dtype) for n in (1, 1024, 1024))
+    mask = torch.arange(1024) < torch.tensor([700, 20, 333, 900])[:, None]
+    slopes = 2.0 ** -torch.arange(1, 9)
+    plain = relative_error(q, k, v, mask=mask)
+    for bias in (
+        {"alibi_slopes": slopes},
+        {"alibi_slopes": 512 * slopes},
+        {"distance_bias": 300 - torch.rand(8, 1024)},
+    ):
+        assert (relative_error(q, k, v, mask=mask, **bias) <= 2 * plain).all(), bias
+    q, k, v = torch.randn(3, 1, 4, 700, 64).to(dtype).unbind(0)
+    dense = torch.randn(1, 1, 700, 700).to(dtype)
+    tables = {"distance_bias": 20 + torch.randn(4, 700), "alibi_slopes": slopes[:4]}
+    for options in ({"causal": True}, {"causal": True, "attn_bias": dense}, {"causal": True, "window_size": (40, 0)}):
+        error = relative_error(q, k, v, **options, **tables)
+        assert (error <= 2 * relative_error(q, k, v, **options)).all(), options
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpas_gradient_of_a_large_bias_is_that_of_a_small_one(dtype):
+    """Of a number on top, bit for bit; partials alone know it, and keep what it does to them."""
+    q, k, v = torch.randn(3, 1, 2, 600, 8).to(dtype).unbind(0)
+    small = torch.randint(-2, 3, (2, 600)).float()
+    dense, mask = torch.randint(-2, 3, (600, 600)).to(dtype), torch.rand(1, 600) < 0.9
+    found, sums = [], []
+    for table in (small, small + 32):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, dense, table)]
+        arguments = (*leaves[:3], mask, leaves[3])
+        options = {"causal": True, "distance_bias": leaves[4], "backend": "sdpa"}
+        o = flash_cosine_sim_attention(*arguments, **options)
+        found.append((o, *torch.autograd.grad(o.float().square().sum(), leaves)))
+        sums.append(flash_cosine_sim_attention(*arguments, **options, return_partials=True))
+    assert all(map(torch.equal, *found)) and found[0][-1].any()
+    for one, other in zip(*sums, strict=True):
+        assert one.dtype == torch.float32
+        atol = 1e-5 * one.abs().max().item()
+        torch.testing.assert_close(other / torch.tensor(32.0).exp(), one, rtol=1e-4, atol=atol)
+    wide = [x.detach().float() for x in leaves]
+    expected = plain_cosine_sim_attention(*wide[:3], mask, wide[3], causal=True, distance_bias=wide[4])
+    torch.testing.assert_close(sums[1][0] / sums[1][1].clamp(min=1e-30).unsqueeze(-1), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", PACKED_DISTANCES)
 @pytest.mark.parametrize("backend", ["reference", "operators"])
 def test_accuracy_of_packed_sequences(name, backend):

@@ -343,9 +343,11 @@ def _attend_rows(
     if seq_len_k == 0:
         return (torch.zeros_like(q),)
     visible = visible_keys(mask, ranges, seq_len_k)
-    if by_distance is not None:  # rounded once, to what SDPA takes
+    if by_distance is not None:
         scores = _scores_by_distance(by_distance, q.shape[-2], seq_len_k)
-        attn_bias = (scores if attn_bias is None else scores + attn_bias).to(q.dtype)
+        attn_bias = scores if attn_bias is None else scores + attn_bias
+        if attn_bias.dtype != q.dtype:  # rounded once, to what SDPA takes
+            attn_bias = _relative_to_largest(attn_bias, visible).to(q.dtype)
     if attn_bias is None:  # then one of mask and ranges is given
         empty = ~visible.any(-1, keepdim=True)
         attn_mask = visible | empty
@@ -360,6 +362,18 @@ def _attend_rows(
         attn_mask = attn_bias.masked_fill(empty, 0)
     o = _sdpa(q, k.to(q.dtype), v.to(q.dtype), attn_mask=attn_mask)
     return (o.masked_fill(empty, 0),)
+
+
+def _relative_to_largest(attn_bias: Tensor, visible: Tensor | None) -> Tensor:
+    """attn_bias less the largest of what each row sees: softmax stays what it is.
+
+    To be rounded after that: what weighs most is then near 0, where low precision is fine. At a distance of 700 ALiBi
+    is 350 for a slope of 0.5, and bfloat16's numbers are 2 apart there.
+    """
+    seen = attn_bias.detach()
+    seen = seen if visible is None else seen.masked_fill(~visible, -math.inf)
+    largest = seen.amax(-1, keepdim=True)
+    return attn_bias - largest.masked_fill(largest == -math.inf, 0)  # -inf - (-inf) would be NaN
 
 
 def _partials_of_rows(
