@@ -514,6 +514,25 @@ def test_flops(seq_len_q, seq_len_k, causal, window_size):
     assert counter.get_flop_counts()["Global"][partials] == expected
 
 
+@pytest.mark.parametrize(
+    "needed, num_products",
+    [
+        (("ddistance_bias",), 2), (("dscale",), 2), (("dattn_bias",), 2), (("dq",), 3), (("dv",), 2),
+        (("dv", "ddistance_bias"), 3), (("dq", "dk", "dv", "ddistance_bias"), 5),
+    ],
+)  # fmt: skip
+def test_flops_of_some_gradients(needed, num_products):
+    """dS takes two products, q k^T and dO v^T, and each of dq, dk and dv one more; sums of dS take none."""
+    tensors = inputs(by_distance=True)
+    o, row_sum_log2 = forward(*tensors, *settings())
+    given = {"do": torch.ones_like(o), "o": o, "row_sum_log2": row_sum_log2, "drow_sum_log2": None}
+    given |= dict(zip((*Call._fields, "allow_tf32"), (*tensors, *settings()), strict=True))
+    given |= dict(zip((f"need_{name}" for name in GRADIENTS), gradients(*needed), strict=True))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backward(*({**given, "deterministic": False}[field] for field in BACKWARD.fields))
+    assert counter.get_total_flops() == num_products * 2 * 2 * 4 * brute_force_pairs(7, 9, -1, 0) * 16
+
+
 @pytest.mark.parametrize("causal, window_size", [(False, (-1, -1)), (True, (-1, -1)), (False, (1, 2)), (True, (2, 0))])
 def test_flops_of_packed_sequences(causal, window_size):
     """Of the sequences alone where cu_seqlens can be read; of fake ones no less than that."""
