@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,6 +309,40 @@ def test_deterministic_is_pytorchs_setting():
 def test_a_scale_out_of_range_names_its_factors(options, message):
     with pytest.raises(ValueError, match=message):
         flash_attn_func(*inputs(), **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((0,), ValueError, "head_dim must be at least 1, got 0"),
+        ((-4, 1.0), ValueError, "head_dim must be at least 1, got -4"),
+        ((64.0,), TypeError, "head_dim must be an int, got float"),
+        ((True,), TypeError, "head_dim must be an int, got bool"),
+        (
+            (64, None, torch.ones(8), torch.ones(2)),
+            ValueError,
+            r"gain_k must be .* shape \(\) or \(8,\), as gain_q is, got \(2,\).*num_heads is given",
+        ),
+        ((64, torch.ones(4), torch.ones(8)), ValueError, r"gain_q must be .* \(4,\), as softmax_scale is, got \(8,\)"),
+    ],
+)
+def test_what_cosine_scale_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        cosine_scale(*arguments)
+
+
+def test_cosine_scale_of_heads():
+    gain_q, gain_k = torch.rand(8) + 1, torch.rand(2) + 1
+    torch.testing.assert_close(cosine_scale(64, None, gain_q, gain_k[:1]), 8 * gain_q * gain_k[0])
+    expected = 8 * gain_q * gain_k.repeat_interleave(4)
+    torch.testing.assert_close(cosine_scale(64, None, gain_q, gain_k, num_heads=8), expected)
+    assert cosine_scale(np.int64(64)) == 8
+
+
+def test_head_dim_0_is_refused_by_its_name():
+    empty = torch.ones(1, 4, 2, 0)
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        flash_attn_func(empty, empty, empty)
 
 
 def test_a_gain_for_fewer_heads_than_keys_have_is_refused():
