@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .call import Call, limits, scale_of
+from .ops import constant_when_compiled
 from .reference import (
     check_cu_seqlens,
     compute_dtype,
@@ -275,8 +276,9 @@ def _in_row_blocks(
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
     table = None if by_distance is None else by_distance.distance_bias
     differentiable = [t for t in (q, k, v, attn_bias, table) if t is not None and t.requires_grad]
-    recompute = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
-    if recompute:
+    add_up = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
+    recompute = add_up and _can_recompute()
+    if add_up:
         # The blocks' dk and dv add up; in float32 the number of blocks costs no accuracy.
         k, v = k.to(compute_dtype(k.dtype)), v.to(compute_dtype(v.dtype))
         if attn_bias is not None and attn_bias.shape[-2] != seq_len_q:  # so does the gradient of a shared row
@@ -304,6 +306,14 @@ def _in_row_blocks(
     if len(results) == 1:
         return results[0]
     return tuple(torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+
+
+@constant_when_compiled  # asked while it is traced, inside of the transforms that are traced, too
+def _can_recompute() -> bool:
+    """Not under torch.func's grad, vjp and jacrev: checkpoint saves tensors by hooks, which they allow nobody."""
+    # PyTorch's own name, which any release may change: without it, it is as it was before anyone asked.
+    allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
+    return allowed is None or bool(allowed())
 
 
 def _keys_of_rows(
