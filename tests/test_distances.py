@@ -8,6 +8,7 @@ from support.cases import Case, describe
 from support.gates import BACKENDS, attend, check
 from support.operators import cu_seqlens
 from support.packed import DISTANCES, PACKED_DISTANCES, attend_packed, check_packed
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.sdpa as sdpa
@@ -321,6 +322,59 @@ def test_an_attention_sink_is_a_term_of_the_denominator():
     weights = torch.cat((logits, sink.view(1, -1, 1, 1).expand(2, -1, 5, 1)), -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(o, weights @ v)
     torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), sink) for x in (o, weights @ v)))
+
+
+def count_graphs(function, calls):
+    """How many graphs torch.compile makes for these arguments; the results are those without it."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for arguments in calls:
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+    return counter.frame_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["alibi_slopes", "distance_bias"])
+def test_one_graph_serves_all_lengths(backend, causal, name):
+    def attend(q, k, bias):
+        return flash_cosine_sim_attention(q, k, k, causal=causal, backend=backend, **{name: bias})
+
+    def arguments(seq_len_q, seq_len_k):
+        bias = torch.rand(2) if name == "alibi_slopes" else torch.randn(2, seq_len_k + (0 if causal else seq_len_q - 1))
+        return torch.randn(1, 2, seq_len_q, 8), torch.randn(1, 2, seq_len_k, 8), bias
+
+    assert count_graphs(attend, (arguments(n, 2 * n - 30) for n in range(40, 60))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_graph_serves_packed_sequences_of_all_lengths(backend, causal):
+    def attend(q, ends, longest, table):
+        options = {"causal": causal, "distance_bias": table, "backend": backend}
+        return flash_cosine_sim_attention_varlen(q, q, q, ends, ends, longest, longest, **options)
+
+    def arguments(n):
+        return torch.randn(n + 20, 2, 8), cu_seqlens([n, 11]), n, torch.randn(2, n if causal else 2 * n - 1)
+
+    assert count_graphs(attend, map(arguments, range(20, 28))) == 1
+
+
+@pytest.mark.slow
+def test_gradients_compiled():
+    """There entries are looked up at each pair's distance; in eager mode neighbours are a view."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len in (9, 14):
+        leaves = [*torch.randn(3, 1, 2, seq_len, 8).unbind(0), torch.randn(2, 2 * seq_len - 1)]
+        q, k, v, table = (leaf.requires_grad_() for leaf in leaves)
+        options = {"distance_bias": table, "alibi_slopes": torch.rand(2), "window_size": (5, 3), "backend": "sdpa"}
+        outputs = [attend(q, k, v, **options) for attend in (compiled, flash_cosine_sim_attention)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), (q, k, v, table)) for o in outputs))
 
 
 WRONG = [

@@ -601,12 +601,13 @@ def _as_table(
     shape, num_heads = tuple(distance_bias.shape), q.shape[1]
     if causal:
         fits = len(shape) == 2 and shape[0] == num_heads and shape[1] >= num_keys
-        accepted = f"(num_heads, at least {name_k}) = ({num_heads}, at least {num_keys}) with causal"
     else:
         num_distances = max(num_queries + num_keys - 1, 0)
         fits = len(shape) == 2 and shape[0] == num_heads and shape[1] == num_distances
-        accepted = f"(num_heads, {name_q} + {name_k} - 1) = {(num_heads, num_distances)} without causal"
-    if not fits:
+    if not fits:  # not before: in an f-string a length becomes a constant of a compiled graph
+        accepted = f"(num_heads, at least {name_k}) = ({num_heads}, at least {num_keys}) with causal"
+        if not causal:
+            accepted = f"(num_heads, {name_q} + {name_k} - 1) = {(num_heads, num_distances)} without causal"
         raise ValueError(f"distance_bias must be {accepted}; got {shape}")
     if distance_bias.device != q.device:
         raise ValueError(f"distance_bias must be on q's device {q.device}, got {distance_bias.device}")

@@ -111,6 +111,9 @@ def _by_distance(call: Call) -> ByDistance | None:
 def _scores_by_distance(by_distance: ByDistance, num_rows: int, num_keys: int) -> Tensor:
     """(1 or batch, num_heads, num_rows, num_keys), of as many rows and keys as by_distance begins with."""
     bias, slopes, first_distance, diagonal = by_distance
+    if torch.compiler.is_compiling() and not isinstance(diagonal, Tensor):
+        # The sizes of unfold, below, would be constants of the graph.
+        diagonal = diagonal + torch.arange(num_rows, device=bias.device if bias is not None else slopes.device)
     if isinstance(diagonal, Tensor):
         key = torch.arange(num_keys, device=diagonal.device)
         return distance_scores(bias, slopes, first_distance, diagonal[:, None] - key)
