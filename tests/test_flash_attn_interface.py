@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from support.gates import backend_name
 
 import flash_cosine_sim_attention as library
-from flash_cosine_sim_attention import cosine_scale, flash_attn_interface, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    cosine_scale,
+    flash_attn_interface,
+    flash_cosine_sim_attention,
+    plain_cosine_sim_attention,
+)
 from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 # The arguments of FlashAttention 2.8 and 3, in their order.
@@ -376,3 +381,26 @@ def test_it_compiles_into_one_graph():
 
     found = torch.compile(attend, backend="eager", fullgraph=True)(q, k, v, gain)
     torch.testing.assert_close(found, attend(q, k, v, gain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scale", "max_scale", "gain_q"])
+def test_a_number_out_of_range_is_named_where_it_is_compiled_in(name):
+    """As a number that may be any: in an f-string it stopped the compiler instead."""
+    torch._dynamo.reset()
+    q, k, v = inputs(dtype=torch.float32)
+    ours = name in ("scale", "max_scale")
+
+    def attend(number):
+        return (flash_cosine_sim_attention if ours else flash_attn_func)(q, k, v, backend="sdpa", **{name: number})
+
+    compiled = torch.compile(attend, backend="eager", dynamic=True)
+    for number in (2.0, 3.0):
+        torch.testing.assert_close(compiled(number), attend(number))
+    with pytest.raises(ValueError, match="max_scale must be .* got -1.0" if name == "max_scale" else "got -"):
+        compiled(-1.0)
+    if ours:  # with nothing but the graph there is no number to show
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=f"ValueError.*{name} must be") as error:
+            torch.compile(attend, backend="eager", dynamic=True, fullgraph=True)(-1.0)
+        assert "BUILD_STRING" not in str(error.value)

@@ -699,15 +699,22 @@ def _check_max_scale(max_scale: float, groups: int) -> None:
     if isinstance(max_scale, bool) or not isinstance(max_scale, numbers.Real):
         raise TypeError(f"{accepted}; got {type(max_scale).__name__}")
     if not 0 < max_scale * groups <= MAX_LOGIT * (1 + ROUNDING):
-        raise ValueError(f"{accepted}; got {max_scale} with groups={groups}")
+        raise ValueError(f"{accepted}; got {shown(max_scale)} with groups={groups}")
 
 
 def _check_range(scale: float, groups: int) -> None:
     if 0 < scale * groups <= MAX_LOGIT * (1 + ROUNDING):
         return
     if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}: 0 would forget the keys, less seek the least similar")
+        raise ValueError(
+            f"scale must be positive, got {shown(scale)}: 0 would forget the keys, less seek the least similar"
+        )
     raise ValueError(  # NaN too
-        f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
+        f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {shown(scale)} * {groups}: "
         "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
     )
+
+
+def shown(number: float) -> str:
+    """As an f-string has it: torch.compile, whose graphs have numbers without a value, traces this and not that."""
+    return "{}".format(number)  # noqa: UP032

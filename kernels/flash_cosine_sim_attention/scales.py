@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .interface import MAX_LOGIT, _check_range
+from .interface import MAX_LOGIT, _check_range, shown
 from .reference import has_readable_values
 
 
@@ -131,10 +131,12 @@ def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[st
             _check_range(value, groups=1)
         except ValueError as error:
             first, *others = factors
-            names = [first, *([] if head_dim is None else [f"head_dim ({head_dim})"]), *others]
+            names = [first, *([] if head_dim is None else [f"head_dim ({shown(head_dim)})"]), *others]
             given = ", ".join(f"{name} {_shown(factor)}" for name, factor in factors.items())
             raise ValueError(f"{' * '.join(names)} is the cosines' scale, got {given}: {error}") from None
 
 
 def _shown(factor: float | Tensor) -> str:
-    return f"{factor:g}" if not isinstance(factor, Tensor) else f"of shape {tuple(factor.shape)}"
+    if isinstance(factor, Tensor):
+        return f"of shape {tuple(factor.shape)}"
+    return shown(factor) if torch.compiler.is_compiling() else f"{factor:g}"
