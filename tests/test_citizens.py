@@ -29,26 +29,32 @@ RANK_CHECKS = (
 )
 
 
-@pytest.fixture(scope="module")
-def ranks(make_once):
+def found_by_ranks(make_once, num_ranks):
     """What support/ranks.py found, by rank: {check: traceback or ""}."""
 
     def make(folder):
         paths = [str(ROOT / "kernels"), str(ROOT / "tests")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "support.ranks"]
-        logs = [open(folder / f"{rank}.txt", "w") for rank in (0, 1)]
+        logs = [open(folder / f"{rank}.txt", "w") for rank in range(num_ranks)]
         processes = [
-            subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log)
+            subprocess.Popen(
+                [*command, str(rank), str(folder), str(num_ranks)], env=environment, stdout=log, stderr=log
+            )
             for rank, log in enumerate(logs)
         ]
         codes = [process.wait() for process in processes]
         for log in logs:
             log.close()
-        assert codes == [0, 0], "".join((folder / f"{rank}.txt").read_text() for rank in (0, 1))
+        assert codes == [0] * num_ranks, "".join((folder / f"{rank}.txt").read_text() for rank in range(num_ranks))
 
-    folder = make_once("ranks", make)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    folder = make_once(f"ranks{num_ranks}", make)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(make_once):
+    return found_by_ranks(make_once, 2)
 
 
 @pytest.mark.slow
@@ -56,6 +62,11 @@ def ranks(make_once):
 def test_on_two_ranks(ranks, check):
     assert not any(found.pop(check) for found in (dict(rank) for rank in ranks)), [rank[check] for rank in ranks]
     assert all(set(rank) == set(RANK_CHECKS) for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_rank_may_have_no_heads(make_once):
+    assert found_by_ranks(make_once, 3) == [{"a_rank_may_have_no_heads": ""}] * 3
 
 
 @pytest.mark.slow

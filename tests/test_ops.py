@@ -67,6 +67,16 @@ def test_opcheck(operator, dtype, mask, bias, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", [forward, partials])
+def test_opcheck_of_no_heads(operator):
+    """What a rank has where heads are split over more ranks than there are heads."""
+    q, k, v, mask, bias, scale, *rest = inputs()
+    tensors = [x.detach()[:, :0].requires_grad_() for x in (q, k, v)]
+    bias, scale = bias.detach()[:, :0].requires_grad_(), scale.detach()[:0].requires_grad_()
+    torch.library.opcheck(operator.default, (*tensors, mask, bias, scale, *rest, *settings(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", [forward, partials])
 def test_opcheck_of_strided_inputs(operator):
     q, k, v, *rest = inputs()
     strided = [seq_first(tensor).requires_grad_() for tensor in (q, k, v)]

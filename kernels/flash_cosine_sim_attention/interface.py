@@ -479,7 +479,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool, packed: b
     kv_batch, num_kv_heads, _, kv_head_dim = k.shape
     if batch != kv_batch:
         raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v, packed)}")
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+    # 0 of 0 is a rank's part of fewer heads than ranks.
+    if num_heads != num_kv_heads and (num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads):
         raise ValueError(
             f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v, packed)}"
         )
