@@ -179,6 +179,54 @@ def test_export_of_any_batch_and_length(backend):
             torch.testing.assert_close(program(x), block(x))
 
 
+class Masked(torch.nn.Module):
+    """What sdpa serves under an explicit mask, in eager mode in blocks of rows with their own keys."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, mask=None):
+        return flash_cosine_sim_attention(q, k, k, mask, **self.options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("least, most", [(2, 40), (20, 512), (400, 1100)])
+@pytest.mark.parametrize(
+    "options", [{"window_size": (7, 3)}, {"window_size": (7, 0)}, {"causal": True}, "mask"], ids=str
+)
+def test_export_of_explicit_masks(options, least, most, strict):
+    """One program for all lengths of the range, and for q and k of different ones."""
+    torch.manual_seed(0)
+    has_mask = options == "mask"
+    module = Masked(**{"causal": True} if has_mask else options, backend="sdpa")
+
+    def arguments(seq_len_q, seq_len_k):
+        q, k = (torch.randn(1, 2, length, 8) for length in (seq_len_q, seq_len_k))
+        return (q, k, torch.rand(1, seq_len_k) < 0.8) if has_mask else (q, k)
+
+    seq_len_q, seq_len_k = (torch.export.Dim(name, min=least, max=most) for name in ("seq_len_q", "seq_len_k"))
+    shapes = ({2: seq_len_q}, {2: seq_len_k}, {1: seq_len_k})[: 2 + has_mask]
+    example = arguments(least + 5, least + 9)
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=strict).module()
+    for lengths in ((least, most), (most, least), (least + 5, least + 5)):
+        tensors = arguments(*lengths)
+        torch.testing.assert_close(program(*tensors), module(*tensors))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_one_length_has_blocks(strict):
+    """Each with the keys that its rows see, as in eager mode: memory stays linear."""
+    module, (q, k) = Masked(window_size=(40, 0), backend="sdpa"), torch.randn(2, 1, 2, 1100, 8)
+    shapes = ({0: torch.export.Dim("batch", max=8)},) * 2
+    example = tuple(torch.randn(2, 2, 2, 1100, 8))
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 3
+    torch.testing.assert_close(program.module()(q, k), module(q, k))
+
+
 def test_what_export_traces_on_a_cpu_stays_in_the_program(tmp_path):
     """ "auto" is PyTorch's SDPA there, whatever the program then runs on; the operators are in it by their name."""
     code = exported(Block("auto")).graph_module.code

@@ -6,7 +6,7 @@ no mask, square causal, key mask. A bias, also one by distance, a window, or cau
 needs an explicit mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see
 and recomputed in the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are
 alive. The loop over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has
-one graph per number of blocks.
+one graph per number of blocks; a program of torch.export for more than one length has one block of all rows and keys.
 
 Packed sequences are attended to one after the other: cu_seqlens is read, and on a GPU that waits for it. Under
 torch.compile, where its values are not known, they are rows of one sequence under an explicit mask, of all keys.
@@ -63,7 +63,9 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
         return _each_sequence(call, return_partials)
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
     # A single query, for instance, is aligned with the last key, and sees every key under a causal mask, too.
-    window = limits(call.window_left, call.window_right, seq_len_q, seq_len_k)
+    window = call.window_left, call.window_right
+    if not torch.compiler.is_exporting():  # as in interface.py: that would narrow the program's range of lengths
+        window = limits(*window, seq_len_q, seq_len_k)
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
     q, k = _scaled_and_normalised(call, dtype)
@@ -71,7 +73,7 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     if not return_partials and not packed and not has_bias:
         if window == (-1, -1):
             return _attend_with_key_mask(q, k, v, mask)
-        if window == (-1, 0) and mask is None and seq_len_q >= seq_len_k:
+        if window == (-1, 0) and mask is None and _at_least(seq_len_q, seq_len_k):
             return _attend_square_causal(q, k, v)
     ranges = key_ranges(seq_len_q, seq_len_k, *window, q.device, call.cu_seqlens_q, call.cu_seqlens_k)
     if packed:  # which keys a block of rows can see is not known
@@ -80,6 +82,24 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     if return_partials:
         return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, by_distance, ranges, window)
     return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, by_distance, ranges, window)[0]
+
+
+def _at_least(seq_len_q: int, seq_len_k: int) -> bool:
+    """Whether seq_len_q >= seq_len_k; False where an exported program may get either."""
+    if not torch.compiler.is_exporting():
+        return seq_len_q >= seq_len_k
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports sympy
+
+    return bool(statically_known_true(seq_len_q >= seq_len_k))
+
+
+def _may_be_any(seq_len_q: int, seq_len_k: int) -> bool:
+    """Whether an exported program is for more than these lengths."""
+    if not torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not (has_static_value(seq_len_q) and has_static_value(seq_len_k))
 
 
 class ByDistance(NamedTuple):
@@ -277,6 +297,8 @@ def _in_row_blocks(
     ranges are those of key_ranges; window says which keys a block gets, that is, can see at all.
     """
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+    if _may_be_any(seq_len_q, seq_len_k):  # how many blocks there are, and of which keys, would depend on the lengths
+        return attend(q, k, v, mask, attn_bias, by_distance, ranges)
     table = None if by_distance is None else by_distance.distance_bias
     differentiable = [t for t in (q, k, v, attn_bias, table) if t is not None and t.requires_grad]
     add_up = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
