@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from support.cases import Case, describe
-from support.gates import BACKENDS, attend, check
+from support.gates import BACKENDS, attend, backend_name, check
 from support.operators import cu_seqlens
 from support.packed import DISTANCES, PACKED_DISTANCES, attend_packed, check_packed
 from torch._dynamo.testing import CompileCounter
@@ -17,6 +17,7 @@ from flash_cosine_sim_attention import (
     flash_cosine_sim_attention_varlen,
     plain_cosine_sim_attention,
 )
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
 
 
 @pytest.fixture(autouse=True)
@@ -335,32 +336,50 @@ def count_graphs(function, calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["alibi_slopes", "distance_bias"])
 def test_one_graph_serves_all_lengths(backend, causal, name):
-    def attend(q, k, bias):
-        return flash_cosine_sim_attention(q, k, k, causal=causal, backend=backend, **{name: bias})
-
     def arguments(seq_len_q, seq_len_k):
         bias = torch.rand(2) if name == "alibi_slopes" else torch.randn(2, seq_len_k + (0 if causal else seq_len_q - 1))
         return torch.randn(1, 2, seq_len_q, 8), torch.randn(1, 2, seq_len_k, 8), bias
 
-    assert count_graphs(attend, (arguments(n, 2 * n - 30) for n in range(40, 60))) == 1
+    with backend_name(backend) as chosen:
+
+        def attend(q, k, bias):
+            return flash_cosine_sim_attention(q, k, k, causal=causal, backend=chosen, **{name: bias})
+
+        assert count_graphs(attend, (arguments(n, 2 * n - 30) for n in range(40, 60))) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_graph_serves_packed_sequences_of_all_lengths(backend, causal):
-    def attend(q, ends, longest, table):
-        options = {"causal": causal, "distance_bias": table, "backend": backend}
-        return flash_cosine_sim_attention_varlen(q, q, q, ends, ends, longest, longest, **options)
-
     def arguments(n):
         return torch.randn(n + 20, 2, 8), cu_seqlens([n, 11]), n, torch.randn(2, n if causal else 2 * n - 1)
 
-    assert count_graphs(attend, map(arguments, range(20, 28))) == 1
+    with backend_name(backend) as chosen:
+
+        def attend(q, ends, longest, table):
+            options = {"causal": causal, "distance_bias": table, "backend": chosen}
+            return flash_cosine_sim_attention_varlen(q, q, q, ends, ends, longest, longest, **options)
+
+        assert count_graphs(attend, map(arguments, range(20, 28))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_graph_serves_all_windows(backend):
+    """As where they follow from lengths, or from what torch's function aligns top-left."""
+    with backend_name(backend) as chosen:
+
+        def attend(q, k, window):
+            wide = flash_cosine_sim_attention(q, k, k, window_size=(window, q.shape[-2] - 30), backend=chosen)
+            return wide + scaled_dot_product_attention(q, k, k, is_causal=True, backend=chosen)
+
+        calls = ((torch.randn(1, 2, n, 8), torch.randn(1, 2, 2 * n - 60, 8), n // 3) for n in range(40, 50))
+        assert count_graphs(attend, calls) == 1
 
 
 @pytest.mark.slow
