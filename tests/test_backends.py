@@ -23,7 +23,7 @@ from support.gates import (
     rms,
 )
 from support.operators import cu_seqlens
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -473,6 +473,53 @@ def test_sdpa_differentiates_like_the_reference_or_names_it(name, mask):
         return
     with pytest.raises(RuntimeError, match=f"{BEYOND_SDPA[name]}.*; use backend='reference'"):
         of("sdpa")(q)
+
+
+IN_BLOCKS = [
+    {"window_size": (40, 10)},
+    {"attn_bias": torch.linspace(-1, 1, 600 * 600, dtype=torch.float64).view(600, 600).sin()},
+    {"mask": (torch.arange(600) % 7 > 0)[None], "causal": True},
+    {"alibi_slopes": torch.tensor([0.5, 0.1]), "causal": True},
+]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA has no batching rule
+@pytest.mark.parametrize("options", IN_BLOCKS, ids=lambda options: " ".join(options))
+@pytest.mark.parametrize("name", ["grad", "vjp", "jacrev", "vmap of grad"])
+def test_sdpa_in_blocks_under_torch_func(name, options):
+    """Which has no hooks of saved tensors, so that no block is computed again there."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 600, 8, dtype=torch.float64).unbind(0)
+    found, expected = (
+        derivatives(lambda q, b=b: flash_cosine_sim_attention(q, k, v, **options, backend=b))[name](q)
+        for b in ("sdpa", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_sdpa_in_blocks_under_torch_func_compiled():
+    """Each is computed again where torch.func is not there, and only there."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 600, 8, dtype=torch.float64).unbind(0)
+
+    def loss(q, k, v, backend="sdpa"):
+        return flash_cosine_sim_attention(q, k, v, window_size=(40, 10), backend=backend).square().sum()
+
+    def attend(q, k, v):
+        return torch.func.grad(loss, (0, 1, 2))(q, k, v)
+
+    expected = torch.func.grad(lambda *x: loss(*x, backend="reference"), (0, 1, 2))(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    recorded = []
+    for function, tensors, again in ((attend, [x.detach() for x in leaves], 0), (loss, leaves, 2)):
+        backend = EagerAndRecordGraphs()
+        found = torch.compile(function, fullgraph=True, backend=backend)(*tensors)
+        recorded.append(found if function is attend else torch.autograd.grad(found, leaves))
+        (graph,) = backend.graphs
+        assert sum("checkpoint" in str(node.target) for node in graph.graph.nodes) == again
+    for gradients in recorded:
+        torch.testing.assert_close(gradients, expected)
 
 
 def test_sdpa_keeps_the_double_backward_of_pytorchs_own_formula():

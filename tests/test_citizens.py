@@ -29,26 +29,32 @@ RANK_CHECKS = (
 )
 
 
-@pytest.fixture(scope="module")
-def ranks(make_once):
+def found_by_ranks(make_once, num_ranks):
     """What support/ranks.py found, by rank: {check: traceback or ""}."""
 
     def make(folder):
         paths = [str(ROOT / "kernels"), str(ROOT / "tests")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "support.ranks"]
-        logs = [open(folder / f"{rank}.txt", "w") for rank in (0, 1)]
+        logs = [open(folder / f"{rank}.txt", "w") for rank in range(num_ranks)]
         processes = [
-            subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log)
+            subprocess.Popen(
+                [*command, str(rank), str(folder), str(num_ranks)], env=environment, stdout=log, stderr=log
+            )
             for rank, log in enumerate(logs)
         ]
         codes = [process.wait() for process in processes]
         for log in logs:
             log.close()
-        assert codes == [0, 0], "".join((folder / f"{rank}.txt").read_text() for rank in (0, 1))
+        assert codes == [0] * num_ranks, "".join((folder / f"{rank}.txt").read_text() for rank in range(num_ranks))
 
-    folder = make_once("ranks", make)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    folder = make_once(f"ranks{num_ranks}", make)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(make_once):
+    return found_by_ranks(make_once, 2)
 
 
 @pytest.mark.slow
@@ -56,6 +62,11 @@ def ranks(make_once):
 def test_on_two_ranks(ranks, check):
     assert not any(found.pop(check) for found in (dict(rank) for rank in ranks)), [rank[check] for rank in ranks]
     assert all(set(rank) == set(RANK_CHECKS) for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_rank_may_have_no_heads(make_once):
+    assert found_by_ranks(make_once, 3) == [{"a_rank_may_have_no_heads": ""}] * 3
 
 
 @pytest.mark.slow
@@ -166,6 +177,54 @@ def test_export_of_any_batch_and_length(backend):
         for shape in ((1, 2, 32), (3, 9, 32), (2, 50, 32)):
             x = torch.randn(shape)
             torch.testing.assert_close(program(x), block(x))
+
+
+class Masked(torch.nn.Module):
+    """What sdpa serves under an explicit mask, in eager mode in blocks of rows with their own keys."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, mask=None):
+        return flash_cosine_sim_attention(q, k, k, mask, **self.options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("least, most", [(2, 40), (20, 512), (400, 1100)])
+@pytest.mark.parametrize(
+    "options", [{"window_size": (7, 3)}, {"window_size": (7, 0)}, {"causal": True}, "mask"], ids=str
+)
+def test_export_of_explicit_masks(options, least, most, strict):
+    """One program for all lengths of the range, and for q and k of different ones."""
+    torch.manual_seed(0)
+    has_mask = options == "mask"
+    module = Masked(**{"causal": True} if has_mask else options, backend="sdpa")
+
+    def arguments(seq_len_q, seq_len_k):
+        q, k = (torch.randn(1, 2, length, 8) for length in (seq_len_q, seq_len_k))
+        return (q, k, torch.rand(1, seq_len_k) < 0.8) if has_mask else (q, k)
+
+    seq_len_q, seq_len_k = (torch.export.Dim(name, min=least, max=most) for name in ("seq_len_q", "seq_len_k"))
+    shapes = ({2: seq_len_q}, {2: seq_len_k}, {1: seq_len_k})[: 2 + has_mask]
+    example = arguments(least + 5, least + 9)
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=strict).module()
+    for lengths in ((least, most), (most, least), (least + 5, least + 5)):
+        tensors = arguments(*lengths)
+        torch.testing.assert_close(program(*tensors), module(*tensors))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_one_length_has_blocks(strict):
+    """Each with the keys that its rows see, as in eager mode: memory stays linear."""
+    module, (q, k) = Masked(window_size=(40, 0), backend="sdpa"), torch.randn(2, 1, 2, 1100, 8)
+    shapes = ({0: torch.export.Dim("batch", max=8)},) * 2
+    example = tuple(torch.randn(2, 2, 2, 1100, 8))
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 3
+    torch.testing.assert_close(program.module()(q, k), module(q, k))
 
 
 def test_what_export_traces_on_a_cpu_stays_in_the_program(tmp_path):

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from support.cases import Case, describe
-from support.gates import BACKENDS, attend, check
+from support.gates import BACKENDS, attend, backend_name, check
 from support.operators import cu_seqlens
 from support.packed import DISTANCES, PACKED_DISTANCES, attend_packed, check_packed
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_cosine_sim_attention.sdpa as sdpa
@@ -16,6 +17,7 @@ from flash_cosine_sim_attention import (
     flash_cosine_sim_attention_varlen,
     plain_cosine_sim_attention,
 )
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,58 @@ def test_accuracy(name):
         check(
             Case(**{"dtype": dtype, "head_dim": 64, "batch": 1, "num_heads": 2, "num_kv_heads": 2, **DISTANCES[name]})
         )
+
+
+def relative_error(q, k, v, **options):
+    """That of "sdpa" against float64: by RMS, and the largest."""
+    exact = plain_cosine_sim_attention(q.double(), k.double(), v.double(), **options)
+    error = flash_cosine_sim_attention(q, k, v, backend="sdpa", **options).double() - exact
+    return torch.stack((error.square().mean().sqrt(), error.abs().amax())) / exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpa_is_as_exact_with_large_biases_as_without(dtype):
+    """Rounded at their full size they would be 2 off in bfloat16, at a distance of 700 with the slope 0.5."""
+    q, k, v = (torch.randn(4, 8, n, 64).to(dtype) for n in (1, 1024, 1024))
+    mask = torch.arange(1024) < torch.tensor([700, 20, 333, 900])[:, None]
+    slopes = 2.0 ** -torch.arange(1, 9)
+    plain = relative_error(q, k, v, mask=mask)
+    for bias in (
+        {"alibi_slopes": slopes},
+        {"alibi_slopes": 512 * slopes},
+        {"distance_bias": 300 - torch.rand(8, 1024)},
+    ):
+        assert (relative_error(q, k, v, mask=mask, **bias) <= 2 * plain).all(), bias
+    q, k, v = torch.randn(3, 1, 4, 700, 64).to(dtype).unbind(0)
+    dense = torch.randn(1, 1, 700, 700).to(dtype)
+    tables = {"distance_bias": 20 + torch.randn(4, 700), "alibi_slopes": slopes[:4]}
+    for options in ({"causal": True}, {"causal": True, "attn_bias": dense}, {"causal": True, "window_size": (40, 0)}):
+        error = relative_error(q, k, v, **options, **tables)
+        assert (error <= 2 * relative_error(q, k, v, **options)).all(), options
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpas_gradient_of_a_large_bias_is_that_of_a_small_one(dtype):
+    """Of a number on top, bit for bit; partials alone know it, and keep what it does to them."""
+    q, k, v = torch.randn(3, 1, 2, 600, 8).to(dtype).unbind(0)
+    small = torch.randint(-2, 3, (2, 600)).float()
+    dense, mask = torch.randint(-2, 3, (600, 600)).to(dtype), torch.rand(1, 600) < 0.9
+    found, sums = [], []
+    for table in (small, small + 32):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, dense, table)]
+        arguments = (*leaves[:3], mask, leaves[3])
+        options = {"causal": True, "distance_bias": leaves[4], "backend": "sdpa"}
+        o = flash_cosine_sim_attention(*arguments, **options)
+        found.append((o, *torch.autograd.grad(o.float().square().sum(), leaves)))
+        sums.append(flash_cosine_sim_attention(*arguments, **options, return_partials=True))
+    assert all(map(torch.equal, *found)) and found[0][-1].any()
+    for one, other in zip(*sums, strict=True):
+        assert one.dtype == torch.float32
+        atol = 1e-5 * one.abs().max().item()
+        torch.testing.assert_close(other / torch.tensor(32.0).exp(), one, rtol=1e-4, atol=atol)
+    wide = [x.detach().float() for x in leaves]
+    expected = plain_cosine_sim_attention(*wide[:3], mask, wide[3], causal=True, distance_bias=wide[4])
+    torch.testing.assert_close(sums[1][0] / sums[1][1].clamp(min=1e-30).unsqueeze(-1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PACKED_DISTANCES)
@@ -269,6 +323,77 @@ def test_an_attention_sink_is_a_term_of_the_denominator():
     weights = torch.cat((logits, sink.view(1, -1, 1, 1).expand(2, -1, 5, 1)), -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(o, weights @ v)
     torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), sink) for x in (o, weights @ v)))
+
+
+def count_graphs(function, calls):
+    """How many graphs torch.compile makes for these arguments; the results are those without it."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for arguments in calls:
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+    return counter.frame_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["alibi_slopes", "distance_bias"])
+def test_one_graph_serves_all_lengths(backend, causal, name):
+    def arguments(seq_len_q, seq_len_k):
+        bias = torch.rand(2) if name == "alibi_slopes" else torch.randn(2, seq_len_k + (0 if causal else seq_len_q - 1))
+        return torch.randn(1, 2, seq_len_q, 8), torch.randn(1, 2, seq_len_k, 8), bias
+
+    with backend_name(backend) as chosen:
+
+        def attend(q, k, bias):
+            return flash_cosine_sim_attention(q, k, k, causal=causal, backend=chosen, **{name: bias})
+
+        assert count_graphs(attend, (arguments(n, 2 * n - 30) for n in range(40, 60))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_graph_serves_packed_sequences_of_all_lengths(backend, causal):
+    def arguments(n):
+        return torch.randn(n + 20, 2, 8), cu_seqlens([n, 11]), n, torch.randn(2, n if causal else 2 * n - 1)
+
+    with backend_name(backend) as chosen:
+
+        def attend(q, ends, longest, table):
+            options = {"causal": causal, "distance_bias": table, "backend": chosen}
+            return flash_cosine_sim_attention_varlen(q, q, q, ends, ends, longest, longest, **options)
+
+        assert count_graphs(attend, map(arguments, range(20, 28))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_graph_serves_all_windows(backend):
+    """As where they follow from lengths, or from what torch's function aligns top-left."""
+    with backend_name(backend) as chosen:
+
+        def attend(q, k, window):
+            wide = flash_cosine_sim_attention(q, k, k, window_size=(window, q.shape[-2] - 30), backend=chosen)
+            return wide + scaled_dot_product_attention(q, k, k, is_causal=True, backend=chosen)
+
+        calls = ((torch.randn(1, 2, n, 8), torch.randn(1, 2, 2 * n - 60, 8), n // 3) for n in range(40, 50))
+        assert count_graphs(attend, calls) == 1
+
+
+@pytest.mark.slow
+def test_gradients_compiled():
+    """There entries are looked up at each pair's distance; in eager mode neighbours are a view."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_cosine_sim_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len in (9, 14):
+        leaves = [*torch.randn(3, 1, 2, seq_len, 8).unbind(0), torch.randn(2, 2 * seq_len - 1)]
+        q, k, v, table = (leaf.requires_grad_() for leaf in leaves)
+        options = {"distance_bias": table, "alibi_slopes": torch.rand(2), "window_size": (5, 3), "backend": "sdpa"}
+        outputs = [attend(q, k, v, **options) for attend in (compiled, flash_cosine_sim_attention)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), (q, k, v, table)) for o in outputs))
 
 
 WRONG = [

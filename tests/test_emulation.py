@@ -177,9 +177,25 @@ def check_operators(case, rows_limit=1, bound=60.0):
             assert error <= 4 * GATES[case.dtype], (wanted, error)
 
 
+def check_no_heads(dtype):
+    """A rank's part of fewer heads than ranks: nothing is computed, and what is not empty gets zeros."""
+    for seq_len_q, options in itertools.product((1, 200), ({}, {"causal": True}, {"l2norm_qk": False})):
+        q, k, v = (torch.randn(2, 0, n, 64, dtype=dtype, requires_grad=True) for n in (seq_len_q, 300, 300))
+        bias = torch.randn(1, 1, seq_len_q, 300, dtype=dtype, requires_grad=True)
+        scale = torch.tensor(4.0, requires_grad=True)
+        for return_partials in (False, True):
+            results = attend("operators", q, k, v, None, bias, scale, **options, return_partials=return_partials)
+            results = results if return_partials else (results,)
+            assert results[0].shape == q.shape
+            gradients = torch.autograd.grad(sum(result.sum() for result in results), (q, k, v, bias, scale))
+            for tensor, gradient in zip((q, k, v, bias, scale), gradients, strict=True):
+                assert gradient.shape == tensor.shape and not gradient.any()
+
+
 def portable_checks():
     """Name -> a function without arguments that raises where a kernel is wrong."""
     checks = {describe(case): functools.partial(check_emulated, case) for case in covering_cases()}
+    checks |= {f"no-heads-{str(dtype)[6:]}": functools.partial(check_no_heads, dtype) for dtype in GATES}
     for head_dim in HEAD_DIMS:
         case = Case(head_dim=head_dim, seq_len_k=70, causal=True, num_kv_heads=2, bias="heads")
         checks[f"tf32-d{head_dim}"] = functools.partial(check_tf32, case)
@@ -637,7 +653,7 @@ def quotient(numerator, denominator):
 
 
 def sm90_checks():
-    checks = {}
+    checks = {f"no-heads-{str(dtype)[6:]}": functools.partial(check_no_heads, dtype) for dtype in SM90_DTYPES}
 
     def add(name, case, function=check_sm90, **arguments):
         dtype = str(case.dtype).removeprefix("torch.")

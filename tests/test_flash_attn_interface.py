@@ -2,13 +2,19 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.gates import backend_name
 
 import flash_cosine_sim_attention as library
-from flash_cosine_sim_attention import cosine_scale, flash_attn_interface, plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    cosine_scale,
+    flash_attn_interface,
+    flash_cosine_sim_attention,
+    plain_cosine_sim_attention,
+)
 from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 # The arguments of FlashAttention 2.8 and 3, in their order.
@@ -310,6 +316,40 @@ def test_a_scale_out_of_range_names_its_factors(options, message):
         flash_attn_func(*inputs(), **options)
 
 
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((0,), ValueError, "head_dim must be at least 1, got 0"),
+        ((-4, 1.0), ValueError, "head_dim must be at least 1, got -4"),
+        ((64.0,), TypeError, "head_dim must be an int, got float"),
+        ((True,), TypeError, "head_dim must be an int, got bool"),
+        (
+            (64, None, torch.ones(8), torch.ones(2)),
+            ValueError,
+            r"gain_k must be .* shape \(\) or \(8,\), as gain_q is, got \(2,\).*num_heads is given",
+        ),
+        ((64, torch.ones(4), torch.ones(8)), ValueError, r"gain_q must be .* \(4,\), as softmax_scale is, got \(8,\)"),
+    ],
+)
+def test_what_cosine_scale_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        cosine_scale(*arguments)
+
+
+def test_cosine_scale_of_heads():
+    gain_q, gain_k = torch.rand(8) + 1, torch.rand(2) + 1
+    torch.testing.assert_close(cosine_scale(64, None, gain_q, gain_k[:1]), 8 * gain_q * gain_k[0])
+    expected = 8 * gain_q * gain_k.repeat_interleave(4)
+    torch.testing.assert_close(cosine_scale(64, None, gain_q, gain_k, num_heads=8), expected)
+    assert cosine_scale(np.int64(64)) == 8
+
+
+def test_head_dim_0_is_refused_by_its_name():
+    empty = torch.ones(1, 4, 2, 0)
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        flash_attn_func(empty, empty, empty)
+
+
 def test_a_gain_for_fewer_heads_than_keys_have_is_refused():
     q, k, v = inputs(kv_heads=4)
     with pytest.raises(ValueError, match="gain_k must have one entry a key/value head of 4, .* got 2"):
@@ -341,3 +381,26 @@ def test_it_compiles_into_one_graph():
 
     found = torch.compile(attend, backend="eager", fullgraph=True)(q, k, v, gain)
     torch.testing.assert_close(found, attend(q, k, v, gain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scale", "max_scale", "gain_q"])
+def test_a_number_out_of_range_is_named_where_it_is_compiled_in(name):
+    """As a number that may be any: in an f-string it stopped the compiler instead."""
+    torch._dynamo.reset()
+    q, k, v = inputs(dtype=torch.float32)
+    ours = name in ("scale", "max_scale")
+
+    def attend(number):
+        return (flash_cosine_sim_attention if ours else flash_attn_func)(q, k, v, backend="sdpa", **{name: number})
+
+    compiled = torch.compile(attend, backend="eager", dynamic=True)
+    for number in (2.0, 3.0):
+        torch.testing.assert_close(compiled(number), attend(number))
+    with pytest.raises(ValueError, match="max_scale must be .* got -1.0" if name == "max_scale" else "got -"):
+        compiled(-1.0)
+    if ours:  # with nothing but the graph there is no number to show
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=f"ValueError.*{name} must be") as error:
+            torch.compile(attend, backend="eager", dynamic=True, fullgraph=True)(-1.0)
+        assert "BUILD_STRING" not in str(error.value)

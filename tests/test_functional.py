@@ -149,6 +149,9 @@ def test_gains_are_as_in_flash_attn_func():
         ({"scale": "1"}, TypeError, "^scale must be a number or a tensor"),
         ({"scale": torch.ones(3)}, ValueError, r"^scale must be a number or of shape \(\) or \(4,\), got \(3,\)"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"is_causal": 1}, TypeError, "is_causal must be a bool, got int"),
+        ({"is_causal": "False"}, TypeError, "is_causal must be a bool, got str"),
+        ({"enable_gqa": None}, TypeError, "enable_gqa must be a bool, got NoneType"),
     ],
 )
 def test_what_is_refused(options, error, message):
@@ -163,3 +166,18 @@ def test_another_layout_is_refused(name):
         scaled_dot_product_attention(**tensors | {name: tensors[name][0]})
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
         scaled_dot_product_attention(**tensors | {name: None})
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", [{"seq_len_k": 9}, {"seq_len_k": 20}, {"kv_heads": 2}, {"head_dim": 8}], ids=str)
+def test_a_value_of_another_shape_than_the_key_is_refused(is_causal, sizes):
+    """Causal, both are cut to the query's length: a difference behind it must not go unseen."""
+    (query, key, _), (*_, value) = inputs(seq_len_k=10), inputs(**{"seq_len_k": 10, **sizes})
+    shapes = ["\\(" + ", ".join(map(str, tensor.shape)) + "\\)" for tensor in (key, value)]
+    with pytest.raises(ValueError, match="value must have key's shape {}, got {}".format(*shapes)):
+        scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+def test_head_dim_0_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        scaled_dot_product_attention(*inputs(head_dim=0))

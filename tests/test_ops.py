@@ -67,6 +67,16 @@ def test_opcheck(operator, dtype, mask, bias, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", [forward, partials])
+def test_opcheck_of_no_heads(operator):
+    """What a rank has where heads are split over more ranks than there are heads."""
+    q, k, v, mask, bias, scale, *rest = inputs()
+    tensors = [x.detach()[:, :0].requires_grad_() for x in (q, k, v)]
+    bias, scale = bias.detach()[:, :0].requires_grad_(), scale.detach()[:0].requires_grad_()
+    torch.library.opcheck(operator.default, (*tensors, mask, bias, scale, *rest, *settings(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", [forward, partials])
 def test_opcheck_of_strided_inputs(operator):
     q, k, v, *rest = inputs()
     strided = [seq_first(tensor).requires_grad_() for tensor in (q, k, v)]
@@ -512,6 +522,25 @@ def test_flops(seq_len_q, seq_len_k, causal, window_size):
     with FlopCounterMode(display=False) as counter:
         partials(*tensors, *options)
     assert counter.get_flop_counts()["Global"][partials] == expected
+
+
+@pytest.mark.parametrize(
+    "needed, num_products",
+    [
+        (("ddistance_bias",), 2), (("dscale",), 2), (("dattn_bias",), 2), (("dq",), 3), (("dv",), 2),
+        (("dv", "ddistance_bias"), 3), (("dq", "dk", "dv", "ddistance_bias"), 5),
+    ],
+)  # fmt: skip
+def test_flops_of_some_gradients(needed, num_products):
+    """dS takes two products, q k^T and dO v^T, and each of dq, dk and dv one more; sums of dS take none."""
+    tensors = inputs(by_distance=True)
+    o, row_sum_log2 = forward(*tensors, *settings())
+    given = {"do": torch.ones_like(o), "o": o, "row_sum_log2": row_sum_log2, "drow_sum_log2": None}
+    given |= dict(zip((*Call._fields, "allow_tf32"), (*tensors, *settings()), strict=True))
+    given |= dict(zip((f"need_{name}" for name in GRADIENTS), gradients(*needed), strict=True))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backward(*({**given, "deterministic": False}[field] for field in BACKWARD.fields))
+    assert counter.get_total_flops() == num_products * 2 * 2 * 4 * brute_force_pairs(7, 9, -1, 0) * 16
 
 
 @pytest.mark.parametrize("causal, window_size", [(False, (-1, -1)), (True, (-1, -1)), (False, (1, 2)), (True, (2, 0))])

@@ -5,6 +5,8 @@ Where a kernel writes is said again here, from the kernels' own files, so that a
 
 import ctypes
 import itertools
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -335,6 +337,23 @@ def test_backward_takes_one_kernel_that_exists(library, call):
     if plan.sm90 and call.ddistance_bias and call.num_distances >= 0:  # in any order, or by the portable kernel
         assert plan.variant == (SCORED if call.deterministic else SCORED_GRADIENT)
         assert not (call.deterministic and plan.prepares_rows)
+
+
+@pytest.mark.parametrize("runs_sm90", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_nothing_is_planned_for_no_heads(library, runs_sm90, dtype):
+    """A rank has none where heads are split over more ranks than there are. In a process of its own, which may die."""
+    none = {"runs_sm90": runs_sm90, "dtype": dtype, "num_heads": 0, "num_kv_heads": 0}
+    made = [Forward(**none), Forward(**none, seq_len_q=1, slopes=1), Backward(**none, ddistance_bias=True)]
+
+    def plan_all():
+        plans = [plan_of(library, call) for call in [*made, Backward(**none, deterministic=True, num_distances=2047)]]
+        os._exit(any(plan.num_splits or plan.num_counters or plan.num_distance_scores for plan in plans))
+
+    process = multiprocessing.get_context("fork").Process(target=plan_all)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_hopper_takes_what_the_examples_have(library):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.gates import BACKENDS, attend, backend_name
 from support.operators import cu_seqlens
+from support.packed import attend_packed
 
 from flash_cosine_sim_attention import (
     __version__,
@@ -421,6 +422,44 @@ def test_zero_sizes(backend, batch, seq_len_q, seq_len_k, return_partials):
         assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
 
 
+ALL_BIASES = {
+    "attn_bias": torch.randn(1, 1, 5, 7),
+    "distance_bias": torch.zeros(0, 11),
+    "alibi_slopes": torch.zeros(0),
+    "mask": torch.arange(7)[None] > 2,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [4.0, torch.tensor(4.0), torch.zeros(0)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"groups": 2, "window_size": (2, 1)}, ALL_BIASES], ids=list)
+@pytest.mark.parametrize("return_partials", [False, True])
+def test_no_heads(backend, scale, options, return_partials):
+    """What a rank has where heads are split over more ranks than there are heads."""
+    q, k, v = (torch.randn(2, 0, length, 8) for length in (5, 7, 7))
+    tensors = {"q": q, "k": k, "v": v, "scale": scale, **options}
+    for name in ("q", "k", "v", "scale", "attn_bias", "distance_bias"):
+        if isinstance(tensors.get(name), torch.Tensor):
+            tensors[name] = tensors[name].clone().requires_grad_()
+    result = attend(backend, **tensors, return_partials=return_partials)
+    parts = result if return_partials else (result,)
+    assert [part.shape for part in parts] == [(2, 0, 5, 8), (2, 0, 5)][: len(parts)]
+    leaves = [x for x in tensors.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    for leaf, gradient in zip(leaves, torch.autograd.grad(sum(part.sum() for part in parts), leaves), strict=True):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_heads_of_packed_sequences(backend, causal):
+    q, k, v = (torch.randn(total, 0, 8, requires_grad=True) for total in (6, 9, 9))
+    bounds = cu_seqlens([2, 3]), cu_seqlens([4, 5])
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    o = attend_packed(backend, q=q, k=k, v=v, **dict(zip(names, (*bounds, 3, 5), strict=True)), causal=causal)
+    assert o.shape == (6, 0, 8)
+    assert [gradient.shape for gradient in torch.autograd.grad(o.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strides", ["seq_first", "sliced", "expanded", "last_dim"])
 def test_strides_do_not_matter(backend, strides):
@@ -462,6 +501,8 @@ ERRORS = [
     (ValueError, "with merged q", {"q": Q[0]}),
     (ValueError, "must have q's batch size 2, got 1", {"k": K[:1], "v": K[:1]}),
     (ValueError, "num_kv_heads must divide num_heads 3, got 2", {"q": Q[:, :3]}),
+    (ValueError, "num_kv_heads must divide num_heads 0, got 2", {"q": Q[:, :0]}),
+    (ValueError, "num_kv_heads must divide num_heads 4, got 0", {"k": K[:, :0], "v": K[:, :0]}),
     (ValueError, "q's head_dim 8, got 16", {"q": Q[..., :8]}),
     (ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 12", "head_dim 12"),
     (ValueError, "head_dim must be a multiple of 8 from 8 to 256, got 264", "head_dim 264"),

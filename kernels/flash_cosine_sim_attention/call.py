@@ -67,6 +67,9 @@ _INPUTS = {name: kind for name, kind in SHARED.items() if name not in _OPTIONS}
 _ROWS = {"o": Tensor, "row_sum_log2": Tensor, "drow_sum_log2": Tensor | None}
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+# These may be computed from lengths: as an int, each of its values would be a graph of torch.compile. A kernel gets an
+# int either way.
+_FROM_LENGTHS = ("window_left", "window_right", "first_distance")
 
 
 def picker(fields: Sequence[str], names: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -98,7 +101,10 @@ class Operator:
         self.fields = tuple(arguments)
         self.results = tuple(results)
         self.required = tuple(field for field in self.fields if field not in defaults)
-        texts = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in arguments.items()]
+        types = {
+            field: "SymInt" if field in _FROM_LENGTHS else _SCHEMA_TYPES[kind] for field, kind in arguments.items()
+        }
+        texts = [f"{kind} {field}" for field, kind in types.items()]
         texts = [f"{text}={defaults[f]}" if f in defaults else text for f, text in zip(arguments, texts, strict=True)]
         self.schema = f"{name}({', '.join(texts)}) -> ({', '.join(f'Tensor {result}' for result in results)})"
         self._arguments = namedtuple(name, self.fields, defaults=tuple(defaults.values()))  # type: ignore[misc]

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .interface import flash_cosine_sim_attention
+from .interface import _check_flag, flash_cosine_sim_attention
 from .scales import scale_by_names
 
 __all__ = ["scaled_dot_product_attention"]
@@ -61,10 +61,13 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: dropout_p is above 0, attn_mask comes together with is_causal, scale * head_dim * gain_q * gain_k is
             not above 0 and at most 60, or a shape, a device or the back end is not as above.
-        TypeError, ImportError, NotImplementedError, RuntimeError: as in flash_cosine_sim_attention.
+        TypeError: a type or a dtype is not as above; a flag must be a bool.
+        ImportError, NotImplementedError, RuntimeError: as in flash_cosine_sim_attention.
     """
     if dropout_p != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: probabilities cannot be dropped; drop outputs instead")
+    _check_flag("is_causal", is_causal)
+    _check_flag("enable_gqa", enable_gqa)
     _check_layout(query, key, value, enable_gqa)
     seq_len_q, seq_len_k = query.shape[-2], key.shape[-2]
     mask, attn_bias = _as_mask_or_bias(attn_mask, query, seq_len_k, is_causal)
@@ -94,6 +97,8 @@ def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, seq_len, head_dim), got {tuple(tensor.shape)}")
+    if value.shape != key.shape:
+        raise ValueError(f"value must have key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
     if not enable_gqa and key.shape[1] != query.shape[1]:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} "

@@ -479,7 +479,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool, packed: b
     kv_batch, num_kv_heads, _, kv_head_dim = k.shape
     if batch != kv_batch:
         raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v, packed)}")
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+    # 0 of 0 is a rank's part of fewer heads than ranks.
+    if num_heads != num_kv_heads and (num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads):
         raise ValueError(
             f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v, packed)}"
         )
@@ -601,12 +602,13 @@ def _as_table(
     shape, num_heads = tuple(distance_bias.shape), q.shape[1]
     if causal:
         fits = len(shape) == 2 and shape[0] == num_heads and shape[1] >= num_keys
-        accepted = f"(num_heads, at least {name_k}) = ({num_heads}, at least {num_keys}) with causal"
     else:
         num_distances = max(num_queries + num_keys - 1, 0)
         fits = len(shape) == 2 and shape[0] == num_heads and shape[1] == num_distances
-        accepted = f"(num_heads, {name_q} + {name_k} - 1) = {(num_heads, num_distances)} without causal"
-    if not fits:
+    if not fits:  # not before: in an f-string a length becomes a constant of a compiled graph
+        accepted = f"(num_heads, at least {name_k}) = ({num_heads}, at least {num_keys}) with causal"
+        if not causal:
+            accepted = f"(num_heads, {name_q} + {name_k} - 1) = {(num_heads, num_distances)} without causal"
         raise ValueError(f"distance_bias must be {accepted}; got {shape}")
     if distance_bias.device != q.device:
         raise ValueError(f"distance_bias must be on q's device {q.device}, got {distance_bias.device}")
@@ -698,15 +700,22 @@ def _check_max_scale(max_scale: float, groups: int) -> None:
     if isinstance(max_scale, bool) or not isinstance(max_scale, numbers.Real):
         raise TypeError(f"{accepted}; got {type(max_scale).__name__}")
     if not 0 < max_scale * groups <= MAX_LOGIT * (1 + ROUNDING):
-        raise ValueError(f"{accepted}; got {max_scale} with groups={groups}")
+        raise ValueError(f"{accepted}; got {shown(max_scale)} with groups={groups}")
 
 
 def _check_range(scale: float, groups: int) -> None:
     if 0 < scale * groups <= MAX_LOGIT * (1 + ROUNDING):
         return
     if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}: 0 would forget the keys, less seek the least similar")
+        raise ValueError(
+            f"scale must be positive, got {shown(scale)}: 0 would forget the keys, less seek the least similar"
+        )
     raise ValueError(  # NaN too
-        f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {scale} * {groups}: "
+        f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {shown(scale)} * {groups}: "
         "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
     )
+
+
+def shown(number: float) -> str:
+    """As an f-string has it: torch.compile, whose graphs have numbers without a value, traces this and not that."""
+    return "{}".format(number)  # noqa: UP032

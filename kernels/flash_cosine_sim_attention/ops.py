@@ -493,7 +493,7 @@ _register_forward_flops(PARTIALS)
 def _backward_flops(*arguments, out_val=None) -> int:  # noqa: ARG001
     given = BACKWARD.decode(arguments)
     # q k^T again, dO v^T; dS k, dS^T q, P^T dO
-    need_ds = given.need_dq or given.need_dk or given.need_dattn_bias or given.need_dscale
+    need_ds = any(getattr(given, need) for need in NEEDS if need != "need_dv")
     num_products = 1 + need_ds + given.need_dq + given.need_dk + given.need_dv
     return num_products * _matmul_flops(BACKWARD.call(arguments))
 

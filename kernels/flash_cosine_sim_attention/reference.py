@@ -209,10 +209,10 @@ def reference_backward(
 
 def expand_kv_heads(kv: Tensor, num_heads: int) -> Tensor:
     """Repeat (batch, num_kv_heads, seq_len_k, head_dim) to num_heads heads; a view if num_kv_heads is 1."""
-    group_size = num_heads // kv.shape[1]
-    if group_size == 1:
+    num_kv_heads = kv.shape[1]
+    if num_kv_heads == num_heads:  # 0 of 0, too: a rank's part of fewer heads than ranks
         return kv
-    return kv.unsqueeze(2).expand(-1, -1, group_size, -1, -1).flatten(1, 2)
+    return kv.unsqueeze(2).expand(-1, -1, num_heads // num_kv_heads, -1, -1).flatten(1, 2)
 
 
 def key_ranges(
@@ -387,4 +387,6 @@ def _unnormalised_grad(dx_hat: Tensor, x: Tensor, call: Call) -> Tensor:
 
 def _sum_head_group(dkv: Tensor, num_kv_heads: int) -> Tensor:
     """Sum (batch, num_heads, seq_len_k, head_dim) over the query heads that share a key/value head."""
+    if dkv.shape[1] == num_kv_heads:
+        return dkv
     return dkv.unflatten(1, (num_kv_heads, dkv.shape[1] // num_kv_heads)).sum(2)

@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .interface import MAX_LOGIT, _check_range
+from .interface import MAX_LOGIT, _check_range, shown
 from .reference import has_readable_values
 
 
@@ -29,7 +29,7 @@ def cosine_scale(
     """softmax_scale * head_dim * gain_q * gain_k: the `scale` with which cosine-sim attention is QK-norm attention.
 
     Args:
-        head_dim: of q and k.
+        head_dim: of q and k, at least 1.
         softmax_scale: what the model passes to its attention, which gets normalised q and k; None is
             1 / sqrt(head_dim), the default of FlashAttention and SDPA.
         gain_q, gain_k: what the model multiplies its normalised q and k by. A norm to length 1, x / |x|, is an RMS norm
@@ -43,9 +43,11 @@ def cosine_scale(
 
     Raises:
         ValueError: the result is not above 0 and at most 60 (values of tensors are checked on the CPU alone, and not
-            under torch.compile), or a shape is not as above.
-        TypeError: something is neither a number nor a tensor of a floating dtype.
+            under torch.compile), head_dim is not at least 1, or a shape is not as above.
+        TypeError: head_dim is no int, or something else neither a number nor a tensor of a floating dtype.
     """
+    if not isinstance(head_dim, (numbers.Integral, torch.SymInt)) or isinstance(head_dim, bool):
+        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     return scale_by_names("softmax_scale", head_dim, softmax_scale, gain_q, gain_k, (num_heads, None), l2norm_qk)
 
 
@@ -59,6 +61,8 @@ def scale_by_names(
     l2norm_qk: bool,
 ) -> float | Tensor:
     """cosine_scale, for so many heads of q and of k if they are known; errors call softmax_scale by `name`."""
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
     num_heads, num_kv_heads = heads
@@ -67,6 +71,7 @@ def scale_by_names(
         gain_q, gain_k = _checked("gain_q", gain_q, num_heads), _checked("gain_k", gain_k, None)
         if isinstance(gain_k, Tensor) and num_heads is not None:
             gain_k = _for_each_head(gain_k, num_heads, num_kv_heads)
+        _check_alike({name: softmax_scale, "gain_q": gain_q, "gain_k": gain_k})
     scale = softmax_scale * (head_dim if l2norm_qk else 1) * gain_q * gain_k
     if type(scale) is not float or not 0 < scale <= MAX_LOGIT:
         factors = {name: softmax_scale, "gain_q": gain_q, "gain_k": gain_k}
@@ -99,6 +104,20 @@ def _for_each_head(gain_k: Tensor, num_heads: int, num_kv_heads: int | None) -> 
     return gain_k.repeat_interleave(num_heads // count)
 
 
+def _check_alike(factors: dict[str, float | Tensor]) -> None:
+    """Raises ValueError where two are for different numbers of heads."""
+    first, count = "", 1
+    for name, factor in factors.items():
+        size = factor.numel() if isinstance(factor, Tensor) else 1
+        if count == 1:
+            first, count = name, size
+        elif size not in (1, count):
+            raise ValueError(
+                f"{name} must be a number or of shape () or ({count},), as {first} is, got ({size},); gain_k may also "
+                "be (num_kv_heads,) where num_heads is given"
+            )
+
+
 def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[str, float | Tensor]) -> None:
     """Raises ValueError as the call would, and names what the scale was made of."""
     if not isinstance(scale, Tensor):
@@ -112,10 +131,12 @@ def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[st
             _check_range(value, groups=1)
         except ValueError as error:
             first, *others = factors
-            names = [first, *([] if head_dim is None else [f"head_dim ({head_dim})"]), *others]
+            names = [first, *([] if head_dim is None else [f"head_dim ({shown(head_dim)})"]), *others]
             given = ", ".join(f"{name} {_shown(factor)}" for name, factor in factors.items())
             raise ValueError(f"{' * '.join(names)} is the cosines' scale, got {given}: {error}") from None
 
 
 def _shown(factor: float | Tensor) -> str:
-    return f"{factor:g}" if not isinstance(factor, Tensor) else f"of shape {tuple(factor.shape)}"
+    if isinstance(factor, Tensor):
+        return f"of shape {tuple(factor.shape)}"
+    return shown(factor) if torch.compiler.is_compiling() else f"{factor:g}"

@@ -6,7 +6,7 @@ no mask, square causal, key mask. A bias, also one by distance, a window, or cau
 needs an explicit mask of seq_len_q x seq_len_k: those run in blocks of query rows, each with the keys that it can see
 and recomputed in the backward pass, so that the mask (and the scores, where a kernel stores them) of one block only are
 alive. The loop over the blocks is Python's: under torch.compile with dynamic lengths, the explicitly masked path has
-one graph per number of blocks.
+one graph per number of blocks; a program of torch.export for more than one length has one block of all rows and keys.
 
 Packed sequences are attended to one after the other: cu_seqlens is read, and on a GPU that waits for it. Under
 torch.compile, where its values are not known, they are rows of one sequence under an explicit mask, of all keys.
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .call import Call, limits, scale_of
+from .ops import constant_when_compiled
 from .reference import (
     check_cu_seqlens,
     compute_dtype,
@@ -62,7 +63,9 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
         return _each_sequence(call, return_partials)
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
     # A single query, for instance, is aligned with the last key, and sees every key under a causal mask, too.
-    window = limits(call.window_left, call.window_right, seq_len_q, seq_len_k)
+    window = call.window_left, call.window_right
+    if not torch.compiler.is_exporting():  # as in interface.py: that would narrow the program's range of lengths
+        window = limits(*window, seq_len_q, seq_len_k)
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
     q, k = _scaled_and_normalised(call, dtype)
@@ -70,7 +73,7 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     if not return_partials and not packed and not has_bias:
         if window == (-1, -1):
             return _attend_with_key_mask(q, k, v, mask)
-        if window == (-1, 0) and mask is None and seq_len_q >= seq_len_k:
+        if window == (-1, 0) and mask is None and _at_least(seq_len_q, seq_len_k):
             return _attend_square_causal(q, k, v)
     ranges = key_ranges(seq_len_q, seq_len_k, *window, q.device, call.cu_seqlens_q, call.cu_seqlens_k)
     if packed:  # which keys a block of rows can see is not known
@@ -79,6 +82,24 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     if return_partials:
         return _in_row_blocks(_partials_of_rows, q, k, v.to(dtype), mask, attn_bias, by_distance, ranges, window)
     return _in_row_blocks(_attend_rows, q, k, v, mask, attn_bias, by_distance, ranges, window)[0]
+
+
+def _at_least(seq_len_q: int, seq_len_k: int) -> bool:
+    """Whether seq_len_q >= seq_len_k; False where an exported program may get either."""
+    if not torch.compiler.is_exporting():
+        return seq_len_q >= seq_len_k
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports sympy
+
+    return bool(statically_known_true(seq_len_q >= seq_len_k))
+
+
+def _may_be_any(seq_len_q: int, seq_len_k: int) -> bool:
+    """Whether an exported program is for more than these lengths."""
+    if not torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not (has_static_value(seq_len_q) and has_static_value(seq_len_k))
 
 
 class ByDistance(NamedTuple):
@@ -110,6 +131,9 @@ def _by_distance(call: Call) -> ByDistance | None:
 def _scores_by_distance(by_distance: ByDistance, num_rows: int, num_keys: int) -> Tensor:
     """(1 or batch, num_heads, num_rows, num_keys), of as many rows and keys as by_distance begins with."""
     bias, slopes, first_distance, diagonal = by_distance
+    if torch.compiler.is_compiling() and not isinstance(diagonal, Tensor):
+        # The sizes of unfold, below, would be constants of the graph.
+        diagonal = diagonal + torch.arange(num_rows, device=bias.device if bias is not None else slopes.device)
     if isinstance(diagonal, Tensor):
         key = torch.arange(num_keys, device=diagonal.device)
         return distance_scores(bias, slopes, first_distance, diagonal[:, None] - key)
@@ -273,10 +297,13 @@ def _in_row_blocks(
     ranges are those of key_ranges; window says which keys a block gets, that is, can see at all.
     """
     seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
+    if _may_be_any(seq_len_q, seq_len_k):  # how many blocks there are, and of which keys, would depend on the lengths
+        return attend(q, k, v, mask, attn_bias, by_distance, ranges)
     table = None if by_distance is None else by_distance.distance_bias
     differentiable = [t for t in (q, k, v, attn_bias, table) if t is not None and t.requires_grad]
-    recompute = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
-    if recompute:
+    add_up = seq_len_q > ROWS_PER_BLOCK and torch.is_grad_enabled() and len(differentiable) > 0
+    recompute = add_up and _can_recompute()
+    if add_up:
         # The blocks' dk and dv add up; in float32 the number of blocks costs no accuracy.
         k, v = k.to(compute_dtype(k.dtype)), v.to(compute_dtype(v.dtype))
         if attn_bias is not None and attn_bias.shape[-2] != seq_len_q:  # so does the gradient of a shared row
@@ -304,6 +331,14 @@ def _in_row_blocks(
     if len(results) == 1:
         return results[0]
     return tuple(torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+
+
+@constant_when_compiled  # asked while it is traced, inside of the transforms that are traced, too
+def _can_recompute() -> bool:
+    """Not under torch.func's grad, vjp and jacrev: checkpoint saves tensors by hooks, which they allow nobody."""
+    # PyTorch's own name, which any release may change: without it, it is as it was before anyone asked.
+    allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
+    return allowed is None or bool(allowed())
 
 
 def _keys_of_rows(
@@ -343,9 +378,11 @@ def _attend_rows(
     if seq_len_k == 0:
         return (torch.zeros_like(q),)
     visible = visible_keys(mask, ranges, seq_len_k)
-    if by_distance is not None:  # rounded once, to what SDPA takes
+    if by_distance is not None:
         scores = _scores_by_distance(by_distance, q.shape[-2], seq_len_k)
-        attn_bias = (scores if attn_bias is None else scores + attn_bias).to(q.dtype)
+        attn_bias = scores if attn_bias is None else scores + attn_bias
+        if attn_bias.dtype != q.dtype:  # rounded once, to what SDPA takes
+            attn_bias = _relative_to_largest(attn_bias, visible).to(q.dtype)
     if attn_bias is None:  # then one of mask and ranges is given
         empty = ~visible.any(-1, keepdim=True)
         attn_mask = visible | empty
@@ -360,6 +397,18 @@ def _attend_rows(
         attn_mask = attn_bias.masked_fill(empty, 0)
     o = _sdpa(q, k.to(q.dtype), v.to(q.dtype), attn_mask=attn_mask)
     return (o.masked_fill(empty, 0),)
+
+
+def _relative_to_largest(attn_bias: Tensor, visible: Tensor | None) -> Tensor:
+    """attn_bias less the largest of what each row sees: softmax stays what it is.
+
+    To be rounded after that: what weighs most is then near 0, where low precision is fine. At a distance of 700 ALiBi
+    is 350 for a slope of 0.5, and bfloat16's numbers are 2 apart there.
+    """
+    seen = attn_bias.detach()
+    seen = seen if visible is None else seen.masked_fill(~visible, -math.inf)
+    largest = seen.amax(-1, keepdim=True)
+    return attn_bias - largest.masked_fill(largest == -math.inf, 0)  # -inf - (-inf) would be NaN
 
 
 def _partials_of_rows(

@@ -123,7 +123,7 @@ BackwardPlan plan_backward(const BackwardParams& params, int num_multiprocessors
 }
 
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
-  if (params.batch == 0 || params.seq_len_q == 0) return;
+  if (params.batch == 0 || params.num_heads == 0 || params.seq_len_q == 0) return;
   const ForwardPlan& plan = params.plan;
   launch_visibility(params, stream);
   if (plan.q_norm == Norm::kPrologue || plan.k_norm == Norm::kPrologue) {
@@ -152,7 +152,7 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
 }
 
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
-  if (params.batch == 0) return;
+  if (params.batch == 0 || params.num_heads == 0) return;
   const BackwardPlan& plan = params.plan;
   const int64_t num_counters = plan.num_counters + plan.dq_order;
   launch_visibility(params, stream);

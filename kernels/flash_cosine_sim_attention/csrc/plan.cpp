@@ -425,6 +425,7 @@ bool takes_eight_warps(const BackwardParams& params, const Gpu& gpu) {
 }
 
 ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
+  if (params.num_heads == 0) return {};  // a rank's part of fewer heads than ranks
   ForwardPlan plan = plan_split(params, gpu);
   const bool in_kernel = can_normalize_in_sm80(params);
   if (plan.num_splits > 0) {
@@ -439,7 +440,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const Gpu& gpu) {
 }
 
 BackwardPlan plan_backward(const BackwardParams& params, const Gpu& gpu) {
-  if (params.batch == 0) return {};
+  if (params.batch == 0 || params.num_heads == 0) return {};
   BackwardPlan plan;
   if (needs_main_kernel(params)) {
     plan = takes_backward_sm90(params, gpu) ? plan_backward_sm90(params, gpu) : plan_backward_sm80(params, gpu);
