@@ -192,10 +192,25 @@ def check_no_heads(dtype):
                 assert gradient.shape == tensor.shape and not gradient.any()
 
 
+def check_windows_beyond_all_rows(dtype):
+    """Sides just below 2^31, which hide nothing, as an exported program passes them on: none, bit for bit."""
+    q, k, v = torch.randn(3, 1, 2, 300, 64, dtype=dtype).unbind(0)
+    sequences = torch.tensor([0, 10, 300], dtype=torch.int32)
+    for ends in (None, sequences):
+        tensors = (q, k, v, *[None] * 3, ends, ends, None, None)
+        wide, plain = (
+            torch.ops.flash_cosine_sim_attention.forward(*tensors, 10.0, 1, False, *window, 0, True, False)
+            for window in ((2**31 - 257, 2**31 - 257), (-1, -1))
+        )
+        assert all(map(torch.equal, wide, plain)) and wide[0].any()
+
+
 def portable_checks():
     """Name -> a function without arguments that raises where a kernel is wrong."""
     checks = {describe(case): functools.partial(check_emulated, case) for case in covering_cases()}
     checks |= {f"no-heads-{str(dtype)[6:]}": functools.partial(check_no_heads, dtype) for dtype in GATES}
+    for dtype in GATES:
+        checks[f"window-beyond-{str(dtype)[6:]}"] = functools.partial(check_windows_beyond_all_rows, dtype)
     for head_dim in HEAD_DIMS:
         case = Case(head_dim=head_dim, seq_len_k=70, causal=True, num_kv_heads=2, bias="heads")
         checks[f"tf32-d{head_dim}"] = functools.partial(check_tf32, case)
@@ -654,6 +669,8 @@ def quotient(numerator, denominator):
 
 def sm90_checks():
     checks = {f"no-heads-{str(dtype)[6:]}": functools.partial(check_no_heads, dtype) for dtype in SM90_DTYPES}
+    for dtype in SM90_DTYPES:
+        checks[f"window-beyond-{str(dtype)[6:]}"] = functools.partial(check_windows_beyond_all_rows, dtype)
 
     def add(name, case, function=check_sm90, **arguments):
         dtype = str(case.dtype).removeprefix("torch.")

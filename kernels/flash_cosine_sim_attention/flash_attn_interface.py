@@ -162,7 +162,8 @@ def flash_attn_varlen_func(
     Each attends to itself alone; causal and window_size count inside each.
 
     Args:
-        q: (total_q, num_heads, head_dim), the rows of all sequences. Any strides will do.
+        q: (total_q, num_heads, head_dim), the rows of all sequences. Any strides will do. Like k, v and the gradient of
+            the output it must be finite in all rows, those behind the last sequence included.
         k, v: (total_k, num_kv_heads, head_dim) where num_kv_heads divides num_heads.
         cu_seqlens_q, cu_seqlens_k: int32 (num_sequences + 1,) on q's device: sequence s has the rows from cu_seqlens[s]
             up to cu_seqlens[s + 1]. flash_cosine_sim_attention_varlen says what is checked, and when.

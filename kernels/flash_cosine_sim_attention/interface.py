@@ -249,6 +249,8 @@ def flash_cosine_sim_attention_varlen(
     """Like flash_cosine_sim_attention, of sequences of different lengths, packed one behind the other.
 
     Each attends to itself alone. Names and order of the first seven arguments are those of flash_attn_varlen_func.
+    q, k, v and the output's gradient must be finite in all rows, those behind the last sequence included: the kernels
+    multiply what belongs to another sequence by 0, and 0 * NaN is NaN.
 
     It is made for many queries a sequence, as in training. For a few queries beside many keys, as in decoding, it is
     faster to pad: call flash_cosine_sim_attention with each sequence as an element of the batch, and a mask.

@@ -217,8 +217,8 @@ ByDistance as_by_distance(const Attention& params, const OptionalTensor& bias, c
   return by_distance;
 }
 
-// A window beyond all rows is none.
-int to_window(int64_t size) { return size < 0 || size >= kMostRows ? -1 : static_cast<int>(size); }
+// A window beyond all rows of the other side is none; added to a row, it would not fit into an int.
+int to_window(int64_t size, int rows) { return size < 0 || size >= rows ? -1 : static_cast<int>(size); }
 
 // All of Attention but q_hat and k_hat. q, k, v, scale and what the distance adds are replaced by copies where
 // attention.h asks for it, and must outlive the launch.
@@ -236,8 +236,8 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
   params.head_dim = to_int(q.size(3), "head_dim");
   params.groups = static_cast<int>(groups);  // divides head_dim
   params.causal = causal;
-  params.window_left = to_window(window_left);
-  params.window_right = causal ? 0 : to_window(window_right);
+  params.window_left = to_window(window_left, params.seq_len_k);
+  params.window_right = causal ? 0 : to_window(window_right, params.seq_len_q);
   if (cu_seqlens_q) {
     params.sequences = {static_cast<const int*>(cu_seqlens_q->data_ptr()),
                         static_cast<const int*>(cu_seqlens_k->data_ptr()), static_cast<int>(cu_seqlens_q->numel()) - 1};
@@ -266,7 +266,7 @@ void fill(Attention& params, const Call& call, TorchTensor& q, TorchTensor& k, T
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 MaskWords mask_words_in(uint32_t* words, const ForwardParams& params) {
-  const int blocks = (params.seq_len_k + 1023) / 1024;
+  const int blocks = static_cast<int>(round_up(params.seq_len_k, 1024) / 1024);
   uint32_t* any = words + int64_t{params.batch} * blocks * 32;
   return {words, any, any + int64_t{params.batch} * blocks, 32 * blocks, blocks};
 }
