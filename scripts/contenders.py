@@ -26,7 +26,7 @@ from flash_cosine_sim_attention import (
     plain_cosine_sim_attention,
 )
 from flash_cosine_sim_attention.ops import visible_pairs
-from models.windows import tiles_with_a_table
+from models.windows import bias_of_pairs, tiles_with_a_table
 
 SCALE = 10.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -254,6 +254,9 @@ def dense_bias(inputs: Inputs, case: Case) -> Tensor | None:
     """The bias of every pair, (heads, i, j) in q's dtype: that of the inputs, or what distances add."""
     if case.by_distance is None:
         return inputs.bias
+    if inputs.table is not None and case.causal and case.queries == case.seq_len:
+        # as the trainer makes it: by an index its gradient would be one pair's after the other, by far the slowest
+        return bias_of_pairs(inputs.table.to(inputs.q.dtype), case.seq_len)
     query, key = (torch.arange(size, device=inputs.q.device) for size in (case.queries, case.seq_len))
     distance = query.unsqueeze(1) + case.seq_len - case.queries - key
     if inputs.table is None:
