@@ -213,7 +213,7 @@ def repeat(
         raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {run.resume_step} steps")
     log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, run.resume_step)
     run.started = True  # its end is recorded, as before
-    run.mend_best()
+    run.mend()
     if config.test:
         with loggers_of(config, run) as loggers:
             trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)

@@ -12,6 +12,7 @@ import struct
 import time
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -739,6 +740,57 @@ def test_a_name_that_a_checkpoint_has_already_leaves_nothing_beside_it(tmp_path)
     for _ in range(2):
         assert also_named(tmp_path / "step-1.ckpt", "last.ckpt").samefile(tmp_path / "step-1.ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-1.ckpt"]
+
+
+def stopped_at_once(monkeypatch, text, tmp_path, *keys):
+    """A run that is resumed, and stopped before it trains a step."""
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit):
+        stopped.setattr(lightning.Trainer, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        fit(text, tmp_path, *keys)
+
+
+def test_a_finished_run_whose_extension_was_stopped_at_once_is_what_it_was(text, tmp_path, monkeypatch):
+    folder = fit(text, tmp_path, "max_steps=4", "lr=0.01")
+    stopped_at_once(monkeypatch, text, tmp_path, "max_steps=8", "lr=0.02", f"resume={folder}")
+    record = json.loads((folder / "run.json").read_text())
+    assert set(record["resumed_with"][0]["changed"]) == {"lr", "max_steps"}
+    with pytest.raises(ValueError, match="was another: lr was 0.01, is 0.03"):
+        fit(text, tmp_path, "max_steps=4", "lr=0.03", f"resume={folder}")
+    fit(text, tmp_path, "max_steps=4", "lr=0.01", f"resume={folder}", "test=true")
+    record, config = json.loads((folder / "run.json").read_text()), OmegaConf.load(folder / "config.yaml")
+    assert "resumed_with" not in record and (record["identity"]["lr"], record["status"]) == (0.01, "finished")
+    assert (config.max_steps, config.lr) == (4, 0.01) and read_results(folder).last("test/bpc") > 0
+
+
+def test_a_checkpoint_that_was_put_aside_is_resumed_like_any_other(text, tmp_path, monkeypatch, caplog):
+    keys = ["trainer.keep_checkpoints=9", "max_steps=12"]
+    folder = fit(text, tmp_path, *keys)
+    fit(text, tmp_path, f"resume={folder / 'checkpoints' / 'step-4.ckpt'}", *keys)
+    worse_from(monkeypatch, lambda step: step > 8)
+    fit(text, tmp_path, f"resume={folder / 'checkpoints' / 'before-resuming-at-4-step-8.ckpt'}", *keys)
+    assert "was not kept" not in caplog.text
+    for name, step in (("best.ckpt", 8), ("last.ckpt", 12)):
+        assert read_checkpoint(folder / "checkpoints" / name)["global_step"] == step  # sound by its CRC-32
+
+
+def test_a_finished_runs_best_checkpoint_that_is_lost_is_said(text, tmp_path, monkeypatch, caplog):
+    worse_from(monkeypatch, lambda step: step > 4)
+    folder = fit(text, tmp_path, "max_steps=12", "trainer.keep_checkpoints=1")
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    fit(text, tmp_path, "max_steps=12", "resume=auto", "test=true")
+    assert "best.ckpt is that of step 12: the best one until then was not kept" in caplog.text
+
+
+def test_what_a_run_began_with_need_not_be_said_again(text, tmp_path):
+    source = fit(text, tmp_path / "source", "max_steps=4")
+    folder = fit(text, tmp_path, "max_steps=8", f"init_from={source}")
+    checkpoint = folder / "checkpoints" / "step-4.ckpt"
+    ended = weights(folder)["state_dict"]
+    fit(text, tmp_path, "max_steps=8", f"resume={checkpoint}")
+    record = json.loads((folder / "run.json").read_text())
+    assert "resumed_with" not in record and record["identity"]["init_from"] == str(source)
+    assert all(torch.equal(ended[name], value) for name, value in weights(folder)["state_dict"].items())
+    fit(text, tmp_path, "max_steps=8", f"resume={folder}", "test=true")
 
 
 def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):

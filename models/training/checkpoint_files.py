@@ -104,7 +104,7 @@ def also_named(path: Path, name: str) -> Path:
     with suppress(FileNotFoundError):
         temporary.unlink()
     try:
-        os.link(path, temporary)
+        os.link(path.resolve(), temporary)  # not a link to a link: that would dangle once the file has another name
     except OSError:
         try:
             shutil.copyfile(path, temporary)
@@ -112,8 +112,8 @@ def also_named(path: Path, name: str) -> Path:
             temporary.unlink(missing_ok=True)
             raise
     index = read_index(path.parent)
-    if path.name in index:
-        note_crc32(other, index[path.name].split(",")[-1])
+    if path.name in index or other.name in index:  # the other name's entry, if it has one, is of other bytes
+        note_crc32(other, index[path.name].split(",")[-1] if path.name in index else crc32(path))
     os.replace(temporary, other)
     temporary.unlink(missing_ok=True)  # of two names of one file neither replaces the other
     return other

@@ -155,6 +155,7 @@ def changing_numbers(changes: dict[str, tuple[Any, Any]], *, timed: bool) -> dic
         timed: the learning rate follows the time, and not the number of steps.
     """
     quiet = CONTINUABLE if timed else tuple(key for key in CONTINUABLE if key not in LENGTH_KEYS)
+    quiet = (*quiet, "init_from")  # read where a run begins, never where it goes on
     return {key: change for key, change in changes.items() if not is_one_of(key, quiet)}
 
 

@@ -164,15 +164,16 @@ class Run:
         Raises:
             ValueError: the folder goes on behind the checkpoint, or the run had other values of keys that change it.
         """
-        rows = read_csv(self.folder / METRICS_FILE) if (self.folder / METRICS_FILE).is_file() else []
-        steps = [*steps_in(self.checkpoint.parent).values(), *(int(row["step"]) for row in rows)]
+        steps = [*steps_in(self.checkpoint.parent).values()]
+        with suppress(ValueError):  # not there, or damaged; rows of metrics.csv alone are of steps that a kill lost
+            steps.append(read_checkpoint(self.checkpoint.with_name(LAST_CHECKPOINT))["global_step"])
         latest = max(steps, default=0)
         if latest > self.resume_step:
             raise ValueError(
                 f"nothing is left to train after step {self.resume_step}, and the run in {str(self.folder)!r} goes to "
                 f"step {latest}; python -m scripts.evaluate {self.checkpoint} scores an earlier one"
             )
-        changed = changing_numbers(changes_of(self.folder, self.config), timed=self._is_timed)
+        changed = changing_numbers(changes_of(self.folder, self.config, step=self.resume_step), timed=self._is_timed)
         if changed:
             told = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
             raise ValueError(
@@ -180,11 +181,20 @@ class Run:
                 f"another: {told}; give the same keys again, a larger max_steps, or another name"
             )
 
-    def mend_best(self) -> None:
-        """Where nothing is trained: that best.ckpt is the best, though the run was killed before it had the name."""
-        if self.processes.is_first:
-            found = read_checkpoint(self.checkpoint)
-            mend_best(self.checkpoint, step=self.resume_step, best=found["best"], best_step=found["best_step"])
+    def mend(self) -> None:
+        """Where nothing is trained: makes the folder what it was at the checkpoint, if the run was stopped in between.
+
+        That is, before a new best checkpoint had the name best.ckpt; or after a resume with other keys had written
+        these, and before the first checkpoint with them.
+        """
+        if not self.processes.is_first:
+            return
+        found = read_checkpoint(self.checkpoint)
+        if not mend_best(self.checkpoint, step=self.resume_step, best=found["best"], best_step=found["best_step"]):
+            log.warning("best.ckpt is that of step %d: the best one until then was not kept", self.resume_step)
+        if changing_numbers(changes_of(self.folder, self.config), timed=self._is_timed):
+            self._store(self._note({}))
+            self.update()
 
     @property
     def _is_timed(self) -> bool:
@@ -361,10 +371,7 @@ class Run:
                 self._say(changes)
                 self.checkpoint = _make_last(self.checkpoint)
                 lasting = self._note(changes)
-            write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
-            self.record[RESUMED_WITH] = lasting
-            if not lasting:
-                del self.record[RESUMED_WITH]
+            self._store(lasting)
         elif self.checkpoint:
             self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
         self.started = True
@@ -396,8 +403,18 @@ class Run:
         new = [{"step": self.resume_step, "changed": {key: list(pair) for key, pair in changed.items()}}]
         new = new if changed else []
         earlier = resumed_with(self.record)
-        self.update(**{RESUMED_WITH: earlier + new}, identity=self.identity, status="running")
+        identity = {key: value for key, value in self.identity.items() if key != "init_from"}
+        recorded = self.record.get("identity") or {}  # what it began with stays what it began with
+        identity |= {"init_from": recorded["init_from"]} if "init_from" in recorded else {}
+        self.update(**{RESUMED_WITH: earlier + new}, identity=identity, status="running")
         return [entry for entry in earlier if entry["step"] < self.resume_step] + new
+
+    def _store(self, lasting: list[dict[str, Any]]) -> None:
+        """Writes the configuration; update() then writes which changes are to stay."""
+        write_text(self.folder / CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+        self.record[RESUMED_WITH] = lasting
+        if not lasting:
+            del self.record[RESUMED_WITH]
 
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json; only the first process writes."""
