@@ -62,13 +62,8 @@ from scripts import Parser, autocast, integer, profiling, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
 
-CONTENDERS = (
-    "lightning",
-    "bare",
-    "nanogpt_windows",
-    "nanogpt_gelu",
-    "nanogpt",
-)  # the last is what the others are compared with
+# The last is what the others are compared with.
+CONTENDERS = ("lightning", "bare", "nanogpt_windows", "nanogpt_gelu", "nanogpt")
 PROFILED_STEPS = 5
 KERNELS_SHOWN = 25
 DEFAULT_STEPS = 200

@@ -457,9 +457,8 @@ def compiled_flex(normalise: bool, grouped: bool, smaller: tuple[str, ...]) -> C
         if normalise:
             (q, k), scale = l2norm(q, k), SCALE
         tiles = tiles_with_a_table(q.shape[-1], q.dtype)
-        options = {name: size for name, size in tiles.items() if name[:4] in smaller}
-        if smaller == BY_FLASH:
-            options = {"BACKEND": "FLASH"}
+        options: dict[str, Any] = {name: size for name, size in tiles.items() if name[:4] in smaller}
+        options = {"BACKEND": "FLASH"} if smaller == BY_FLASH else options
         return flex_attention(
             q, k, v, score_mod, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options
         )

@@ -488,8 +488,8 @@ def test_the_clock_is_one_that_the_gpu_has():
     assert 0.2 < start_sm_clock(device)() < 4
 
 
-def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
-    happened = []
+def gpu_timer(monkeypatch, happened, **options):
+    """A timer of two calls on a GPU that is not there; happened says what was done, pauses by their seconds."""
 
     class Event:
         def __init__(self, enable_timing):
@@ -503,9 +503,16 @@ def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: happened.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(f"wait {cycles}"))
     monkeypatch.setattr(time, "sleep", lambda seconds: happened.append(seconds))
-    timer = Timer(CPU, 2)
+    timer = Timer(CPU, 2, **options)
     timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
+    return timer
+
+
+def test_on_a_gpu_events_bracket_the_call_alone(monkeypatch):
+    happened = []
+    timer = gpu_timer(monkeypatch, happened)
     assert timer.median_ms(lambda: happened.append("call")) == 7.0
     timed = ["flush", "event", "call", "event"] * 2
     pause = happened.pop(6)
@@ -664,29 +671,14 @@ def test_a_queue_goes_with_no_other_way_of_timing(capsys, option):
     assert f"--queued takes no {option}" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("busy_timer")
 @pytest.mark.parametrize("queued", [False, True])
 def test_the_gpu_waits_before_the_first_call_of_a_queue(monkeypatch, queued):
-    happened = Profiler.happened
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            happened.append("event")
-
-        def elapsed_time(self, _):
-            return 1.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(f"wait {cycles}"))
+    happened = []
+    timer = gpu_timer(monkeypatch, happened, queued=queued)
     monkeypatch.setattr(Timer, "_warm_up", lambda *_: 0.002)
-    timer = Timer(CPU, 2, queued=queued)
-    timer.on_gpu, timer.flush = True, types.SimpleNamespace(zero_=lambda: happened.append("flush"))
-    assert timer.call_ms(lambda: happened.append("call")) == 1.5
+    assert timer.call_ms(lambda: happened.append("call")) == 7.0
     waits = ["wait 12000000"] if queued else []  # two calls of 2 ms: 4 ms at 3 GHz
-    assert happened == ["pause", *waits, *["flush", "event", "call", "event"] * 2, "synchronize"]
+    assert happened == [Timer.PAUSE_S, *waits, *["flush", "event", "call", "event"] * 2, "synchronize"]
     assert timer.times == ("queued" if queued else "events") and ("queued" in timer.note) == queued
 
 
