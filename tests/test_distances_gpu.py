@@ -18,7 +18,7 @@ from support.gpu import (
     replayed,
     settings,  # noqa: F401
 )
-from support.packed import DISTANCES, PACKED_DISTANCES, Packed, attend_packed, check_packed
+from support.packed import DISTANCES, PACKED_DISTANCES, WRONG_CU_SEQLENS, Packed, attend_packed, check_packed
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 
@@ -190,7 +190,7 @@ def test_entries_may_hide_keys(dtype, entry):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("cu_seqlens", [[0, 90, 40, 130], [5, -7, 200, 60], [0, 1 << 30, -(1 << 30), 100]])
+@pytest.mark.parametrize("cu_seqlens", WRONG_CU_SEQLENS.values(), ids=WRONG_CU_SEQLENS)
 def test_wrong_cu_seqlens_and_lengths_end_and_touch_nothing_else(cu_seqlens, deterministic, head_dim):
     case = Packed((100, 30), causal=True, head_dim=head_dim, device=DEVICE, distance_bias=True, alibi=True)
     wrong = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)

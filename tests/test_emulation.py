@@ -27,7 +27,16 @@ import torch
 from emulator.build import build
 from support.cases import HEAD_DIMS, OPTIONS, PADDED_HEAD_DIMS, Case, Hard, describe
 from support.gates import GATES, assert_within_gate, attend, check, results, rms
-from support.packed import DISTANCES, PACKED, PACKED_DISTANCES, WINDOWS, Packed, check_packed
+from support.packed import (
+    DISTANCES,
+    PACKED,
+    PACKED_DISTANCES,
+    WINDOWS,
+    WRONG_CU_SEQLENS,
+    Packed,
+    check_packed,
+    in_order,
+)
 
 from flash_cosine_sim_attention import plain_cosine_sim_attention
 from flash_cosine_sim_attention.call import GRADIENTS, Call
@@ -650,13 +659,18 @@ def check_loads_portable(case):
 
 def check_wrong_cu_seqlens(dtype):
     """They end, in order or not, and touch nothing else: the emulator would see a row outside of q, k and v."""
-    for cu_seqlens in ([0, 90, 40, 130], [5, -7, 200, 60], [0, 1 << 30, -(1 << 30), 100], [130, 0, 0, 0]):
+    for cu_seqlens in WRONG_CU_SEQLENS.values():
         case = Packed((100, 30), dtype=dtype, causal=True, window_size=(20, -1))
         tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(dtype).items()}
         wrong = torch.tensor(cu_seqlens, dtype=torch.int32)
         q, k, v = (tensor.unsqueeze(0).transpose(1, 2) for tensor in tensors.values())
-        arguments = q, k, v, None, None, None, wrong, wrong, None, None, 10.0, 1, True, 20, 0, 0, True, False
-        o, _ = torch.ops.flash_cosine_sim_attention.forward(*arguments, True)
+
+        def forward(ends, qkv=(q, k, v)):
+            arguments = *qkv, None, None, None, ends, ends, None, None, 10.0, 1, True, 20, 0, 0, True, False
+            return torch.ops.flash_cosine_sim_attention.forward(*arguments, True)[0]
+
+        o = forward(wrong)
+        assert o.equal(forward(in_order(wrong, 130))), cu_seqlens
         for deterministic in (False, True):
             with determinism() if deterministic else contextlib.nullcontext():
                 gradients = torch.autograd.grad(o, tensors.values(), torch.ones_like(o), retain_graph=True)

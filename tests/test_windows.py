@@ -20,7 +20,7 @@ from support.gpu import (
     replayed,
     settings,  # noqa: F401
 )
-from support.packed import PACKED, WINDOWS, Packed, attend_packed, check_packed
+from support.packed import PACKED, WINDOWS, WRONG_CU_SEQLENS, Packed, attend_packed, check_packed, in_order
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 
@@ -176,10 +176,9 @@ def test_hopper_kernels_run(call, dtype):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("is_deterministic", [False, True])
-@pytest.mark.parametrize(
-    "cu_seqlens", [[0, 90, 40, 130], [5, -7, 200, 60], [0, 1 << 30, -(1 << 30), 100], [130, 0, 0, 0]]
-)
+@pytest.mark.parametrize("cu_seqlens", WRONG_CU_SEQLENS.values(), ids=WRONG_CU_SEQLENS)
 def test_wrong_cu_seqlens_end_and_touch_nothing_else(cu_seqlens, is_deterministic, head_dim):
+    """And are read as the largest so far."""
     case = Packed((100, 30), causal=True, window_size=(20, -1), head_dim=head_dim, device=DEVICE)
     wrong = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
     tensors = guarded(case.tensors(case.dtype))
@@ -189,6 +188,8 @@ def test_wrong_cu_seqlens_end_and_touch_nothing_else(cu_seqlens, is_deterministi
     gradients = torch.autograd.grad(o, tensors.values(), torch.ones_like(o))
     torch.cuda.synchronize()
     assert all(result.isfinite().all() for result in (o, *gradients))
+    right = in_order(wrong, 130)
+    assert o.equal(attend_packed("cuda", **tensors, **{**options, "cu_seqlens_q": right, "cu_seqlens_k": right}))
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)

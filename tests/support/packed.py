@@ -132,7 +132,24 @@ PACKED = {
     "both-windows": Packed((129, 65, 191), (190, 65, 128), window_size=(31, 17), l2norm_qk=False),
     "raw": Packed((150, 90, 41), num_kv_heads=1, window_size=(64, -1), causal=True, l2norm_qk=False, behind=9),
     "empty": Packed((0, 0), behind=70),
+    "many": Packed(tuple(i * i % 7 for i in range(99)), tuple(i * i % 5 for i in range(99)), causal=True),
 }
+# cu_seqlens for 130 rows that fall or leave them, few and more than a warp has lanes.
+WRONG_CU_SEQLENS = {
+    "falls": [0, 90, 40, 130],
+    "outside": [5, -7, 200, 60],
+    "extreme": [0, 1 << 30, -(1 << 30), 100],
+    "ends-at-0": [130, 0, 0, 0],
+    "many": [5] * 40 + [-1, 33, 20] + [60, 50] * 20 + [300, 1, 130],
+    "many-falls": [*range(0, 105, 3), 20, *range(90, 130)],
+}
+
+
+def in_order(cu_seqlens, num_rows):
+    """What wrong ones are read as: the largest so far, within the rows."""
+    return cu_seqlens.clamp(0, num_rows).cummax(0).values.to(cu_seqlens.dtype)
+
+
 # What distances add: at, below and above the edges of tiles, with all that it goes together with.
 DISTANCES = {
     "causal": {"seq_len_q": 300, "seq_len_k": 300, "causal": True, "distance_bias": True},

@@ -18,10 +18,27 @@ struct Starts {
 };
 
 // cu_seqlens, whatever its numbers are, are read as starts that neither fall nor leave the side's rows: the largest so
-// far. So every row is in one sequence, or before the first or behind the last, where it sees nothing.
+// far. So every row is in one sequence, or before the first or behind the last, where it sees nothing. A warp calls this
+// with rows that follow one another: it passes over 32 numbers at a time, until one of them is beyond its first row.
 __device__ Starts find_sequence(const int* own, const int* other, int num, int row, int own_rows, int other_rows) {
+  constexpr unsigned kWholeWarp = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x & 31), first_row = __shfl_sync(kWholeWarp, row, 0);
   Starts starts{};
-  for (int i = 0; i <= num; ++i) {
+  int begin = 0;
+  for (; begin <= num; begin += 32) {
+    const int i = begin + lane;
+    const int start = i <= num ? own[i] : 0;
+    if (__any_sync(kWholeWarp, start > first_row)) break;
+    starts.own = max(starts.own, start);
+    if (i <= num) starts.other = max(starts.other, min(other[i], other_rows));
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    starts.own = max(starts.own, __shfl_xor_sync(kWholeWarp, starts.own, distance));
+    starts.other = max(starts.other, __shfl_xor_sync(kWholeWarp, starts.other, distance));
+  }
+  starts.next = starts.own;
+  starts.other_next = starts.other;
+  for (int i = begin; i <= num; ++i) {
     starts.next = max(starts.own, min(own[i], own_rows));
     starts.other_next = max(starts.other, min(other[i], other_rows));
     if (starts.next > row) return i == 0 ? Starts{} : starts;
@@ -43,19 +60,24 @@ __device__ Range range_of(const Starts& starts, int row, int before, int behind)
           starts.other + (behind < 0 ? num_other : limit(place + behind + 1, 0, num_other))};
 }
 
+// So that no warp has queries and keys.
+__host__ __device__ constexpr int64_t whole_warps(int num_rows) { return (int64_t{num_rows} + 31) / 32 * 32; }
+
 __global__ void __launch_bounds__(kThreads)
     ranges_kernel(const __grid_constant__ Attention params, Range* key_ranges, Range* query_ranges, int* diagonal) {
   const int num_queries = params.seq_len_q, num_keys = params.seq_len_k;
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, first_key = whole_warps(num_queries);
   const Sequences& sequences = params.sequences;
-  if (index < num_queries) {
+  if (index < first_key) {
     const int query = static_cast<int>(index);
     const Starts starts = find_sequence(sequences.queries, sequences.keys, sequences.num, query, num_queries, num_keys);
+    if (query >= num_queries) return;
     key_ranges[query] = range_of(starts, query, params.window_left, params.window_right);
     if (diagonal != nullptr) diagonal[query] = starts.other + place_of(starts, query);
-  } else if (query_ranges != nullptr && index - num_queries < num_keys) {
-    const int key = static_cast<int>(index - num_queries);
+  } else if (query_ranges != nullptr && index - first_key < whole_warps(num_keys)) {
+    const int key = static_cast<int>(index - first_key);
     const Starts starts = find_sequence(sequences.keys, sequences.queries, sequences.num, key, num_keys, num_queries);
+    if (key >= num_keys) return;
     query_ranges[key] = range_of(starts, key, params.window_right, params.window_left);
   }
 }
@@ -99,9 +121,9 @@ __global__ void __launch_bounds__(kThreads) distance_scores_kernel(const __grid_
 
 void launch_visibility(const Attention& params, cudaStream_t stream) {
   if (params.key_ranges != nullptr) {
-    const int64_t num_rows = int64_t{params.seq_len_q} +
-                             (params.query_ranges == nullptr ? 0 : int64_t{params.seq_len_k});
-    const auto blocks = static_cast<unsigned>((num_rows + kThreads - 1) / kThreads);
+    const int64_t num_threads =
+        whole_warps(params.seq_len_q) + (params.query_ranges == nullptr ? 0 : whole_warps(params.seq_len_k));
+    const auto blocks = static_cast<unsigned>((num_threads + kThreads - 1) / kThreads);
     ranges_kernel<<<blocks, kThreads, 0, stream>>>(params, params.key_ranges, params.query_ranges,
                                                    params.distance_scores.diagonal);
     CUDA_CHECK(cudaGetLastError());
