@@ -1,11 +1,14 @@
 """Which processes make up a run: its own, torchrun's, srun's, and what a scheduler left in the environment."""
 
 import os
+import signal
 import socket
+import time
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
+from support import ROOT
 from support.training import Popen, fit, losses, metrics, same, weights
 
 from models.training.processes import PLACE_VARIABLES, find_processes
@@ -90,3 +93,23 @@ def test_a_run_of_its_own_logs_whatever_a_scheduler_says(text, tmp_path):  # noq
     alone = Popen(text, tmp_path, "name=run", "max_steps=2", variables={**SLURM, "RANK": "1"})
     assert alone.wait(600) == 0
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2"] and (tmp_path / "run/samples.txt").exists()
+
+
+def test_a_signal_that_meets_a_process_before_its_first_line_ends_the_run_in_order(text, tmp_path):
+    """Python imports sitecustomize before all else; a Ctrl-C reaches every process of a terminal."""
+    begun = tmp_path / "begun"
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, time
+if {RUN_VARIABLE!r} in os.environ:
+    os.close(os.open({str(begun)!r}, os.O_CREAT))
+    time.sleep(2)
+""")
+    path = os.pathsep.join(str(folder) for folder in (tmp_path, ROOT, ROOT / "kernels", ROOT / "tests"))
+    process = Popen(text, tmp_path, "name=run", "trainer.devices=2", variables={"PYTHONPATH": path})
+    while not begun.exists():
+        time.sleep(0.01)
+        assert process.returncode is None
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "terminated with code" not in errors, errors

@@ -1,13 +1,29 @@
-"""What a process does first that the first process of a run has started. Imports nothing that takes time."""
+"""How the first process of a run starts the others, and what these do first. Imports nothing that takes time."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 # Set by the first process of a run for those that it starts, which join its folder.
 RUN_VARIABLE = "FLASH_COSINE_SIM_RUN"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals wait for the end of the block; for a process that is started in it, until it follows the first."""
+    if sys.platform == "win32":  # has no such mask
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_the_first() -> None:
@@ -18,7 +34,9 @@ def follow_the_first() -> None:
     """
     if RUN_VARIABLE not in os.environ:
         return
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see signals_wait
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,6 +13,7 @@ from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import choose_precision, uses_cuda
 from models.training.length import Length
 from models.training.processes import Processes
+from models.training.started import signals_wait
 from models.training.stopping import Stopping
 
 
@@ -94,6 +95,10 @@ def build_trainer(
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     # Its handler of SIGTERM waits for the other processes from within the handler, wherever these are: for ever.
     trainer._signal_connector.register_signal_handlers = lambda: None
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        # A signal to a process that has no handlers yet would end it, and Lightning this one.
+        launcher._call_children_scripts = signals_wait()(launcher._call_children_scripts)
     return trainer
 
 
