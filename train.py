@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command_line import of_job
+from conf.command_line import of_options
 from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteDataModule, Corpus
@@ -75,6 +75,7 @@ def composed(config: DictConfig) -> float:
         parts = (config, choices, overrides, job)
         return job.run(train=partial(train_job, *parts), mark=partial(job_mark, *parts))
     try:
+        config, overrides = of_options(config, choices, overrides)
         config = validate(config)
         check_mode(config, choices, multirun=False)
         check_backend(config)
@@ -87,7 +88,7 @@ def composed(config: DictConfig) -> float:
 
 def train_job(config: DictConfig, choices: dict[str, str], overrides: Sequence[str], job: Job) -> float:
     """A sweep's job."""
-    config, overrides = of_job(config, choices, overrides)
+    config, overrides = of_options(config, choices, overrides)
     config = validate(config)
     check_mode(config, choices, multirun=True)
     job.check_gpu(config.trainer.accelerator)
@@ -96,9 +97,9 @@ def train_job(config: DictConfig, choices: dict[str, str], overrides: Sequence[s
 
 def job_mark(config: DictConfig, choices: dict[str, str], overrides: Sequence[str], job: Job) -> tuple[Path, str]:
     """Where the mark of a job belongs that cannot become a run: run_root, and a name, whatever the configuration is."""
-    config, overrides = of_job(config, choices, overrides)
+    config, overrides = of_options(config, choices, overrides)
     with suppress(ValueError, TypeError):
-        return Path(config.run_root), config.name or default_name(config, choices, overrides)
+        return Path(config.run_root), config.name or default_name(config, choices, overrides, job.swept)
     return Path(config.run_root), plain_name(["refused", job.label])  # a key that names tell has no value for one
 
 
@@ -130,7 +131,14 @@ def train(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] 
         logging.getLogger().setLevel(logging.ERROR)  # each would say what the first one says
     with (
         stopping(follows=processes.is_started_by_first) as stop,
-        open_run(config, choices, overrides, processes=processes, in_sweep=job is not None) as run,
+        open_run(
+            config,
+            choices,
+            overrides,
+            processes=processes,
+            in_sweep=job is not None,
+            swept=job.swept if job else (),
+        ) as run,
     ):
         if job is not None:
             job.training = run

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType
@@ -62,8 +63,11 @@ def _forced(word: str, options: dict[str, set[str]]) -> str:
     return word if common or not key else f"++{word}"
 
 
-def of_job(config: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """A sweep's job without what the line says of options that this job did not choose: configuration and overrides."""
+def of_options(config: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Configuration and overrides without keys of options that were not chosen.
+
+    An experiment's file has them for the option that it chooses itself, a sweep's line for some of its jobs.
+    """
     config, dropped = config.copy(), set()
     for group in GROUPS:
         if choices.get(group) not in options_of(group) or not config.get(group):
@@ -81,8 +85,8 @@ def check(arguments: Sequence[str]) -> dict[str, set[str]]:
     """Checks the keys of a command line, and returns the options that it leads to, by group; several in a sweep.
 
     Raises:
-        ConfigError: a key is unknown or another option's, an option is none, several values stand without -m, or -m
-            beside what prints one configuration.
+        ConfigError: a key is unknown or another option's, an option is none, or an experiment's values would stand in
+            the place of its own, several values stand without -m, or -m beside what prints one configuration.
     """
     if any(word.split("=", 1)[0] in OTHERS for word in arguments):
         return {}
@@ -91,6 +95,7 @@ def check(arguments: Sequence[str]) -> dict[str, set[str]]:
         raise ConfigError("-m does not go with --cfg or --info, which print one configuration: leave -m out")
     overrides = [override for word in words_of(arguments) if (override := _parse(word))]
     options = chosen(overrides, multirun=multirun)
+    _check_options(overrides)
     for override in overrides:
         if override.is_sweep_override() and not multirun:
             raise ConfigError(
@@ -164,6 +169,42 @@ def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[st
         for group in GROUPS:
             found[group] |= options[group]
     return found
+
+
+def _check_options(overrides: Sequence[Override]) -> None:
+    """Checks that an option on the line is what it says: the values of an experiment's file come after an option's.
+
+    Raises:
+        ConfigError: a chosen file has another value for a key whose value makes the option another one than that which
+            the file is meant for, and the line says nothing of the key.
+    """
+    given = {override.key_or_group: _values(override) for override in overrides}
+    named = {group: list(filter(None, given.get(group, ()))) for group in GROUPS}
+    for name in filter(None, given.get("sweep", ())):
+        params = OmegaConf.select(OmegaConf.load(CONF / f"sweep/{name}.yaml"), "hydra.sweeper.params") or {}
+        for group in GROUPS:
+            named[group] += str(params[group]).split(",") if group in params and group not in given else []
+    for chooser in ("experiment", "debug"):
+        for name in filter(None, given.get(chooser, ())):
+            file = f"{chooser}/{name}.yaml"
+            written, meant = _values_in(file), dict(_defaults("config.yaml")) | dict(_defaults(file))
+            for group, option in [(group, option) for group, options in named.items() for option in options]:
+                own, others = _values_in(f"{group}/{option}.yaml"), _values_in(f"{group}/{meant[group]}.yaml")
+                lost = [
+                    f"{group}.{key}"
+                    for key, value in (written.get(group) or {}).items()
+                    if own.get(key, value) not in (value, others.get(key)) and f"{group}.{key}" not in given
+                ]
+                if lost:
+                    raise ConfigError(
+                        f"{chooser}={name} sets {', '.join(lost)} itself, whatever {group}={option} has there: give "
+                        f"KEY=VALUE of these, or leave {group}={option} out"
+                    )
+
+
+def _values_in(file: str) -> dict[str, Any]:
+    """What one of conf/'s files says, its references unresolved."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / file))
 
 
 def _defaults(file: str) -> Iterator[tuple[str, str]]:

@@ -366,12 +366,64 @@ def test_in_a_sweep_a_key_is_for_the_options_that_have_it():
             "attention": attention, "norm": "pre", "model": "small", "data": "enwik8", "optimizer": "adamw",
             "logger": "wandb",
         }  # fmt: skip
-        config, overrides = command_line.of_job(configure(*job), choices, job)
+        config, overrides = command_line.of_options(configure(*job), choices, job)
         assert overrides == ["seq_len=32", *expected, f"attention={attention}"]
         assert validate(config).attention.get("scale") == (8 if expected else None)
         with_wrong = configure(*job, "+attention.depth=1")
         with pytest.raises(ConfigError, match="attention.depth is not a key"):  # but what no option has is refused
-            validate(command_line.of_job(with_wrong, choices, job)[0])
+            validate(command_line.of_options(with_wrong, choices, job)[0])
+
+
+FILES = [("experiment", name) for name in options_of("experiment")] + [("debug", name) for name in options_of("debug")]
+
+
+@pytest.mark.parametrize("chooser, name", FILES)
+@pytest.mark.parametrize("group", ["attention", "norm", "model", "optimizer"])
+def test_an_option_given_beside_an_experiment_is_what_is_built_or_refused(chooser, name, group):
+    """What makes the option another one than the experiment's is its own, or the line is refused and says what is not.
+
+    What the experiment sets of keys that both have alike, dropout or a schedule, goes with any option.
+    """
+    file, refused = f"{chooser}={name}", set()
+    defaults = dict(command_line._defaults("config.yaml")) | dict(command_line._defaults(f"{chooser}/{name}.yaml"))
+    meant = configure(f"{group}={defaults[group]}")[group]
+    for option in options_of(group):
+        own, built = configure(f"{group}={option}")[group], configure(file, f"{group}={option}")[group]
+        lost = [f"{group}.{key}" for key in own if built[key] != own[key] != meant.get(key)]
+        for flags in [], ["-m"]:
+            if lost:
+                refused.add(option)
+                with pytest.raises(ConfigError, match=f"^{file} sets .*, whatever {group}={option} has there") as said:
+                    command_line.check([*flags, file, f"{group}={option}"])
+                assert set(lost) <= {word.rstrip(",") for word in str(said.value).split()}
+            command_line.check(
+                [*flags, file, f"{group}={option}", *(f"{key}={own[key[len(group) + 1 :]]}" for key in lost)]
+            )
+    assert defaults[group] not in refused
+
+
+def test_options_beside_experiments():
+    for line in (
+        ["experiment=enwik8_10min", "model=base"],
+        ["-m", "experiment=enwik8_predecessor", "sweep=attention_norm"],
+    ):
+        with pytest.raises(ConfigError, match="itself, whatever"):
+            command_line.check(line)
+    for line in (
+        "experiment=enwik8_10min optimizer=adamw",
+        "experiment=enwik8_10min attention=regular",
+        "debug=fast",
+        "-m experiment=baseline_2026_11 sweep=attention_norm",
+    ):
+        command_line.check(line.split())
+
+
+def test_keys_of_an_experiment_that_the_chosen_option_lacks_are_none():
+    words = ["experiment=baseline_2026_11", "attention=regular"]
+    choices = {"attention": "regular", "norm": "pre", "model": "small", "data": "enwik8", "optimizer": "adamw",
+               "logger": "wandb", "trainer": "default"}  # fmt: skip
+    config, overrides = command_line.of_options(configure(*words), choices, words)
+    assert overrides == words and [*validate(config).attention] == ["kind", "window", "window_pattern"]
 
 
 def test_help_says_what_every_key_of_every_option_means():

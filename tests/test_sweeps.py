@@ -30,6 +30,7 @@ from models.training.locks import try_lock
 from models.training.places import CPU_PLACES_VARIABLE, Place, lock_file
 from models.training.processes import find_processes
 from models.training.report import read_results
+from models.training.run_files import load_config
 from models.training.runs import Run, Skipped
 from train import build_module
 
@@ -342,9 +343,9 @@ def finished_run(root, text, name, *changes, keys=None, **record):
     return root / name, config
 
 
-def found_by_a_job(config):
+def found_by_a_job(config, swept=()):
     """The folder of a sweep's job of a configuration, and whether that run is finished already."""
-    job = Run(config, "new", find_processes(devices=1, num_nodes=1), in_sweep=True)
+    job = Run(config, "new", find_processes(devices=1, num_nodes=1), in_sweep=True, swept=swept)
     try:
         job.find("0" * 64)
         return job.folder.name, False
@@ -371,6 +372,33 @@ def test_a_run_that_was_changed_on_its_way_is_another(text, tmp_path):
     assert found_by_a_job(config) == ("new", False)
     config.resume = "auto"  # with which a run of another length goes on
     assert found_by_a_job(config) == ("longer", True)
+
+
+@pytest.mark.parametrize(
+    "value", ["attention.backend=sdpa", "compile=true", "micro_batch_tokens=4096", "trainer.log_every=7", "logger=none"]
+)
+def test_a_key_that_changes_no_numbers_tells_jobs_apart_where_it_is_swept(text, tmp_path, value):
+    key = value.partition("=")[0]
+    _, config = finished_run(tmp_path, text, "plain")
+    changed = validate(configure("model=tiny", "data=file", f"data.path={text}", "trainer.accelerator=cpu",
+                                 f"run_root={tmp_path}", value))  # fmt: skip
+    assert found_by_a_job(config) == found_by_a_job(changed) == ("plain", True)
+    assert found_by_a_job(config, ["lr", key]) == ("plain", True)
+    assert found_by_a_job(changed, ["lr", key]) == ("new", False)
+
+
+def test_jobs_that_differ_in_a_key_that_changes_no_numbers_each_run(text, tmp_path):
+    line = ["attention.backend=sdpa,reference", "seed=0,1", "max_steps=4"]
+    for status in ("finished", "skipped"):
+        swept = command(text, tmp_path, *line, flags=["-m"])
+        assert swept.returncode == 0, swept.stderr
+        jobs = [json.loads(path.read_text()) for path in sorted(max(tmp_path.glob(".sweeps/2*")).glob("jobs/*.json"))]
+        assert [job["status"] for job in jobs] == [status] * 4
+        backends = [load_config(Path(job["folder"])).attention.backend for job in jobs]
+        assert backends == ["sdpa", "sdpa", "reference", "reference"]
+        names = [Path(job["folder"]).name for job in jobs]
+        assert ["backendsdpa" in name for name in names] == [True, True, False, False]
+    assert len(set(names)) == 4
 
 
 def test_a_job_that_another_sweep_claims_is_skipped(text, tmp_path):

@@ -33,7 +33,7 @@ from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
-from models.training.run_files import is_owned, read_csv, read_samples
+from models.training.run_files import is_owned, load_config, read_csv, read_samples
 from models.training.stopping import NOTED
 from models.training.tables import decode
 from scripts import benchmark_training
@@ -424,6 +424,7 @@ def test_runs_of_one_name_that_start_at_once_get_folders_of_their_own(text, tmp_
     # However long each takes to start: the first to be there waits for the others.
     code = f"""
 import os, pathlib, time
+from models.training.run_files import load_config
 from models.training.runs import Run
 own = Run._own
 def together(*arguments):
@@ -790,7 +791,23 @@ def test_what_a_run_began_with_need_not_be_said_again(text, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert "resumed_with" not in record and record["identity"]["init_from"] == str(source)
     assert all(torch.equal(ended[name], value) for name, value in weights(folder)["state_dict"].items())
+    assert load_config(folder).init_from == str(source)
     fit(text, tmp_path, "max_steps=8", f"resume={folder}", "test=true")
+
+
+def test_a_resumed_run_keeps_where_its_weights_came_from(text, tmp_path, monkeypatch):
+    source, other = fit(text, tmp_path / "source"), fit(text, tmp_path / "other", "seed=1")
+    folder = fit(text, tmp_path, "max_steps=4", f"init_from={source}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".csv")}
+    changed = [f"resume={folder}", f"init_from={other}"]
+    with pytest.raises(ValueError, match=rf"init_from is read where a run begins, got '{other}'.* began with the wei"):
+        fit(text, tmp_path, *changed)
+    with pytest.raises(ValueError, match=rf"got '{source}', and the run in .* began without other weights"):
+        fit(text, tmp_path, f"resume={other}", f"init_from={source}", "seed=1", "max_steps=12")
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.chdir(tmp_path)
+    fit(text, tmp_path, f"resume={folder}", "init_from=source/run")  # the same by another path
+    assert load_config(folder).init_from == str(source)
 
 
 def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):

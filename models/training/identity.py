@@ -50,6 +50,8 @@ CONTINUABLE = (
     "compile",
     "attention.backend",
 )
+# Of these, where a sweep has several values of one, each is a job of its own; but for what runs are found by anyhow.
+FOUND_BY = ("resume", "name", "run_root", "max_steps", "optimizer.max_steps", "trainer.val_bytes")
 # What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
 MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
@@ -58,8 +60,17 @@ RESUMED_WITH = "resumed_with"  # the entry of run.json that says which keys were
 LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 
-def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = ()) -> str:
-    """A name that says what the run is, of letters, digits, '.', '_' and '-' alone."""
+def default_name(
+    config: DictConfig, choices: dict[str, str], overrides: Sequence[str] = (), swept: Sequence[str] = ()
+) -> str:
+    """A name that says what the run is, of letters, digits, '.', '_' and '-' alone.
+
+    Args:
+        config: the configuration.
+        choices: the option chosen of every configuration group.
+        overrides: the command line's KEY=VALUE; told are those that change what is computed, and those of `swept`.
+        swept: keys of which the run's sweep has several values.
+    """
     groups = ("attention", "norm", "model", "data")
     parts = [choices[group] for group in ("experiment", "debug") if choices.get(group)]
     parts += [choices.get(group) or "none" for group in groups]
@@ -67,7 +78,8 @@ def default_name(config: DictConfig, choices: dict[str, str], overrides: Sequenc
     told = {*groups, "trainer", "seq_len", "lr", "seed"}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in told and not is_one_of(key, (*INCIDENTAL, *CONTINUABLE)):
+        quiet = is_one_of(key, (*INCIDENTAL, *CONTINUABLE)) and (key not in swept or key in FOUND_BY)
+        if key not in told and not quiet:
             parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
     return plain_name(parts)
 
@@ -85,6 +97,18 @@ def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]
     values = flat(OmegaConf.to_container(config, resolve=True))
     kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
     return {**_without_added(dict(sorted(kept.items()))), "corpus": corpus_sha256}
+
+
+def apart(config: DictConfig, swept: Sequence[str]) -> dict[str, Any]:
+    """Of the keys that an identity leaves out, those that a sweep has several values of, which jobs differ by.
+
+    Args:
+        config: a configuration.
+        swept: the keys, groups among them.
+    """
+    values = flat(OmegaConf.to_container(config, resolve=True))
+    quiet = [key for key in swept if is_one_of(key, (*INCIDENTAL, *CONTINUABLE)) and key not in FOUND_BY]
+    return {key: value for key, value in sorted(values.items()) if is_one_of(key, quiet)}
 
 
 def _without_added(identity: dict[str, Any]) -> dict[str, Any]:

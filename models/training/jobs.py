@@ -84,6 +84,16 @@ class Job:
         """What tells it from the sweep's other jobs."""
         return labels_of(self.sweep).get(self.number, "")
 
+    @property
+    def swept(self) -> list[str]:
+        """The keys that the sweep's jobs have several values of, as far as these are known when this one begins."""
+        values: dict[str, set[str]] = {}
+        for job in _read_sweep(self.sweep).get("jobs", ()):
+            for word in job["overrides"]:
+                key, _, value = word.lstrip("+~").partition("=")
+                values.setdefault(key, set()).add(value)
+        return [key for key, several in values.items() if len(several) > 1]
+
     def note(self, **entries: Any) -> None:
         """Adds entries to its record; those that are None are none."""
         self._record |= {key: value for key, value in entries.items() if value is not None}
@@ -231,17 +241,22 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 def labels_of(folder: Path) -> dict[int, str]:
     """By job, what tells it from the others: its overrides that neither all jobs have nor the command line says."""
-    try:
-        sweep = json.loads((folder / SWEEP_FILE).read_text())
-    except OSError:  # Hydra was called by another program than train.py
-        return {}
-    jobs = sweep["jobs"]
-    common = {word for word in sweep["overrides"] if not word.startswith("++")}
+    sweep = _read_sweep(folder)
+    jobs = sweep.get("jobs", ())
+    common = {word for word in sweep.get("overrides", ()) if not word.startswith("++")}
     if len(jobs) > 1:
         common |= set.intersection(*(set(job["overrides"]) for job in jobs))
     return {
         job["job"]: " ".join(word.removeprefix("++") for word in job["overrides"] if word not in common) for job in jobs
     }
+
+
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    """What sweep.json says; {} where Hydra was called by another program than train.py."""
+    try:
+        return json.loads((folder / SWEEP_FILE).read_text())
+    except OSError:
+        return {}
 
 
 def line_of(record: dict[str, Any], labels: dict[int, str]) -> str:

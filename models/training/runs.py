@@ -34,6 +34,7 @@ from models.training.environment import command, environment
 from models.training.identity import (
     LENGTH_KEYS,
     RESUMED_WITH,
+    apart,
     changes_of,
     changing_numbers,
     default_name,
@@ -86,6 +87,7 @@ class Run:
     Attributes:
         processes: those that make it up, and this one's place among them.
         in_sweep: it is a sweep's job: what is there already is not done again, and a failure leaves a mark.
+        swept: the keys that this sweep has several values of.
         folder: where everything of the run is written; None until ``find``.
         checkpoint: what it continues from, or None for a new run.
         resume_step: the optimizer step of that checkpoint, or None.
@@ -100,6 +102,7 @@ class Run:
     name: str
     processes: Processes
     in_sweep: bool = False
+    swept: Sequence[str] = ()
     folder: Path | None = None
     checkpoint: Path | None = None
     resume_step: int | None = None
@@ -151,6 +154,7 @@ class Run:
                     f"got {self.config.max_steps}"
                 )
             self._check_budget()
+            self._keep_origin()
         else:
             self.record["identity"] = identity
         # wandb takes ids of up to 64 characters
@@ -200,6 +204,22 @@ class Run:
     def _is_timed(self) -> bool:
         return self.config.trainer.budget_minutes is not None
 
+    def _keep_origin(self) -> None:
+        """A run that goes on keeps where its weights came from, which need not be said again.
+
+        Raises:
+            ValueError: another init_from is given, which only a new run would read.
+        """
+        origin, given = (self.record.get("identity") or {}).get("init_from"), self.config.init_from
+        origin = origin or load_config(self.folder).get("init_from")
+        if given is not None and (origin is None or Path(given).resolve() != Path(origin).resolve()):
+            began = "without other weights" if origin is None else f"with the weights of {str(origin)!r}"
+            raise ValueError(
+                f"init_from is read where a run begins, got {str(given)!r}, and the run in {str(self.folder)!r} began "
+                f"{began} and goes on with its own: leave init_from out, or start a new run with it"
+            )
+        self.config.init_from = origin
+
     def _check_budget(self) -> None:
         budget = self.config.trainer.budget_minutes
         if budget is None:
@@ -235,7 +255,10 @@ class Run:
         """From here on no other sweep's job makes the same run. Raises Skipped if one does."""
         folder = root / SWEEPS_FOLDER / "claims"
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([identity, self.config.max_steps, self.config.trainer.val_bytes], default=str)
+        what = [identity, self.config.max_steps, self.config.trainer.val_bytes]
+        if other := apart(self.config, self.swept):
+            what.append(other)
+        text = json.dumps(what, default=str)
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.lock"
         self._claim = try_lock(path, f"of {self.name}")
         if self._claim is None:
@@ -248,6 +271,8 @@ class Run:
         is one that went on so.
         """
         runs, auto = self._runs_of(root, identity), self.config.resume == "auto"
+        wanted = apart(self.config, self.swept)
+        runs = [folder for folder in runs if not wanted or apart(load_config(folder), self.swept) == wanted]
         as_long = [folder for folder in runs if _length_of(folder) == self._length]
         as_long = [folder for folder in as_long if auto or not was_stretched(folder)]
         for folder in as_long:
@@ -469,6 +494,7 @@ def open_run(
     *,
     processes: Processes,
     in_sweep: bool = False,
+    swept: Sequence[str] = (),
 ) -> Iterator[Run]:
     """A run whose folder is yet to be found; marked finished, failed, diverged or interrupted when it ends.
 
@@ -477,18 +503,19 @@ def open_run(
     Args:
         config: the validated configuration; resume is null, "auto" or a path.
         choices: the option chosen of every configuration group.
-        overrides: the command line's KEY=VALUE, of which the run's name tells those that change what it computes.
+        overrides: the command line's KEY=VALUE, for the run's name, see default_name.
         processes: those that make up the run.
         in_sweep: it is a sweep's job.
+        swept: the keys that this sweep has several values of.
 
     Raises:
         ValueError: name is no plain folder name.
         Skipped: in a sweep, see Run.find.
     """
-    name = config.name or default_name(config, choices, overrides)
+    name = config.name or default_name(config, choices, overrides, swept)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"name must be a plain folder name (letters, digits, '.', '_' and '-'), got {name!r}")
-    run = Run(config, name, processes, in_sweep)
+    run = Run(config, name, processes, in_sweep, swept)
     try:
         yield run
         run.end("finished")
