@@ -198,8 +198,10 @@ def differences(runs: Sequence[Results]) -> list[str]:
 
 def _windows(run: Results) -> dict[str, Any]:
     """See ``ByteDataModule.train_batch``."""
+    corpus = run.record.get("corpus") or {}
     return {
-        "the corpus (SHA-256)": (run.record.get("corpus") or {}).get("sha256"),
+        "the corpus (SHA-256)": corpus.get("sha256"),
+        "the training split's length": corpus.get("train_bytes"),
         "seq_len": run.configured("seq_len"),
         "tokens_per_step": run.record.get("tokens_per_step"),
         "seed": run.configured("seed"),

@@ -25,7 +25,7 @@ from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
 from scripts.compare_plots import seconds_of
-from scripts.comparisons import difference
+from scripts.comparisons import comparisons_of, difference, titles
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -55,7 +55,16 @@ def _arms(folders: str, only: Sequence[str] = ()) -> list[Arm]:
     """
     runs = [run for folder in folders.split(",") for run in _runs(RESULTS / folder)]
     wanted = [(key, values.split(",")) for key, _, values in (one.partition("=") for one in only)]
-    return [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
+    arms = [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
+    _refuse_several(folders, [run for arm in arms for run in arm.runs])
+    return arms
+
+
+def _refuse_several(folders: str, runs: Sequence[Results]) -> None:
+    """Raises ValueError for runs whose bits per byte do not mean the same: a table would rank them."""
+    several = comparisons_of(runs)
+    if len(several) > 1:
+        raise ValueError(f"a table's runs must be of one comparison, got {folders} with {'; '.join(titles(several))}")
 
 
 @functools.cache  # many tables are of the same runs: check() begins anew
@@ -288,6 +297,7 @@ def _recipes(folder: str) -> dict[str, Arm]:
     runs: dict[str, list[Results]] = {}
     for run in _runs(RESULTS / folder):
         runs.setdefault(re.sub(r"-seed\d+$", "", run.folder.name), []).append(run)
+    _refuse_several(folder, [run for of in runs.values() for run in of])
     return {name: Arm({}, tuple(of), tuple(one.configured("seed") for one in of)) for name, of in runs.items()}
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow  # each quick, together half a minute
 
 PER_STEP, STEPS = 1000, 6
 COSINE = {"kind": "cosine", "scale": 12.0}
+BOOK = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
 
 
 @pytest.fixture
@@ -46,9 +47,8 @@ def maker(tmp_path):
         kept = {"seed": seed, "lr": lr, "seq_len": seq_len, "max_steps": max_steps, "tokens_per_step": PER_STEP}
         kept |= {"attention": COSINE if attention == "cosine" else {"kind": "regular"}, "norm": {"kind": norm}}
         OmegaConf.save(kept | (config or {}), folder / "config.yaml")
-        corpus = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
         whole = {"status": "finished", "choices": {"attention": attention, "norm": norm}, "tokens_per_step": PER_STEP}
-        whole |= {"corpus": corpus, "device": "a GPU", "git_commit": "c0ffee" * 6, "command": f"train.py seed={seed}"}
+        whole |= {"corpus": BOOK, "device": "a GPU", "git_commit": "c0ffee" * 6, "command": f"train.py seed={seed}"}
         (folder / "run.json").write_text(json.dumps(whole | record))
         rows = ["step,train/loss,train/bpc,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc"]
         if loss is not None:
@@ -190,8 +190,10 @@ def test_numbers_are_sorted_as_numbers_and_shown_so_that_they_differ(make):
 @pytest.mark.parametrize(
     ("change", "title"),
     [
-        ({"corpus": {"name": "other", "sha256": "f" * 64, "val_scored": 999}}, "corpus: other (SHA-256 ffffffff)"),
-        ({"corpus": {"name": "book", "sha256": "ab" * 32, "val_scored": 77}}, "validated bytes: 77"),
+        ({"corpus": BOOK | {"sha256": "f" * 64}}, "corpus: book (SHA-256 ffffffff)"),
+        ({"corpus": BOOK | {"val_scored": 77}}, "validated bytes: 77"),
+        # as with another data.test_fraction: as many bytes are validated, and they are others
+        ({"corpus": BOOK | {"train_bytes": 4000}}, "bytes of the training split: 4,000"),
         ({"max_steps": 4}, "bytes trained on: 4,000"),
         ({"tokens_per_step": 500}, "bytes trained on: 3,000"),
     ],
@@ -207,6 +209,17 @@ def test_runs_whose_bits_per_byte_do_not_compare_are_in_tables_of_their_own(make
     assert "1.5000 ± 0.0000" in first and cells_of(second)[0][:2] == ["1", "0.5000"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_one_text_under_two_names_is_one_comparison(make, tmp_path, capsys):
+    for seed, name in enumerate(("text.txt", "text.txt.gz")):
+        make(loss=1.0 + seed, seed=seed, corpus=BOOK | {"name": name})
+    out = compared(capsys, tmp_path / "runs").out
+    assert "tables" not in out and cells_of(out)[0][:2] == ["2", "1.5000 ± 0.7071"]
+    make("other", loss=0.5, corpus=BOOK | {"name": "text.txt", "sha256": "f" * 64})
+    out = compared(capsys, tmp_path / "runs").out
+    assert "corpus: text.txt (SHA-256 abababab)" in out and "corpus: text.txt (SHA-256 ffffffff)" in out
+
+
 def test_runs_of_as_much_time_compare_whatever_steps_they_made(make):
     ten, five = ({"trainer": {"budget_minutes": minutes}} for minutes in (10, 5))
     folders = [make(config=ten), make(config=ten, seed=1, max_steps=4), make("other", config=ten, tokens_per_step=500)]
@@ -220,8 +233,13 @@ def test_a_run_that_ended_early_joins_the_comparison_that_it_can_belong_to(make)
     folders = [make(), make(loss=None, seed=1, status="failed", corpus=None, tokens_per_step=None)]
     (one,) = comparisons_of([read_results(folder) for folder in folders])
     assert one.arms[0].ends() == "1, 1 failed"
-    shorter = make("shorter", max_steps=4, corpus={"name": "x", "sha256": "0" * 64, "val_scored": 999})
+    folders.append(make("earlier", seed=2, corpus={key: BOOK[key] for key in BOOK if key != "train_bytes"}))
+    (one,) = comparisons_of([read_results(folder) for folder in folders])
+    assert one.arms[0].ends() == "2, 1 failed"  # a run of which less was recorded
+    shorter = make("shorter", max_steps=4, corpus=BOOK | {"sha256": "0" * 64})
     assert len(comparisons_of([read_results(folder) for folder in (*folders, shorter)])) == 2
+    (one,) = comparisons_of([read_results(folder) for folder in folders[1:]])
+    assert one.arms[0].ends() == "1, 1 failed"  # though no run recorded all
 
 
 @pytest.mark.usefixtures("undrawn")

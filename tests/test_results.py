@@ -147,7 +147,7 @@ def trained(tmp_path, monkeypatch):
     """trained(folder, attention, loss, ...) is a run that logged five times: its last loss, then 1 more each before."""
     monkeypatch.setattr(results, "RESULTS", tmp_path)
 
-    def make(under, attention, loss, *, lr=0.001, seed=0, norm="pre", logit=2.0, status="finished", **own):
+    def make(under, attention, loss, *, lr=0.001, seed=0, norm="pre", logit=2.0, status="finished", record=None, **own):
         learned = {"learned_scale": True} if attention == "cosine" else {}
         configuration = {"seq_len": 64, "lr": lr, "seed": seed, "optimizer": {"kind": "adamw", "warmup_steps": 1}}
         configuration |= {"attention": {"kind": "any", **own, **learned}, "norm": {"kind": norm}}
@@ -157,7 +157,8 @@ def trained(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         OmegaConf.save(configuration, folder / "config.yaml")
         choices = {"attention": attention, "norm": norm}
-        (folder / "run.json").write_text(json.dumps({"status": status, "choices": choices, "tokens_per_step": 1000000}))
+        kept = {"status": status, "choices": choices, "tokens_per_step": 1000000} | (record or {})
+        (folder / "run.json").write_text(json.dumps(kept))
         lines = ["step,train/bpc,train/grad_norm,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc,logit/max,"
                  "scale/mean,scale/min,scale/max,scale/layer0/mean,scale/layer1/mean"]  # fmt: skip
         for step in range(1, 6):
@@ -200,6 +201,22 @@ def test_arms_of_several_folders_and_their_differences(trained):
         "| --- | --- | ---: | ---: |",
         "| cosine_fixed | pre | 1.5000 | **0.5000** |",
     ]
+
+
+def test_a_table_is_of_one_corpus_whatever_its_file_is_called(trained):
+    book = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
+    for seed, name in enumerate(("book", "book.gz")):
+        trained("a", "regular", 1.0 + seed, seed=seed, record={"corpus": book | {"name": name}})
+    assert results.comparison("a").splitlines()[2:] == [
+        "| 64 | regular | pre | 0.001 | 2 | **1.5000 ± 0.7071** | 500,000 ± 0 | 1.50 ± 0.00 |"
+    ]
+    for lr, size in ((0.001, 5000), (0.002, 4000)):
+        trained("b", "cosine", 0.5, lr=lr, record={"corpus": book | {"train_bytes": size}})
+    assert results.comparison("a,b", "lr=0.001").count("| 64 |") == 2
+    with pytest.raises(ValueError, match="one comparison, got a,b with bytes of the training split: 5,000; bytes of"):
+        results.comparison("a,b")
+    with pytest.raises(ValueError, match="of one comparison, got b with"):
+        results.timed("b", "cosine-pre-0.001-0")
 
 
 def test_sensitivity_and_stability(trained):

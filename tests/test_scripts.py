@@ -152,14 +152,18 @@ def test_compare_judges_loss_curves(run, capsys):
 
 @pytest.mark.usefixtures("undrawn")
 def test_compare_within_warns_of_other_training_windows(run, capsys):
-    folders = [str(run), str(variant(run, "second", config={"seed": 7}))]
-    assert compare.main(folders) == 0
+    corpus = read_results(run).record["corpus"]
+    folders = [
+        run,
+        variant(run, "second", config={"seed": 7}),
+        variant(run, "third", corpus=corpus | {"train_bytes": 9}),
+    ]
+    assert compare.main([str(run), str(folders[1])]) == 0
     assert not capsys.readouterr().err
-    assert compare.main([*folders, "--within", "1"]) == 0
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert (
-        warning.startswith("warning: --within compares losses of other training windows: ") and "in second" in warning
-    )
+    for other, said in zip(folders[1:], ("seed is 0 in first, but 7 in second", "but 9 in third"), strict=True):
+        assert compare.main([str(run), str(other), "--within", "1"]) == 0
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert warning.startswith("warning: --within compares losses of other training windows: ") and said in warning
 
 
 @pytest.mark.usefixtures("undrawn")
