@@ -135,20 +135,26 @@ def best_of(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
-    """Of arms that differ in their learning rate alone the one of the lowest mean loss, and how many have one.
+    """Of arms that differ in their learning rate alone the best by ``rank``, and how many they are, with and without a
+    loss; nothing of those of which none has one.
 
-    Where some have more seeds than others, of those with most: a single seed's best is often luck. Empty where no two
-    arms differ in their learning rate alone.
+    Empty where no two arms differ in their learning rate alone.
     """
-    groups: dict[tuple, list[tuple[float, Arm]]] = {}
+    groups: dict[tuple, list[Arm]] = {}
     for arm in arms:
-        mean = arm.mean(LOSS)
-        if mean is not None:
-            groups.setdefault(_others(arm, (RATE,)), []).append((mean, arm))
+        groups.setdefault(_others(arm, (RATE,)), []).append(arm)
     if all(len(group) == 1 for group in groups.values()):
         return []
-    best = (min(group, key=lambda pair: (-len(pair[1].finished), pair[0]))[1] for group in groups.values())
-    return [(arm, len(group)) for arm, group in zip(best, groups.values(), strict=True)]
+    best = [(min(group, key=rank), len(group)) for group in groups.values()]
+    return [(arm, rates) for arm, rates in best if arm.values(LOSS)]
+
+
+def rank(arm: Arm) -> tuple[int, float]:
+    """Sorts arms that differ in their learning rate alone, the best first: that of the lowest mean loss, of those of
+    which most seeds have one. A single seed's best is often luck, and so is a rate at which the other seeds diverged.
+    """
+    losses = arm.values(LOSS)
+    return -len(losses), statistics.mean(losses) if losses else math.inf
 
 
 def _others(arm: Arm, keys: Sequence[str]) -> tuple:

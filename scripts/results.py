@@ -25,7 +25,7 @@ from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
 from scripts.compare_plots import seconds_of
-from scripts.comparisons import comparisons_of, difference, titles
+from scripts.comparisons import comparisons_of, difference, rank, titles
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -99,19 +99,14 @@ def _place(arm: Arm, further: Sequence[str]) -> tuple:
 
 
 def _best(arms: Sequence[Arm], further: Sequence[str]) -> list[Arm]:
-    """Of arms that differ in their learning rate alone the one that learned best, of those with most seeds."""
+    """Of arms that differ in their learning rate alone the best by ``rank``."""
     best: dict[tuple, Arm] = {}
     for arm in arms:
         key = arm.settings["seq_len"], *_place(arm, further)
         before = best.get(key)
-        if before is None or _rank(arm) > _rank(before):
+        if before is None or rank(arm) < rank(before):
             best[key] = arm
     return [best[key] for key in sorted(best)]
-
-
-def _rank(arm: Arm) -> tuple[int, float]:
-    losses = arm.values("val bpc")
-    return (len(set(arm.seeds)), -statistics.mean(losses)) if losses else (0, float("-inf"))
 
 
 def comparison(folders: str, *only: str) -> str:
@@ -161,12 +156,16 @@ def _arm_of(name: str, arms: Sequence[Arm]) -> Arm:
 
 
 def _by_rate(folders: str, seq_len: str, only: Sequence[str]) -> tuple[list[str], dict[tuple, dict[float, Results]]]:
-    """The settings beside attention and norm; and of each arm, by its names, seed 0's run of every learning rate."""
+    """The settings beside attention and norm; and of each arm, by its names, seed 0's run of every learning rate.
+
+    Where seed 0 ran several times, the run that counts; where none finished, the last that started.
+    """
     arms = [arm for arm in _arms(folders, only) if arm.settings["seq_len"] == int(seq_len)]
     further = _further(arms)
     found: dict[tuple, dict[float, Results]] = {}
     for arm in sorted(arms, key=lambda arm: _place(arm, further)):
-        seeds = dict(zip(arm.seeds, arm.runs, strict=True))
+        started = sorted(zip(arm.seeds, arm.runs, strict=True), key=lambda pair: pair[1].record.get("started") or "")
+        seeds = {**dict(started), **arm.by_seed}
         runs = found.setdefault(_names(arm, further), {})
         if 0 in seeds:
             runs[arm.settings["lr"]] = seeds[0]
@@ -192,16 +191,23 @@ def _loss_or_end(run: Results) -> str:
 
 
 def sensitivity(folders: str, seq_len: str, *only: str) -> str:
-    """What seed 0 loses beside its best learning rate: on average over all rates, at twice and at four times it."""
+    """What seed 0 loses beside its best learning rate: on average over all rates, at twice and at four times it.
+
+    Rates at which it did not finish are counted apart, and in no average.
+    """
     further, found = _by_rate(folders, seq_len, only)
     lines = []
     for names, runs in found.items():
         losses = {rate: run.last("val/bpc") for rate, run in runs.items() if run.status == "finished"}
+        ends = Arm({}, tuple(runs.values()), tuple(runs)).ends()
+        if not losses:
+            lines.append([*names, ends, *["-"] * 5])
+            continue
         best = min(losses, key=losses.__getitem__)
         more = {rate: loss - losses[best] for rate, loss in losses.items()}
         above = [f"{more[factor * best]:.3f}" if factor * best in more else "-" for factor in (2, 4)]
         numbers = f"{losses[best]:.4f}", f"{statistics.mean(more.values()):.3f}", *above
-        lines.append([*names, str(len(losses)), f"{best:g}", *numbers])
+        lines.append([*names, ends, f"{best:g}", *numbers])
     numbers = ("lowest val bpc", "mean above it", "at twice the rate", "at four times")
     return markdown((*_headings(further), "rates", "best rate", *numbers), lines)
 

@@ -344,6 +344,26 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
     ]
     single = comparison(*[folder for folder in (tmp_path / "runs").glob("*-lr0.001-*")])
     assert at_best_rates(single.arms) == []
+    make(loss=None, lr=0.004, status="diverged")
+    for attention in ("cosine", "regular"):
+        make(loss=None, attention=attention, norm="post", status="diverged")
+    at_worse = "regular-pre-len64-lr0.002-seed0"
+    table = compared(capsys, tmp_path / "runs", "--baseline", at_worse).out.split("each at its best lr")[1]
+    assert [row[:6] for row in cells_of(table)[:2]] == [
+        ["cosine", "0.001", "3", "3", "* 1.2067 ± 0.0058", "-0.6933 (3, 1)"],  # of three rates one diverged
+        ["regular", "0.001", "2", "1", "1.3000", "-0.6000 (1)"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_baseline_without_a_loss_in_the_table_is_said(make, tmp_path, capsys):
+    make(loss=1.0), make(loss=1.1, attention="regular"), make("lost", None, norm="post", status="diverged")
+    make("shorter", max_steps=4)
+    out = compared(capsys, tmp_path / "runs", "--baseline", "lost").out
+    assert "difference: none, for no val bpc here compares with that of lost\n" in out
+    first, second = compared(capsys, tmp_path / "runs", "--baseline", "shorter").out.split("bytes trained on: 4,000")
+    assert "difference: none, for no val bpc here compares with that of shorter\n" in first
+    assert "baseline" in second and "difference: none" not in second
 
 
 @pytest.mark.parametrize(
