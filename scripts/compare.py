@@ -6,6 +6,7 @@ byte do not mean the same are in tables of their own.
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -217,7 +218,7 @@ def same_losses(runs: Sequence[Results], share: float) -> bool:
     same = True
     for run in others:
         found = dict(zip(*run.series("train/loss"), strict=True))
-        errors = {step: abs(found[step] / loss - 1) for step, loss in expected.items() if step in found}
+        errors = {step: _apart(found[step], loss) for step, loss in expected.items() if step in found}
         if not errors:
             raise ValueError(f"--within needs steps that both logged, got none of {first.name} and {run.name}")
         worst = max(errors, key=errors.__getitem__)
@@ -229,6 +230,11 @@ def same_losses(runs: Sequence[Results], share: float) -> bool:
             f"{statistics.mean(errors.values()):.3%} on average"
         )
     return same
+
+
+def _apart(found: float, expected: float) -> float:
+    """As a share; infinitely where one is nan, which would pass for less than any share, or infinite."""
+    return abs(found / expected - 1) if math.isfinite(found) and math.isfinite(expected) else math.inf
 
 
 def warn(message: str) -> None:

@@ -218,14 +218,19 @@ def stability(folders: str, seq_len: str, *only: str) -> str:
     rates, lines = _rates(found), []
     for names, runs in found.items():
         logits = [f"{runs[rate].last('logit/max'):,.1f}" if rate in runs else "" for rate in rates]
-        lines.append([*names, *logits, f"{max(map(_largest_gradient, runs.values())):.2f}"])
+        lines.append([*names, *logits, f"{_largest([_largest_gradient(run) for run in runs.values()]):.2f}"])
     return markdown((*_headings(further), *(f"{rate:g}" for rate in rates), "gradient norm"), lines)
 
 
 def _largest_gradient(run: Results) -> float:
     steps, norms = run.series("train/grad_norm")
     warmup = run.configured("optimizer.warmup_steps")
-    return max(norm for step, norm in zip(steps, norms, strict=True) if step > warmup)
+    return _largest([norm for step, norm in zip(steps, norms, strict=True) if step > warmup])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Their maximum; nan if one is, which max() passes over unless it is the first."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def scales(folders: str, *only: str) -> str:

@@ -238,6 +238,11 @@ def test_sensitivity_and_stability(trained):
         "| attention | norm | 0.001 | 0.002 | 0.004 | 0.008 | gradient norm |",
         "| regular | pre | 3.0 | 5.0 | 1,234.5 | 2.0 | 4.50 |",  # of step 1, in the warm-up, it is 9
     ]
+    for lr in (0.001, 0.002):
+        name = trained("c", "regular", 1.5, lr=lr)
+    path = results.RESULTS / "c" / name / "metrics.csv"
+    path.write_text(path.read_text().replace(",1.8,", ",nan,"))  # the gradient of its last step
+    assert results.stability("c", "64").splitlines()[2] == "| regular | pre | 2.0 | 2.0 | nan |"
 
 
 @pytest.mark.parametrize(("status", "loss"), [("diverged", 1.0), ("finished", float("nan"))])
