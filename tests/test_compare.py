@@ -499,6 +499,19 @@ def test_seeds_are_a_mean_line_in_a_band(make):
     assert [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] == pytest.approx([1.5, 1.5])
 
 
+def test_the_last_validation_of_runs_by_time_is_their_mean(make):
+    folders = [make(loss=1.0), make(loss=2.0, seed=1)]
+    for folder, end in zip(folders, (8, 10), strict=True):
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        lines[1] += "3.0" if end == 8 else "4.0"  # both validate after step 2, too
+        last = lines[-1].split(",")
+        (folder / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join([str(end), *last[1:]])]) + "\n")
+    for order in (folders, folders[::-1]):
+        axes, _ = axes_of(comparison(*order), lambda axes, shown: compare_plots.draw_losses(axes, shown, "tokens"))
+        points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
+        assert points == [pytest.approx([2, 3.5]), pytest.approx([9, 1.5])]
+
+
 def test_time_is_bytes_over_speed(make):
     run = read_results(make(speed=500.0))
     assert compare_plots.seconds_of(run) == {2000: 4.0, 4000: 8.0, 6000: 12.0}
