@@ -2,8 +2,10 @@
 
 import html
 import io
+import itertools
 import json
 import math
+import os
 import re
 import statistics
 from pathlib import Path
@@ -611,6 +613,48 @@ def test_plots_are_written_where_asked(make, tmp_path, capsys):
     for file in files:
         pixels = image.imread(file)
         assert pixels.ndim == 3 and pixels[..., :3].std() > 0.01
+
+
+def test_the_page_is_written_of_runs_that_cannot_be_written_to(make, tmp_path, monkeypatch, capsys):
+    make(), make(attention="regular")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    denied = [tmp_path / "runs"]  # to whoever is not root, which tests may be
+    access = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: access(path, mode) and not any(map(Path(path).is_relative_to, denied))
+    )
+    out, err = compared(capsys, tmp_path / "runs", "--html", "r.html", "--markdown", "r.md")
+    (warning,) = err.splitlines()
+    assert (
+        f"plots are drawn in the current folder, for '{tmp_path / 'runs'}' is not to be written to; --plot" in warning
+    )
+    assert {path.name for path in Path().iterdir()} == {"r.html", "r.md", "comparison.png"}
+    assert f"{tmp_path / 'here' / 'comparison.png'}\n" in out and not list((tmp_path / "runs").glob("*.png"))
+    assert not compared(capsys, tmp_path / "runs", "--plot", "mine.png").err  # which asks for no other place
+    denied.append(tmp_path / "here")
+    assert "--plot must be a file that can be written to, and neither" in refused(capsys, tmp_path / "runs")
+    for option in ("--plot", "--html", "--markdown"):
+        error = refused(capsys, tmp_path / "runs", option, "other.png")
+        assert f"{option} must be a file that can be written to, got 'other.png'" in error
+
+
+def test_plots_of_runs_that_share_no_folder_are_not_drawn_in_the_root(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert compare.default_plot([Path("/one/run"), Path("/other/run")]) == tmp_path / "comparison.png"
+    assert "for '/' is all that the runs share" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_written_though_nobody_reads_the_tables(make, tmp_path):
+    make(), make(attention="regular")
+    files = [tmp_path / name for name in ("r.html", "r.md", "r.png")]
+    read, write = os.pipe()
+    os.close(read)  # as head does once it has seen enough
+    with pytest.MonkeyPatch.context() as patch, open(write, "w") as closed:
+        patch.setattr("sys.stdout", closed)
+        options = zip(("--html", "--markdown", "--plot"), map(str, files), strict=True)
+        assert compare.main([str(tmp_path / "runs"), *itertools.chain(*options)]) == 1
+    assert all(file.stat().st_size > 100 for file in files)
 
 
 def test_each_comparison_has_plots_of_its_own(make, tmp_path, capsys):
