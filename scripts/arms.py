@@ -78,18 +78,15 @@ class Arm:
         return f"{len(self.finished)} of {len(self.finished) + others}" if others else str(len(self.finished))
 
 
-def arms_of(runs: Sequence[Results], *, one_corpus: bool = False) -> list[Arm]:
+def arms_of(runs: Sequence[Results]) -> list[Arm]:
     """The runs by configuration, in the order in which the first of each stands. Each run without one is its own.
 
-    Args:
-        one_corpus: all runs are known to be of the same, which is no setting then: early ends did not record it.
+    The corpus is no setting: whether runs are of one tells its hash, see ``comparisons_of``, and not its name.
     """
     arms: dict[Any, Arm] = {}
     for run in runs:
         config = flat(run.configuration or {"run": run.name})
         settings = _settings(run, config)
-        if one_corpus:
-            settings.pop("data", None)
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
         before = arms.get(key, Arm(settings, (), ()))
         arms[key] = Arm(settings, (*before.runs, run), (*before.seeds, config.get("seed")))
@@ -107,11 +104,9 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
     }
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
-    corpus = (run.record.get("corpus") or {}).get("name")
     changed = "; ".join(map(_change, resumed_with(run.record)))
     return {
         **options,
-        **({"data": corpus} if corpus else {}),
         **kept,
         **({RESUMED_WITH: changed} if changed else {}),
     }

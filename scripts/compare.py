@@ -6,6 +6,7 @@ byte do not mean the same are in tables of their own.
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         type=Path,
         help=f"of the plots, .png, .svg or .pdf; more plots go beside it (default: {PLOT_FILE} in the folder that all "
-        "runs share)",
+        "runs share, or in the current one where that cannot be written to)",
     )
     parser.add_argument(
         "--html", metavar="FILE", type=Path, help="write one page with everything, and open it anywhere"
@@ -71,6 +72,15 @@ def compare(arguments: argparse.Namespace) -> None:
     each = table(runs, title="every run") if arguments.each or len(runs) <= MOST_RUNS else None
     tables = [compare_tables.listings(*pair, baseline) for pair in zip(comparisons, named, strict=True)]
     listings = list(itertools.chain(*tables)) if len(runs) > 1 else []  # a lone run has its own row below
+    plot = arguments.plot or default_plot(folders)
+    # First what was asked for: whoever reads the tables may stop at any line, which ends this program.
+    if arguments.markdown is not None:
+        text = "\n".join([*map(compare_tables.markdown, compare_tables.said_once(listings)), markdown(runs)])
+        arguments.markdown.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files
+    if arguments.html is not None:
+        page = compare_page.page(runs, comparisons, tables)
+        arguments.html.write_text(page, encoding="utf-8", errors="backslashreplace")
+    plots = [] if arguments.plot is None else draw(comparisons, named, plot)
     print_line(counts(runs))
     if len(comparisons) > 1:
         print_line(f"in {len(comparisons)} tables, because bits per byte of different ones do not compare")
@@ -81,14 +91,9 @@ def compare(arguments: argparse.Namespace) -> None:
         print_line("--runs shows a row for each run, too")
     for line in unfinished(runs):
         print_line(line)
-    for path in draw(comparisons, named, arguments.plot or shared_folder(folders) / PLOT_FILE):
+    for path in plots or draw(comparisons, named, plot):
         print_line(str(path))
-    if arguments.markdown is not None:
-        text = "\n".join([*map(compare_tables.markdown, compare_tables.said_once(listings)), markdown(runs)])
-        arguments.markdown.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files
     if arguments.html is not None:
-        page = compare_page.page(runs, comparisons, tables)
-        arguments.html.write_text(page, encoding="utf-8", errors="backslashreplace")
         print_line(str(arguments.html))
     if arguments.within is not None:
         for difference in differences(runs):
@@ -103,13 +108,32 @@ def _check_files(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, option)
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"--{option} must be a file in an existing folder, got {str(path)!r}")
+        if path is not None and not _is_writable(path):
+            raise ValueError(f"--{option} must be a file that can be written to, got {str(path)!r}")
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot must end in .png, .svg or .pdf, got {str(arguments.plot)!r}")
 
 
-def shared_folder(folders: Sequence[Path]) -> Path:
-    """The deepest that all runs are in."""
-    return Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+def _is_writable(path: Path) -> bool:
+    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+
+
+def default_plot(folders: Sequence[Path]) -> Path:
+    """In the deepest folder that all runs are in; in the current one, which is said, where that is / or not ours.
+
+    Raises ValueError where that cannot be written to either.
+    """
+    shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    path, here = shared / PLOT_FILE, Path.cwd() / PLOT_FILE
+    if shared != Path(shared.anchor) and _is_writable(path):
+        return path
+    if not _is_writable(here):
+        raise ValueError(
+            f"--plot must be a file that can be written to, and neither {str(path)!r} nor {str(here)!r} is"
+        )
+    reason = "all that the runs share" if shared == Path(shared.anchor) else "not to be written to"
+    warn(f"plots are drawn in the current folder, for {str(shared)!r} is {reason}; --plot FILE draws them elsewhere")
+    return here
 
 
 def draw(comparisons: Sequence[Comparison], named: Sequence[str], path: Path) -> list[Path]:
@@ -198,8 +222,10 @@ def differences(runs: Sequence[Results]) -> list[str]:
 
 def _windows(run: Results) -> dict[str, Any]:
     """See ``ByteDataModule.train_batch``."""
+    corpus = run.record.get("corpus") or {}
     return {
-        "the corpus (SHA-256)": (run.record.get("corpus") or {}).get("sha256"),
+        "the corpus (SHA-256)": corpus.get("sha256"),
+        "the training split's length": corpus.get("train_bytes"),
         "seq_len": run.configured("seq_len"),
         "tokens_per_step": run.record.get("tokens_per_step"),
         "seed": run.configured("seed"),
@@ -215,7 +241,7 @@ def same_losses(runs: Sequence[Results], share: float) -> bool:
     same = True
     for run in others:
         found = dict(zip(*run.series("train/loss"), strict=True))
-        errors = {step: abs(found[step] / loss - 1) for step, loss in expected.items() if step in found}
+        errors = {step: _apart(found[step], loss) for step, loss in expected.items() if step in found}
         if not errors:
             raise ValueError(f"--within needs steps that both logged, got none of {first.name} and {run.name}")
         worst = max(errors, key=errors.__getitem__)
@@ -227,6 +253,11 @@ def same_losses(runs: Sequence[Results], share: float) -> bool:
             f"{statistics.mean(errors.values()):.3%} on average"
         )
     return same
+
+
+def _apart(found: float, expected: float) -> float:
+    """As a share; infinitely where one is nan, which would pass for less than any share, or infinite."""
+    return abs(found / expected - 1) if math.isfinite(found) and math.isfinite(expected) else math.inf
 
 
 def warn(message: str) -> None:

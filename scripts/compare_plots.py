@@ -112,6 +112,24 @@ def curve_of(runs: Sequence[Results]) -> Curve:
     return Curve(*map(list, zip(*_thinned(rows), strict=True))) if rows else Curve([], [], [], [], [])
 
 
+def validations_of(runs: Sequence[Results]) -> dict[float, float]:
+    """The mean loss of validation by bytes trained on: where all runs have one, and of their ends at the mean of these.
+
+    Runs by time end at bytes of their own, so that their ends are no place that all share.
+    """
+    series = [found for run in runs if (found := dict(zip(*run.over_tokens("val/bpc"), strict=True)))]
+    points = {
+        token: statistics.mean(one[token] for one in series)
+        for token in (series[0] if series else ())
+        if all(math.isfinite(one.get(token, math.nan)) for one in series)
+    }
+    ends = [(token, loss) for token, loss in (list(one.items())[-1] for one in series) if math.isfinite(loss)]
+    if ends:
+        tokens, losses = zip(*ends, strict=True)
+        points[statistics.mean(tokens)] = statistics.mean(losses)
+    return points
+
+
 def _thinned(rows: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
     """The means of as many neighbours as it takes; bytes and seconds are those of the last."""
     size = -(-len(rows) // MOST_POINTS)
@@ -152,17 +170,10 @@ def draw_losses(axes: Axes, shown: Sequence[Shown], against: str) -> None:
                 places = [value / size for value in getattr(curve, against)]
                 axes.plot(places, curve.mean, color=one.color, linestyle=":", linewidth=1)
         if against == "tokens":
-            _draw_validations(axes, one, size)
+            for token, loss in validations_of(one.arm.finished).items():
+                axes.plot([token / size], [loss], color=one.color, marker="o", markersize=4)
     title = "training loss" if against == "tokens" else "training loss over training time"
     axes.set(xlabel=unit, ylabel="bits per byte", title=title)
-
-
-def _draw_validations(axes: Axes, one: Shown, size: float) -> None:
-    series = [dict(zip(*run.over_tokens("val/bpc"), strict=True)) for run in one.arm.finished]
-    for token in series[0] if series else ():
-        values = [points[token] for points in series if math.isfinite(points.get(token, math.nan))]
-        if values:
-            axes.plot([token / size], [statistics.mean(values)], color=one.color, marker="o", markersize=4)
 
 
 def _byte_unit(shown: Sequence[Shown]) -> tuple[str, float]:

@@ -83,15 +83,17 @@ class Listing:
 def listings(comparison: Comparison, title: str, baseline: Baseline | None) -> list[Listing]:
     """The table of all arms, and where learning rates differ that of each at the best of its own."""
     spread = "mean ± standard deviation over seeds" if any(len(arm.finished) > 1 for arm in comparison.arms) else ""
-    whole = _listing(comparison.arms, _joined(title, spread), comparison.keys, baseline)
+    whole = _listing(comparison, comparison.arms, _joined(title, spread), comparison.keys, baseline)
     chosen = at_best_rates(comparison.arms)
-    return [whole, _of_best_rates(chosen, title, baseline)] if len(chosen) > 1 else [whole]
+    return [whole, _of_best_rates(comparison, chosen, title, baseline)] if len(chosen) > 1 else [whole]
 
 
-def _of_best_rates(chosen: Sequence[tuple[Arm, int]], title: str, baseline: Baseline | None) -> Listing:
+def _of_best_rates(
+    comparison: Comparison, chosen: Sequence[tuple[Arm, int]], title: str, baseline: Baseline | None
+) -> Listing:
     arms = [arm for arm, _ in chosen]
     keys = [*(key for key in of_arms.differing(arms) if key != RATE), RATE]
-    listing = _listing(arms, _joined(title, f"each at its best {RATE}"), keys, baseline, but=(RATE,))
+    listing = _listing(comparison, arms, _joined(title, f"each at its best {RATE}"), keys, baseline, but=(RATE,))
     after = len(keys)
     rows = [(*row[:after], str(rates), *row[after:]) for row, (_, rates) in zip(listing.rows, chosen, strict=True)]
     headings = (*listing.headings[:after], "rates", *listing.headings[after:])
@@ -104,7 +106,13 @@ def _joined(*texts: str) -> str:
 
 
 def _listing(
-    arms: Sequence[Arm], title: str, keys: Sequence[str], baseline: Baseline | None, *, but: Sequence[str] = ()
+    comparison: Comparison,
+    arms: Sequence[Arm],
+    title: str,
+    keys: Sequence[str],
+    baseline: Baseline | None,
+    *,
+    but: Sequence[str] = (),
 ) -> Listing:
     numbers = metrics.headings(compared=True)
     headings, rows = [*keys, "n", *numbers], [_cells(arm, keys, numbers) for arm in arms]
@@ -118,7 +126,7 @@ def _listing(
         _notes_on(arms),
         tuple(arms),
     )
-    return listing if baseline is None else _with_differences(listing, baseline, but)
+    return listing if baseline is None else _with_differences(listing, comparison, baseline, but)
 
 
 def _cells(arm: Arm, keys: Sequence[str], numbers: Sequence[str]) -> list[str]:
@@ -140,11 +148,12 @@ def _notes_on(arms: Sequence[Arm]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _with_differences(listing: Listing, baseline: Baseline, but: Sequence[str]) -> Listing:
+def _with_differences(listing: Listing, comparison: Comparison, baseline: Baseline, but: Sequence[str]) -> Listing:
     after = listing.headings.index(LOSS) + 1
+    among = comparison.arms if baseline.key is None else listing.arms  # a run that is named need not be at its best
     found = []
     for arm in listing.arms:
-        other = baseline.of(arm, listing.arms, but=but)
+        other = baseline.of(arm, among, but=but)
         value = None if other is None else difference(arm, other)
         found.append("baseline" if other is arm else "-" if value is None else str(value))
     rows = tuple((*row[:after], cell, *row[after:]) for row, cell in zip(listing.rows, found, strict=True))
@@ -152,6 +161,10 @@ def _with_differences(listing: Listing, baseline: Baseline, but: Sequence[str]) 
     against = f"that of {baseline.text}" if baseline.key is None else f"that of the same with {baseline.text}"
     if baseline.key is not None and but:
         against += f", at its own {', '.join(but)}"
+    if all(cell == "-" for cell in found):
+        return replace(
+            listing, notes=(*listing.notes, f"{DIFFERENCE}: none, for no {LOSS} here compares with {against}")
+        )
     notes = [f"{DIFFERENCE}: {LOSS} minus {against}, below 0 is better; {PAIRED}"]
     if any(cell.endswith(")") and "," in cell.rsplit("(", 1)[-1] for cell in found):
         notes.append(UNPAIRED)

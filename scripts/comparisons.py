@@ -10,6 +10,7 @@ from typing import Any
 from models.training.report import Results
 from scripts.arms import Arm, arms_of, differing, label, setting
 
+CORPUS = "corpus"  # the term of a comparison that is a hash, and shown by a name
 LOSS = "val bpc"  # the heading of the number by which arms are ranked
 RATE = "lr"
 DIFFERENCE = "difference"  # of the loss, to a baseline
@@ -21,7 +22,7 @@ class Comparison:
     """Runs whose bits per byte mean the same: of one corpus, of the same of its bytes, after as many bytes of training.
 
     Attributes:
-        terms: these three, None where no run recorded it.
+        terms: these, None where no run recorded it; the corpus is the SHA-256 of its bytes, whatever their file's name.
         arms: the runs by configuration, sorted by the settings that differ.
     """
 
@@ -46,7 +47,9 @@ def comparisons_of(runs: Sequence[Results]) -> list[Comparison]:
     One that has no configuration and did not finish is in none.
     """
     terms = [(run, _terms(run)) for run in runs if run.status == "finished" or run.configured("seed") is not None]
-    whole = _unique(found for _, found in terms if None not in found.values())
+    known = _unique(found for _, found in terms)
+    # those that no other run's record adds to: a corpus of one's own may never record some of the terms
+    whole = [one for one in known if not any(one != other and _agree(one, other) for other in known)]
     groups: list[tuple[dict[str, Any], list[Results]]] = []
     for run, found in terms:
         fitting = [other for other in whole if _agree(found, other)]
@@ -58,17 +61,18 @@ def comparisons_of(runs: Sequence[Results]) -> list[Comparison]:
         else:
             groups.append((chosen, [run]))
     groups.sort(key=lambda group: -len(group[1]))  # a stable sort: of as many runs, the first
-    return [Comparison(chosen, tuple(_sorted(arms_of(members, one_corpus=True)))) for chosen, members in groups]
+    return [Comparison(chosen, tuple(_sorted(arms_of(members)))) for chosen, members in groups]
 
 
 def _terms(run: Results) -> dict[str, Any]:
     corpus = run.record.get("corpus") or {}
-    sha256 = corpus.get("sha256")
     per_step = run.record.get("tokens_per_step") or run.configured("tokens_per_step")
     steps, minutes = run.configured("max_steps"), run.configured("trainer.budget_minutes")
     trained_on = steps * per_step if steps and per_step else None
     return {
-        "corpus": sha256 and f"{corpus.get('name')} (SHA-256 {sha256[:8]})",
+        CORPUS: corpus.get("sha256"),
+        # the hash is that of the whole: where the training split ends, the bytes that are validated begin
+        "bytes of the training split": corpus.get("train_bytes"),
         "validated bytes": corpus.get("val_scored"),
         # runs by time make as many steps as they can: what they share is the time
         "bytes trained on": trained_on if minutes is None else f"those of {minutes:g} minutes",
@@ -103,11 +107,18 @@ def titles(comparisons: Sequence[Comparison]) -> list[str]:
     """For each, the terms in which it differs from the others; empty texts for a lone one."""
     terms = comparisons[0].terms if comparisons else {}
     names = [term for term in terms if len({one.terms[term] for one in comparisons}) > 1]
-    return [", ".join(f"{term}: {_readable(one.terms[term])}" for term in names) for one in comparisons]
+    return [", ".join(f"{term}: {_readable(one, term)}" for term in names) for one in comparisons]
 
 
-def _readable(value: Any) -> str:
-    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def _readable(one: Comparison, term: str) -> str:
+    value = one.terms[term]
+    if value is None:
+        return "unknown"
+    if term == CORPUS:
+        corpora = (run.record.get("corpus") or {} for run in one.runs)
+        name = next(corpus.get("name") for corpus in corpora if corpus.get("sha256") == value)
+        return f"{name} (SHA-256 {value[:8]})"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def best_of(arms: Sequence[Arm]) -> list[Arm]:
@@ -124,20 +135,26 @@ def best_of(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
-    """Of arms that differ in their learning rate alone the one of the lowest mean loss, and how many have one.
+    """Of arms that differ in their learning rate alone the best by ``rank``, and how many they are, with and without a
+    loss; nothing of those of which none has one.
 
-    Where some have more seeds than others, of those with most: a single seed's best is often luck. Empty where no two
-    arms differ in their learning rate alone.
+    Empty where no two arms differ in their learning rate alone.
     """
-    groups: dict[tuple, list[tuple[float, Arm]]] = {}
+    groups: dict[tuple, list[Arm]] = {}
     for arm in arms:
-        mean = arm.mean(LOSS)
-        if mean is not None:
-            groups.setdefault(_others(arm, (RATE,)), []).append((mean, arm))
+        groups.setdefault(_others(arm, (RATE,)), []).append(arm)
     if all(len(group) == 1 for group in groups.values()):
         return []
-    best = (min(group, key=lambda pair: (-len(pair[1].finished), pair[0]))[1] for group in groups.values())
-    return [(arm, len(group)) for arm, group in zip(best, groups.values(), strict=True)]
+    best = [(min(group, key=rank), len(group)) for group in groups.values()]
+    return [(arm, rates) for arm, rates in best if arm.values(LOSS)]
+
+
+def rank(arm: Arm) -> tuple[int, float]:
+    """Sorts arms that differ in their learning rate alone, the best first: that of the lowest mean loss, of those of
+    which most seeds have one. A single seed's best is often luck, and so is a rate at which the other seeds diverged.
+    """
+    losses = arm.values(LOSS)
+    return -len(losses), statistics.mean(losses) if losses else math.inf
 
 
 def _others(arm: Arm, keys: Sequence[str]) -> tuple:

@@ -25,7 +25,7 @@ from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
 from scripts.compare_plots import seconds_of
-from scripts.comparisons import difference
+from scripts.comparisons import comparisons_of, difference, rank, titles
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -55,7 +55,16 @@ def _arms(folders: str, only: Sequence[str] = ()) -> list[Arm]:
     """
     runs = [run for folder in folders.split(",") for run in _runs(RESULTS / folder)]
     wanted = [(key, values.split(",")) for key, _, values in (one.partition("=") for one in only)]
-    return [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
+    arms = [arm for arm in arms_of(runs) if all(setting(arm, key) in values for key, values in wanted)]
+    _refuse_several(folders, [run for arm in arms for run in arm.runs])
+    return arms
+
+
+def _refuse_several(folders: str, runs: Sequence[Results]) -> None:
+    """Raises ValueError for runs whose bits per byte do not mean the same: a table would rank them."""
+    several = comparisons_of(runs)
+    if len(several) > 1:
+        raise ValueError(f"a table's runs must be of one comparison, got {folders} with {'; '.join(titles(several))}")
 
 
 @functools.cache  # many tables are of the same runs: check() begins anew
@@ -90,19 +99,14 @@ def _place(arm: Arm, further: Sequence[str]) -> tuple:
 
 
 def _best(arms: Sequence[Arm], further: Sequence[str]) -> list[Arm]:
-    """Of arms that differ in their learning rate alone the one that learned best, of those with most seeds."""
+    """Of arms that differ in their learning rate alone the best by ``rank``."""
     best: dict[tuple, Arm] = {}
     for arm in arms:
         key = arm.settings["seq_len"], *_place(arm, further)
         before = best.get(key)
-        if before is None or _rank(arm) > _rank(before):
+        if before is None or rank(arm) < rank(before):
             best[key] = arm
     return [best[key] for key in sorted(best)]
-
-
-def _rank(arm: Arm) -> tuple[int, float]:
-    losses = arm.values("val bpc")
-    return (len(set(arm.seeds)), -statistics.mean(losses)) if losses else (0, float("-inf"))
 
 
 def comparison(folders: str, *only: str) -> str:
@@ -152,12 +156,16 @@ def _arm_of(name: str, arms: Sequence[Arm]) -> Arm:
 
 
 def _by_rate(folders: str, seq_len: str, only: Sequence[str]) -> tuple[list[str], dict[tuple, dict[float, Results]]]:
-    """The settings beside attention and norm; and of each arm, by its names, seed 0's run of every learning rate."""
+    """The settings beside attention and norm; and of each arm, by its names, seed 0's run of every learning rate.
+
+    Where seed 0 ran several times, the run that counts; where none finished, the last that started.
+    """
     arms = [arm for arm in _arms(folders, only) if arm.settings["seq_len"] == int(seq_len)]
     further = _further(arms)
     found: dict[tuple, dict[float, Results]] = {}
     for arm in sorted(arms, key=lambda arm: _place(arm, further)):
-        seeds = dict(zip(arm.seeds, arm.runs, strict=True))
+        started = sorted(zip(arm.seeds, arm.runs, strict=True), key=lambda pair: pair[1].record.get("started") or "")
+        seeds = {**dict(started), **arm.by_seed}
         runs = found.setdefault(_names(arm, further), {})
         if 0 in seeds:
             runs[arm.settings["lr"]] = seeds[0]
@@ -183,16 +191,23 @@ def _loss_or_end(run: Results) -> str:
 
 
 def sensitivity(folders: str, seq_len: str, *only: str) -> str:
-    """What seed 0 loses beside its best learning rate: on average over all rates, at twice and at four times it."""
+    """What seed 0 loses beside its best learning rate: on average over all rates, at twice and at four times it.
+
+    Rates at which it did not finish are counted apart, and in no average.
+    """
     further, found = _by_rate(folders, seq_len, only)
     lines = []
     for names, runs in found.items():
         losses = {rate: run.last("val/bpc") for rate, run in runs.items() if run.status == "finished"}
+        ends = Arm({}, tuple(runs.values()), tuple(runs)).ends()
+        if not losses:
+            lines.append([*names, ends, *["-"] * 5])
+            continue
         best = min(losses, key=losses.__getitem__)
         more = {rate: loss - losses[best] for rate, loss in losses.items()}
         above = [f"{more[factor * best]:.3f}" if factor * best in more else "-" for factor in (2, 4)]
         numbers = f"{losses[best]:.4f}", f"{statistics.mean(more.values()):.3f}", *above
-        lines.append([*names, str(len(losses)), f"{best:g}", *numbers])
+        lines.append([*names, ends, f"{best:g}", *numbers])
     numbers = ("lowest val bpc", "mean above it", "at twice the rate", "at four times")
     return markdown((*_headings(further), "rates", "best rate", *numbers), lines)
 
@@ -203,14 +218,19 @@ def stability(folders: str, seq_len: str, *only: str) -> str:
     rates, lines = _rates(found), []
     for names, runs in found.items():
         logits = [f"{runs[rate].last('logit/max'):,.1f}" if rate in runs else "" for rate in rates]
-        lines.append([*names, *logits, f"{max(map(_largest_gradient, runs.values())):.2f}"])
+        lines.append([*names, *logits, f"{_largest([_largest_gradient(run) for run in runs.values()]):.2f}"])
     return markdown((*_headings(further), *(f"{rate:g}" for rate in rates), "gradient norm"), lines)
 
 
 def _largest_gradient(run: Results) -> float:
     steps, norms = run.series("train/grad_norm")
     warmup = run.configured("optimizer.warmup_steps")
-    return max(norm for step, norm in zip(steps, norms, strict=True) if step > warmup)
+    return _largest([norm for step, norm in zip(steps, norms, strict=True) if step > warmup])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Their maximum; nan if one is, which max() passes over unless it is the first."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def scales(folders: str, *only: str) -> str:
@@ -288,6 +308,7 @@ def _recipes(folder: str) -> dict[str, Arm]:
     runs: dict[str, list[Results]] = {}
     for run in _runs(RESULTS / folder):
         runs.setdefault(re.sub(r"-seed\d+$", "", run.folder.name), []).append(run)
+    _refuse_several(folder, [run for of in runs.values() for run in of])
     return {name: Arm({}, tuple(of), tuple(one.configured("seed") for one in of)) for name, of in runs.items()}
 
 

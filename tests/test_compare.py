@@ -2,8 +2,10 @@
 
 import html
 import io
+import itertools
 import json
 import math
+import os
 import re
 import statistics
 from pathlib import Path
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow  # each quick, together half a minute
 
 PER_STEP, STEPS = 1000, 6
 COSINE = {"kind": "cosine", "scale": 12.0}
+BOOK = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
 
 
 @pytest.fixture
@@ -46,9 +49,8 @@ def maker(tmp_path):
         kept = {"seed": seed, "lr": lr, "seq_len": seq_len, "max_steps": max_steps, "tokens_per_step": PER_STEP}
         kept |= {"attention": COSINE if attention == "cosine" else {"kind": "regular"}, "norm": {"kind": norm}}
         OmegaConf.save(kept | (config or {}), folder / "config.yaml")
-        corpus = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
         whole = {"status": "finished", "choices": {"attention": attention, "norm": norm}, "tokens_per_step": PER_STEP}
-        whole |= {"corpus": corpus, "device": "a GPU", "git_commit": "c0ffee" * 6, "command": f"train.py seed={seed}"}
+        whole |= {"corpus": BOOK, "device": "a GPU", "git_commit": "c0ffee" * 6, "command": f"train.py seed={seed}"}
         (folder / "run.json").write_text(json.dumps(whole | record))
         rows = ["step,train/loss,train/bpc,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc"]
         if loss is not None:
@@ -190,8 +192,10 @@ def test_numbers_are_sorted_as_numbers_and_shown_so_that_they_differ(make):
 @pytest.mark.parametrize(
     ("change", "title"),
     [
-        ({"corpus": {"name": "other", "sha256": "f" * 64, "val_scored": 999}}, "corpus: other (SHA-256 ffffffff)"),
-        ({"corpus": {"name": "book", "sha256": "ab" * 32, "val_scored": 77}}, "validated bytes: 77"),
+        ({"corpus": BOOK | {"sha256": "f" * 64}}, "corpus: book (SHA-256 ffffffff)"),
+        ({"corpus": BOOK | {"val_scored": 77}}, "validated bytes: 77"),
+        # as with another data.test_fraction: as many bytes are validated, and they are others
+        ({"corpus": BOOK | {"train_bytes": 4000}}, "bytes of the training split: 4,000"),
         ({"max_steps": 4}, "bytes trained on: 4,000"),
         ({"tokens_per_step": 500}, "bytes trained on: 3,000"),
     ],
@@ -207,6 +211,17 @@ def test_runs_whose_bits_per_byte_do_not_compare_are_in_tables_of_their_own(make
     assert "1.5000 ± 0.0000" in first and cells_of(second)[0][:2] == ["1", "0.5000"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_one_text_under_two_names_is_one_comparison(make, tmp_path, capsys):
+    for seed, name in enumerate(("text.txt", "text.txt.gz")):
+        make(loss=1.0 + seed, seed=seed, corpus=BOOK | {"name": name})
+    out = compared(capsys, tmp_path / "runs").out
+    assert "tables" not in out and cells_of(out)[0][:2] == ["2", "1.5000 ± 0.7071"]
+    make("other", loss=0.5, corpus=BOOK | {"name": "text.txt", "sha256": "f" * 64})
+    out = compared(capsys, tmp_path / "runs").out
+    assert "corpus: text.txt (SHA-256 abababab)" in out and "corpus: text.txt (SHA-256 ffffffff)" in out
+
+
 def test_runs_of_as_much_time_compare_whatever_steps_they_made(make):
     ten, five = ({"trainer": {"budget_minutes": minutes}} for minutes in (10, 5))
     folders = [make(config=ten), make(config=ten, seed=1, max_steps=4), make("other", config=ten, tokens_per_step=500)]
@@ -220,8 +235,13 @@ def test_a_run_that_ended_early_joins_the_comparison_that_it_can_belong_to(make)
     folders = [make(), make(loss=None, seed=1, status="failed", corpus=None, tokens_per_step=None)]
     (one,) = comparisons_of([read_results(folder) for folder in folders])
     assert one.arms[0].ends() == "1, 1 failed"
-    shorter = make("shorter", max_steps=4, corpus={"name": "x", "sha256": "0" * 64, "val_scored": 999})
+    folders.append(make("earlier", seed=2, corpus={key: BOOK[key] for key in BOOK if key != "train_bytes"}))
+    (one,) = comparisons_of([read_results(folder) for folder in folders])
+    assert one.arms[0].ends() == "2, 1 failed"  # a run of which less was recorded
+    shorter = make("shorter", max_steps=4, corpus=BOOK | {"sha256": "0" * 64})
     assert len(comparisons_of([read_results(folder) for folder in (*folders, shorter)])) == 2
+    (one,) = comparisons_of([read_results(folder) for folder in folders[1:]])
+    assert one.arms[0].ends() == "1, 1 failed"  # though no run recorded all
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -326,6 +346,26 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
     ]
     single = comparison(*[folder for folder in (tmp_path / "runs").glob("*-lr0.001-*")])
     assert at_best_rates(single.arms) == []
+    make(loss=None, lr=0.004, status="diverged")
+    for attention in ("cosine", "regular"):
+        make(loss=None, attention=attention, norm="post", status="diverged")
+    at_worse = "regular-pre-len64-lr0.002-seed0"
+    table = compared(capsys, tmp_path / "runs", "--baseline", at_worse).out.split("each at its best lr")[1]
+    assert [row[:6] for row in cells_of(table)[:2]] == [
+        ["cosine", "0.001", "3", "3", "* 1.2067 ± 0.0058", "-0.6933 (3, 1)"],  # of three rates one diverged
+        ["regular", "0.001", "2", "1", "1.3000", "-0.6000 (1)"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_baseline_without_a_loss_in_the_table_is_said(make, tmp_path, capsys):
+    make(loss=1.0), make(loss=1.1, attention="regular"), make("lost", None, norm="post", status="diverged")
+    make("shorter", max_steps=4)
+    out = compared(capsys, tmp_path / "runs", "--baseline", "lost").out
+    assert "difference: none, for no val bpc here compares with that of lost\n" in out
+    first, second = compared(capsys, tmp_path / "runs", "--baseline", "shorter").out.split("bytes trained on: 4,000")
+    assert "difference: none, for no val bpc here compares with that of shorter\n" in first
+    assert "baseline" in second and "difference: none" not in second
 
 
 @pytest.mark.parametrize(
@@ -461,6 +501,19 @@ def test_seeds_are_a_mean_line_in_a_band(make):
     assert [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] == pytest.approx([1.5, 1.5])
 
 
+def test_the_last_validation_of_runs_by_time_is_their_mean(make):
+    folders = [make(loss=1.0), make(loss=2.0, seed=1)]
+    for folder, end in zip(folders, (8, 10), strict=True):
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        lines[1] += "3.0" if end == 8 else "4.0"  # both validate after step 2, too
+        last = lines[-1].split(",")
+        (folder / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join([str(end), *last[1:]])]) + "\n")
+    for order in (folders, folders[::-1]):
+        axes, _ = axes_of(comparison(*order), lambda axes, shown: compare_plots.draw_losses(axes, shown, "tokens"))
+        points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
+        assert points == [pytest.approx([2, 3.5]), pytest.approx([9, 1.5])]
+
+
 def test_time_is_bytes_over_speed(make):
     run = read_results(make(speed=500.0))
     assert compare_plots.seconds_of(run) == {2000: 4.0, 4000: 8.0, 6000: 12.0}
@@ -560,6 +613,48 @@ def test_plots_are_written_where_asked(make, tmp_path, capsys):
     for file in files:
         pixels = image.imread(file)
         assert pixels.ndim == 3 and pixels[..., :3].std() > 0.01
+
+
+def test_the_page_is_written_of_runs_that_cannot_be_written_to(make, tmp_path, monkeypatch, capsys):
+    make(), make(attention="regular")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    denied = [tmp_path / "runs"]  # to whoever is not root, which tests may be
+    access = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: access(path, mode) and not any(map(Path(path).is_relative_to, denied))
+    )
+    out, err = compared(capsys, tmp_path / "runs", "--html", "r.html", "--markdown", "r.md")
+    (warning,) = err.splitlines()
+    assert (
+        f"plots are drawn in the current folder, for '{tmp_path / 'runs'}' is not to be written to; --plot" in warning
+    )
+    assert {path.name for path in Path().iterdir()} == {"r.html", "r.md", "comparison.png"}
+    assert f"{tmp_path / 'here' / 'comparison.png'}\n" in out and not list((tmp_path / "runs").glob("*.png"))
+    assert not compared(capsys, tmp_path / "runs", "--plot", "mine.png").err  # which asks for no other place
+    denied.append(tmp_path / "here")
+    assert "--plot must be a file that can be written to, and neither" in refused(capsys, tmp_path / "runs")
+    for option in ("--plot", "--html", "--markdown"):
+        error = refused(capsys, tmp_path / "runs", option, "other.png")
+        assert f"{option} must be a file that can be written to, got 'other.png'" in error
+
+
+def test_plots_of_runs_that_share_no_folder_are_not_drawn_in_the_root(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert compare.default_plot([Path("/one/run"), Path("/other/run")]) == tmp_path / "comparison.png"
+    assert "for '/' is all that the runs share" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_written_though_nobody_reads_the_tables(make, tmp_path):
+    make(), make(attention="regular")
+    files = [tmp_path / name for name in ("r.html", "r.md", "r.png")]
+    read, write = os.pipe()
+    os.close(read)  # as head does once it has seen enough
+    with pytest.MonkeyPatch.context() as patch, open(write, "w") as closed:
+        patch.setattr("sys.stdout", closed)
+        options = zip(("--html", "--markdown", "--plot"), map(str, files), strict=True)
+        assert compare.main([str(tmp_path / "runs"), *itertools.chain(*options)]) == 1
+    assert all(file.stat().st_size > 100 for file in files)
 
 
 def test_each_comparison_has_plots_of_its_own(make, tmp_path, capsys):

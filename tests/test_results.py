@@ -6,7 +6,9 @@ from dataclasses import asdict
 import pytest
 from omegaconf import OmegaConf
 
+from models.training.report import read_results
 from scripts import plot_rows, results
+from scripts.comparisons import at_best_rates, comparisons_of
 from scripts.contenders import Case
 
 NO_NORM, NORM = "FlashAttention-4, no norm", "compiled l2norm + FlashAttention-4"
@@ -147,17 +149,19 @@ def trained(tmp_path, monkeypatch):
     """trained(folder, attention, loss, ...) is a run that logged five times: its last loss, then 1 more each before."""
     monkeypatch.setattr(results, "RESULTS", tmp_path)
 
-    def make(under, attention, loss, *, lr=0.001, seed=0, norm="pre", logit=2.0, status="finished", **own):
+    def make(under, attention, loss, *, lr=0.001, seed=0, norm="pre", logit=2.0, status="finished", record=None,
+             again="", **own):  # fmt: skip
         learned = {"learned_scale": True} if attention == "cosine" else {}
         configuration = {"seq_len": 64, "lr": lr, "seed": seed, "optimizer": {"kind": "adamw", "warmup_steps": 1}}
         configuration |= {"attention": {"kind": "any", **own, **learned}, "norm": {"kind": norm}}
         configuration |= {"model": {"kind": "gpt", "num_layers": 2}}
-        name = f"{attention}-{norm}-{lr}-{seed}" + "".join(f"-{key}{value}" for key, value in own.items())
+        name = f"{attention}-{norm}-{lr}-{seed}" + "".join(f"-{key}{value}" for key, value in own.items()) + again
         folder = tmp_path / under / name
         folder.mkdir(parents=True)
         OmegaConf.save(configuration, folder / "config.yaml")
         choices = {"attention": attention, "norm": norm}
-        (folder / "run.json").write_text(json.dumps({"status": status, "choices": choices, "tokens_per_step": 1000000}))
+        kept = {"status": status, "choices": choices, "tokens_per_step": 1000000} | (record or {})
+        (folder / "run.json").write_text(json.dumps(kept))
         lines = ["step,train/bpc,train/grad_norm,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc,logit/max,"
                  "scale/mean,scale/min,scale/max,scale/layer0/mean,scale/layer1/mean"]  # fmt: skip
         for step in range(1, 6):
@@ -202,6 +206,22 @@ def test_arms_of_several_folders_and_their_differences(trained):
     ]
 
 
+def test_a_table_is_of_one_corpus_whatever_its_file_is_called(trained):
+    book = {"name": "book", "sha256": "ab" * 32, "val_scored": 999, "train_bytes": 5000}
+    for seed, name in enumerate(("book", "book.gz")):
+        trained("a", "regular", 1.0 + seed, seed=seed, record={"corpus": book | {"name": name}})
+    assert results.comparison("a").splitlines()[2:] == [
+        "| 64 | regular | pre | 0.001 | 2 | **1.5000 ± 0.7071** | 500,000 ± 0 | 1.50 ± 0.00 |"
+    ]
+    for lr, size in ((0.001, 5000), (0.002, 4000)):
+        trained("b", "cosine", 0.5, lr=lr, record={"corpus": book | {"train_bytes": size}})
+    assert results.comparison("a,b", "lr=0.001").count("| 64 |") == 2
+    with pytest.raises(ValueError, match="one comparison, got a,b with bytes of the training split: 5,000; bytes of"):
+        results.comparison("a,b")
+    with pytest.raises(ValueError, match="of one comparison, got b with"):
+        results.timed("b", "cosine-pre-0.001-0")
+
+
 def test_sensitivity_and_stability(trained):
     for lr, loss, logit in ((0.001, 1.5, 3.0), (0.002, 1.0, 5.0), (0.004, 1.25, 1234.5)):
         trained("a", "regular", loss, lr=lr, logit=logit)
@@ -210,12 +230,44 @@ def test_sensitivity_and_stability(trained):
     assert results.sensitivity("a", "64").splitlines() == [
         "| attention | norm | rates | best rate | lowest val bpc | mean above it | at twice the rate | at four times |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| regular | pre | 3 | 0.002 | 1.0000 | 0.250 | 0.250 | - |",
+        "| regular | pre | 3, 1 diverged | 0.002 | 1.0000 | 0.250 | 0.250 | - |",
     ]
+    trained("lost", "regular", 0.1, status="diverged")
+    assert results.sensitivity("lost", "64").splitlines()[2] == "| regular | pre | 0, 1 diverged | - | - | - | - | - |"
     assert results.stability("a", "64").splitlines()[::2] == [
         "| attention | norm | 0.001 | 0.002 | 0.004 | 0.008 | gradient norm |",
         "| regular | pre | 3.0 | 5.0 | 1,234.5 | 2.0 | 4.50 |",  # of step 1, in the warm-up, it is 9
     ]
+    for lr in (0.001, 0.002):
+        name = trained("c", "regular", 1.5, lr=lr)
+    path = results.RESULTS / "c" / name / "metrics.csv"
+    path.write_text(path.read_text().replace(",1.8,", ",nan,"))  # the gradient of its last step
+    assert results.stability("c", "64").splitlines()[2] == "| regular | pre | 2.0 | 2.0 | nan |"
+
+
+@pytest.mark.parametrize(("status", "loss"), [("diverged", 1.0), ("finished", float("nan"))])
+def test_a_rate_at_which_most_seeds_diverged_is_nobodys_best(trained, status, loss):
+    for seed in (0, 1, 2):
+        trained("a", "regular", 1.5, lr=0.002, seed=seed)
+        trained("a", "regular", loss if seed else 1.0, lr=0.004, seed=seed, status=status if seed else "finished")
+    assert results.comparison("a").splitlines()[2:] == [
+        "| 64 | regular | pre | 0.002 | 3 | **1.5000 ± 0.0000** | 500,000 ± 0 | 1.50 ± 0.00 |"
+    ]
+    (one,) = comparisons_of([read_results(folder) for folder in sorted((results.RESULTS / "a").iterdir())])
+    ((best, rates),) = at_best_rates(one.arms)
+    assert best.settings["lr"] == 0.002 and rates == 2  # scripts.compare says the same
+
+
+def test_of_a_seed_that_ran_twice_the_run_that_finished_counts(trained):
+    for number, (status, loss) in enumerate((("finished", 1.5), ("interrupted", 2.0), ("failed", 2.5))):
+        record = {"started": f"2026-01-0{3 - number}T00:00:00+00:00"}
+        trained("ended", "regular", loss, status=status, record=record, again=f"-{number}")
+        if status != "finished":
+            trained("open", "regular", loss, status=status, record=record, again=f"-{number}")
+    assert results.learning_rates("ended", "64").splitlines()[2] == "| regular | pre | **1.5000** |"
+    assert (
+        results.learning_rates("open", "64").splitlines()[2] == "| regular | pre | interrupted |"
+    )  # the last to start
 
 
 def test_learned_scales_and_when_a_loss_was_reached(trained):

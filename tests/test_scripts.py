@@ -147,19 +147,31 @@ def test_compare_judges_loss_curves(run, capsys):
     assert "near is within 0.50% of first's at all of 3 logged steps: 0.400% apart at step 4" in capsys.readouterr().out
     assert compare.main([str(run), str(near), str(far), "--within", "0.005"]) == 1
     assert "far is NOT within 0.50% of first's at all of 3 logged steps: 1.000% apart" in capsys.readouterr().out
+    for loss in ("nan", "inf"):  # at the last step, as a run has it that diverged
+        lost = variant(run, loss)
+        with open(lost / "metrics.csv", "w", newline="") as file:
+            logged[-1][column] = loss
+            csv.writer(file).writerows([header, *rows])
+        for pair in ((run, lost), (lost, run), (lost, variant(lost, f"{loss}-again"))):
+            assert compare.main([*map(str, pair), "--within", "0.5"]) == 1
+            assert "NOT within 50.00%" in (out := capsys.readouterr().out) and "inf% apart at step 6" in out
     assert "give another" in refusal(capsys, compare, run, "--within", "0.005")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_compare_within_warns_of_other_training_windows(run, capsys):
-    folders = [str(run), str(variant(run, "second", config={"seed": 7}))]
-    assert compare.main(folders) == 0
+    corpus = read_results(run).record["corpus"]
+    folders = [
+        run,
+        variant(run, "second", config={"seed": 7}),
+        variant(run, "third", corpus=corpus | {"train_bytes": 9}),
+    ]
+    assert compare.main([str(run), str(folders[1])]) == 0
     assert not capsys.readouterr().err
-    assert compare.main([*folders, "--within", "1"]) == 0
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert (
-        warning.startswith("warning: --within compares losses of other training windows: ") and "in second" in warning
-    )
+    for other, said in zip(folders[1:], ("seed is 0 in first, but 7 in second", "but 9 in third"), strict=True):
+        assert compare.main([str(run), str(other), "--within", "1"]) == 0
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert warning.startswith("warning: --within compares losses of other training windows: ") and said in warning
 
 
 @pytest.mark.usefixtures("undrawn")
