@@ -28,7 +28,8 @@ def file(path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pat
     A folder's files are those at any depth whose name matches `pattern` (shell wildcards, case-sensitive),
     without links and hidden files and folders; each is read as a single file would be, and they are joined
     in the byte order of their relative POSIX paths. The whole is cut into train, val and test, in that
-    order and wherever the fractions fall. All of it is read into memory, so that a file may change meanwhile.
+    order and wherever the fractions fall. All of it is read into memory, so that a file may change meanwhile; it must
+    fit half of what is free.
     Raises FileNotFoundError or ValueError with the path and the reason.
     """
     if not isinstance(pattern, str) or not pattern:
@@ -72,19 +73,26 @@ def read_file(path: Path) -> np.ndarray:
     without a word, and one that is cut short would end the process. Raises ValueError for an empty or corrupted file
     and for one that does not fit half of the free memory, naming it.
     """
+    limit = _half_of_free_memory()
+    try:
+        return _read(path, limit)
+    except _TooLargeError as error:
+        free = f"{limit:,} bytes, half of the memory that is free"
+        raise ValueError(f"{path} {error}, and {free}, is the limit") from error
+
+
+def _read(path: Path, limit: int) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    suffix, limit = path.suffix.lower(), psutil.virtual_memory().available // 2
+    suffix = path.suffix.lower()
     if suffix not in (".gz", ".zip"):
         if path.stat().st_size > limit:
-            raise ValueError(_too_large(path, f"has {path.stat().st_size:,}", limit))
+            raise _TooLargeError(f"has {path.stat().st_size:,} bytes")
         return np.fromfile(path, dtype=np.uint8)
     try:
         content = _unzip(path, limit) if suffix == ".zip" else _gunzip(path, limit)
-    except _TooLargeError as error:
-        raise ValueError(_too_large(path, "inflates to more than", limit)) from error
     except DECOMPRESSION_ERRORS as error:
         raise ValueError(f"{path} is not a sound {suffix} file (cut short or corrupted?): {error}") from error
     if not content:
@@ -93,11 +101,11 @@ def read_file(path: Path) -> np.ndarray:
 
 
 class _TooLargeError(Exception):
-    pass
+    """A file has more bytes than the limit; the text says how many."""
 
 
-def _too_large(path: Path, has: str, limit: int) -> str:
-    return f"{path} {has} bytes, and {limit:,}, half of the memory that is free, is the limit"
+def _half_of_free_memory() -> int:
+    return psutil.virtual_memory().available // 2
 
 
 def _inflate(stream: BinaryIO, limit: int) -> bytearray:
@@ -106,7 +114,7 @@ def _inflate(stream: BinaryIO, limit: int) -> bytearray:
     while chunk := stream.read(2**20):
         content += chunk
         if len(content) > limit:
-            raise _TooLargeError
+            raise _TooLargeError("inflates to more")
     return content
 
 
@@ -138,7 +146,17 @@ def _read_folder(root: Path, pattern: str) -> tuple[np.ndarray, int]:
     filled = [root / path for path in paths if (root / path).stat().st_size > 0]
     if not filled:
         raise ValueError(f"folder {root} holds no file with content that matches data.pattern={pattern!r}")
-    return np.concatenate([read_file(path) for path in filled]), len(filled)
+    # The limit is for all of them, and each is added to the others as it is read: never are all there twice.
+    limit, content = _half_of_free_memory(), bytearray()
+    for path in filled:
+        try:
+            content += memoryview(_read(path, limit - len(content)))
+        except _TooLargeError as error:
+            raise ValueError(
+                f"the files of folder {root} that match data.pattern={pattern!r} do not fit {limit:,} bytes, half of "
+                f"the memory that is free: {len(content):,} are read, and {path} {error}"
+            ) from error
+    return np.frombuffer(content, dtype=np.uint8), len(filled)
 
 
 def _unzip(path: Path, limit: int) -> bytearray:

@@ -379,10 +379,11 @@ def in_turns(
 def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
     if len(results) == 1:
         return results[0]
-    numbers = [key for key in results[0] if key != "error" and all(result.get(key) is not None for result in results)]
-    whole = {key: statistics.median(result[key] for result in results) for key in numbers}
+    every = {key: [result[key] for result in results] for key in results[0] if all(key in result for result in results)}
+    # A clock that cannot be read is None in each round, and stays so.
+    whole = {key: None if None in of else statistics.median(of) for key, of in every.items()}
     errors = {"error": results[-1]["error"]} if "error" in results[-1] else {}
-    each = {key: [result[key] for result in results] for key in numbers if key in DIRECTIONS}
+    each = {key: of for key, of in every.items() if key in DIRECTIONS}
     return {**whole, **errors, "rounds": each}
 
 
@@ -743,7 +744,7 @@ def _host_table(case: Case, measured: dict[str, dict]) -> Table:
         table.add_column(head, justify="right")
     for name, result in measured.items():
         if "host_us_grad" in result:
-            table.add_row(name, *(f"{result[key]:.1f}" for key in columns))
+            table.add_row(name, *(f"{result[key]:.1f}" if key in result else "-" for key in columns))
     return table
 
 

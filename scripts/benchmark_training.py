@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> None:
 def cases_of(arguments: argparse.Namespace) -> dict[tuple[str, int], DictConfig]:
     """The configurations to measure, by model and length: the options', or else what the keys say.
 
-    Raises ValueError where a key and an option say different things.
+    Raises ValueError where a key and an option say different things, or max_steps is no number of steps.
     """
     given = dict(override.lstrip("+").partition("=")[::2] for override in arguments.overrides)
     for key, option, values in (
@@ -293,7 +293,10 @@ def cases_of(arguments: argparse.Namespace) -> dict[tuple[str, int], DictConfig]
             said = " ".join(map(str, values))
             raise ValueError(f"{key}={given[key]} and {option} {said} contradict each other: give one of them")
     # An experiment's max_steps is a training's length: only what the command line says counts here.
-    steps = arguments.steps or int(given.get("max_steps") or DEFAULT_STEPS)
+    try:
+        steps = arguments.steps or int(given.get("max_steps", DEFAULT_STEPS))
+    except ValueError:
+        raise ValueError(f"max_steps must be an integer, got {given['max_steps']!r}") from None
     found = {}
     for model, seq_len in itertools.product(arguments.model or [None], arguments.seq_len or [None]):
         config, chosen = configure(arguments.overrides, model, seq_len, steps)
@@ -344,7 +347,8 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
         del composed["hydra"]
     config = validate(composed)
     if steps < 3 * config.trainer.log_every:
-        raise ValueError(f"--steps must be at least 3 * trainer.log_every = {3 * config.trainer.log_every}")
+        fewest = 3 * config.trainer.log_every
+        raise ValueError(f"--steps or max_steps must be at least 3 * trainer.log_every = {fewest}, got {steps}")
     return config, chosen
 
 

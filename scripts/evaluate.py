@@ -8,17 +8,21 @@ chunk    non-overlapping windows of seq_len, as validation in training: 1 to seq
 slide-S  windows of seq_len that advance by S and score their last S bytes, the first window all of its bytes:
          behind the first window seq_len - S + 1 to seq_len bytes of context. S = seq_len is chunk.
 
-Each result is a JSON file in the run's folder ``evaluations``. An evaluation on the test split is also a line of
-``test_split.jsonl`` there, so that it shows how often that was looked at.
+Each result is a JSON file in the run's folder ``evaluations``, written as soon as it is there. Before a byte of the
+test split is scored, a line in ``test_split.jsonl`` there says so, and each result is a further line with the same
+time, so that it shows how often that was looked at, whatever became of the evaluation.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -43,7 +47,7 @@ from models.training.checkpoint_files import CHECKPOINT_FOLDER, write_text
 from models.training.devices import choose_precision
 from models.training.identity import plain_name
 from models.training.load import find_checkpoint, read_model
-from models.training.run_files import read_record
+from models.training.run_files import METRICS_FILE, read_csv, read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, choose_device, integer, run_script
 from scripts.overlap import seen
@@ -93,7 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also of those bytes alone that are in no string of N bytes which the training split has: 48, say",
     )
     parser.add_argument("--plot", action="store_true", help="draw bits per byte by context beside the results, too")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write a list of the results to FILE, too")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="write a list of the results to FILE, too; to it alone where the run's folder cannot be written",
+    )
     return run_script(parser, evaluate, argv)
 
 
@@ -107,17 +116,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     seq_len, strides = windows(arguments.mode, arguments.seq_len, arguments.stride, config.seq_len)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
-    if arguments.text is None and arguments.split == "test":
-        open_test(run)
     data, source, train = text_of(arguments, run, config)
-    unseen = None
-    if arguments.unseen is not None and train is not None:
-        unseen = (~seen(train, data, arguments.unseen)).astype(np.uint8)
-        if not unseen[1:].any():
-            raise ValueError(
-                f"--unseen must leave bytes to score, got {arguments.unseen}: every byte is in a string of that length "
-                "which the training split has"
-            )
+    folder, on_test = run / FOLDER, source["split"] == "test"
+    kept = can_keep(folder, arguments, on_test=on_test)
     tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
     batch_size = arguments.batch_size or max(1, tokens // seq_len)
     precision = choose_precision(config.trainer.precision, cuda=device.type == "cuda")
@@ -132,28 +133,64 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "precision": precision,
         "torch": torch.__version__,
     }
-    results = []
-    for stride in strides:
-        cut = partial(_cut, seq_len=seq_len, stride=stride, batch_size=batch_size)
-        with autocast(device, precision):
-            score = score_batches(gpt, cut(data), seq_len, None if unseen is None else cut(unseen))
-        whole = {**setting, "mode": "chunk" if stride is None else f"slide-{stride}"}
-        print_score(whole, score)
-        numbers: dict[str, Any] = {"scored_bytes": score.scored_bytes, "bits_per_byte": score.bits_per_byte}
-        if score.unseen is not None:
-            print_line(
-                f"{'unseen bytes':<14} {score.unseen.scored_bytes:,}, in no string of {arguments.unseen} that train has"
-            )
-            print_line(f"{'bits per byte':<14} {score.unseen.bits_per_byte:.6f} of these")
-            numbers["unseen"] = {
-                "string_bytes": arguments.unseen,
-                "scored_bytes": score.unseen.scored_bytes,
-                "bits_per_byte": score.unseen.bits_per_byte,
-            }
-        results.append({**whole, **numbers, "by_context": [asdict(bucket) for bucket in score.by_context()]})
-    keep(run, results, draw=arguments.plot)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    modes = {"chunk" if stride is None else f"slide-{stride}": stride for stride in strides}
+    # All that is logged of one look has one time: to the microsecond, for several commands may start in a second.
+    time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    if on_test:
+        remind(folder / TEST_LOG)
+        append_line(folder / TEST_LOG, json.dumps({"time": time, **setting, "modes": list(modes)}))
+    unseen = None if train is None or arguments.unseen is None else unseen_bytes(train, data, arguments.unseen)
+    of_unseen = "" if unseen is None else f"-unseen{arguments.unseen}"
+    name, results = name_of(setting, run, checkpoint, trained_precision(run, config)), []
+    try:
+        for mode, stride in modes.items():
+            cut = partial(_cut, seq_len=seq_len, stride=stride, batch_size=batch_size)
+            with autocast(device, precision):
+                score = score_batches(gpt, cut(data), seq_len, None if unseen is None else cut(unseen))
+            result = result_of({**setting, "mode": mode}, score, arguments.unseen)
+            results.append(result)
+            path = folder / f"{name}-{mode}{of_unseen}.json"
+            try:  # before it is printed: the output may be a pipe that closes
+                if kept:
+                    keep(path, result, time)
+            finally:  # and though it cannot be kept: it took long
+                print_score({**setting, "mode": mode}, score, arguments.unseen)
+            if kept:
+                print_line(f"result: {path}")
+    finally:
+        if arguments.json is not None and results:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.plot:
+        path = folder / f"{name}.png"
+        plot(results, path)
+        print_line(f"plot: {path}")
+
+
+def unseen_bytes(train: np.ndarray, data: np.ndarray, string_bytes: int) -> np.ndarray:
+    """A 1 for each byte of the data that is in no string of so many bytes which the training split has, else a 0.
+
+    Raises:
+        ValueError: there is none that can be scored.
+    """
+    unseen = (~seen(train, data, string_bytes)).astype(np.uint8)
+    if not unseen[1:].any():
+        raise ValueError(
+            f"--unseen must leave bytes to score, got {string_bytes}: every byte is in a string of that length "
+            "which the training split has"
+        )
+    return unseen
+
+
+def result_of(setting: dict[str, Any], score: "Score", string_bytes: int | None) -> dict[str, Any]:
+    """What is written of an evaluation; string_bytes: of --unseen."""
+    numbers: dict[str, Any] = {"scored_bytes": score.scored_bytes, "bits_per_byte": score.bits_per_byte}
+    if score.unseen is not None:
+        numbers["unseen"] = {
+            "string_bytes": string_bytes,
+            "scored_bytes": score.unseen.scored_bytes,
+            "bits_per_byte": score.unseen.bits_per_byte,
+        }
+    return {**setting, **numbers, "by_context": [asdict(bucket) for bucket in score.by_context()]}
 
 
 def located(run: str, checkpoint: str) -> tuple[Path, Path]:
@@ -212,34 +249,64 @@ def text_of(
     return data[: arguments.max_bytes], source, None
 
 
-def open_test(run: Path) -> None:
-    """Says how often the test split was looked at before; refuses where this time could not be logged."""
-    if not os.access(run, os.W_OK):
-        raise ValueError(f"an evaluation on test is logged in the run's folder, and {str(run)!r} cannot be written")
-    print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
-    log = run / FOLDER / TEST_LOG
-    results, damaged = _read_log(log) if log.is_file() else ([], [])
-    for number in damaged:
-        print(f"warning: line {number} of {log} is damaged, and is counted as one more time", file=sys.stderr)
-    count = len({result["time"] for result in results}) + len(damaged)  # a command may have logged several results
-    if results:
-        last, times = results[-1], "once" if count == 1 else f"{count} times"
-        print(
-            f"warning: the test split was opened {times} before, last on {last['time']}: {last['mode']} of step "
-            f"{last['step']} had {last['bits_per_byte']:.4f} bits per byte ({log})",
-            file=sys.stderr,
+def can_keep(folder: Path, arguments: argparse.Namespace, *, on_test: bool) -> bool:
+    """Makes the folder of results; False, with a warning, where it cannot be written and --json has them instead.
+
+    Raises:
+        ValueError: it cannot be written, and must be: of the test split, for a plot, or without --json.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    if reason is None:
+        return True
+    if on_test:
+        raise ValueError(
+            f"an evaluation on test is logged in the run's folder, and {str(folder)!r} cannot be written: {reason}"
         )
+    if arguments.json is None or arguments.plot:
+        raise ValueError(
+            f"results go into the run's folder, and {str(folder)!r} cannot be written: {reason}; "
+            "with --json FILE, and without --plot, they go there"
+        )
+    print(f"warning: {folder} cannot be written ({reason}): results go to {arguments.json} alone", file=sys.stderr)
+    return False
 
 
-def _read_log(log: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """What is logged, and the numbers of lines that cannot be read: an evaluation was killed while it wrote them."""
-    results, damaged = [], []
+def remind(log: Path) -> None:
+    """Says how often the test split was looked at before."""
+    print("reminder: select by val; open test once, for the number you report", file=sys.stderr)
+    looks = _read_log(log) if log.is_file() else {}
+    if looks:
+        times = "once" if len(looks) == 1 else f"{len(looks)} times"
+        time, entry = list(looks.items())[-1]
+        said = "its line is damaged"
+        if "bits_per_byte" in entry:
+            said = f"{entry['mode']} of step {entry['step']} had {entry['bits_per_byte']:.4f} bits per byte"
+        elif entry:
+            said = f"step {entry['step']}, which left no result"
+        print(f"warning: the test split was opened {times} before, last on {time}: {said} ({log})", file=sys.stderr)
+
+
+def _read_log(log: Path) -> dict[str, dict[str, Any]]:
+    """Of each look at the test split, by its time, the last line that can be read, if there is one.
+
+    A command logs that it begins, and then each result, all with one time. A line that cannot be read, because its
+    command was killed while it wrote it, is of the look that its time tells; without one it counts as one more.
+    """
+    looks: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            results.append(json.loads(line))
-        except ValueError:
-            damaged.append(number)
-    return results, damaged
+            entry = json.loads(line)
+            looks[entry["time"]] = entry
+        except (ValueError, LookupError, TypeError):
+            found = re.match(r'\{"time": "([^"]+)"', line)
+            looks.setdefault(found[1] if found else f"line {number}", {})
+            more = "" if found else ", and is counted as one more time"
+            print(f"warning: line {number} of {log} is damaged{more}", file=sys.stderr)
+    return looks
 
 
 def append_line(path: Path, line: str) -> None:
@@ -251,28 +318,50 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
-def keep(run: Path, results: Sequence[dict[str, Any]], *, draw: bool) -> None:
-    """Writes each result into the run's folder, a plot of all of them if that is asked for, and logs those on test."""
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    for result in results:
-        of_unseen = f"-unseen{result['unseen']['string_bytes']}" if "unseen" in result else ""
-        path = folder / f"{_name(result)}-{result['mode']}{of_unseen}.json"
-        write_text(path, json.dumps({**result, "time": now}, indent=2) + "\n")
-        print_line(f"result: {path}")
-        if result["split"] == "test":
-            append_line(folder / TEST_LOG, json.dumps({"time": now, **result}))
-    if draw:
-        path = folder / f"{_name(results[0])}.png"
-        plot(results, path)
-        print_line(f"plot: {path}")
+def keep(path: Path, result: dict[str, Any], time: str) -> None:
+    """Writes a result into the run's folder, and logs it if it is on test. Says so where another number was there."""
+    bits = f"{result['bits_per_byte']:.6f} bits per byte"
+    with suppress(OSError, ValueError, LookupError):  # there is none, or none that can be read
+        earlier = json.loads(path.read_text())
+        had = f"{earlier['bits_per_byte']:.6f} bits per byte"
+        if had != bits:
+            where = f"{earlier['checkpoint']} on {earlier['device']}"
+            print(f"warning: {path} had {had}, of {where}, and now has {bits}", file=sys.stderr)
+    write_text(path, json.dumps({**result, "time": time}, indent=2) + "\n")
+    if result["split"] == "test":
+        append_line(path.parent / TEST_LOG, json.dumps({"time": time, **result}))
 
 
-def _name(result: dict[str, Any]) -> str:
-    """What tells one evaluation from another in the names of files, but for its mode."""
-    what = f"{result['corpus']}-{result['sha256'][:8]}" if result["split"] == "text" else result["split"]
-    return plain_name([what, f"{result['bytes']}bytes", f"step{result['step']}", f"len{result['seq_len']}"])
+def name_of(setting: dict[str, Any], run: Path, checkpoint: Path, trained_in: str | None) -> str:
+    """What tells one evaluation from another in the names of files, but for its mode.
+
+    An ordinary one is of what was scored, a step and a length. Of the same step may be: a checkpoint of steps that the
+    run took back, one from elsewhere, and the same one in another precision than the run was trained in.
+    """
+    what = f"{setting['corpus']}-{setting['sha256'][:8]}" if setting["split"] == "text" else setting["split"]
+    parts = [what, f"{setting['bytes']}bytes", f"step{setting['step']}", f"len{setting['seq_len']}"]
+    if checkpoint.parent.resolve() != (run / CHECKPOINT_FOLDER).resolve():
+        place = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]
+        parts.append(f"{checkpoint.stem}-{place}")
+    elif not re.fullmatch(r"(best|last|step-\d+)\.ckpt", checkpoint.name):
+        parts.append(checkpoint.name.removesuffix(".ckpt"))
+    if setting["precision"] != trained_in:
+        parts.append(setting["precision"])
+    return plain_name(parts)
+
+
+def trained_precision(run: Path, config: DictConfig) -> str | None:
+    """What the run computed in. Where no key says it, its device does, and that shows in what it logged of memory; None
+    where nothing was logged.
+    """
+    if config.trainer.precision is not None:
+        return config.trainer.precision
+    rows = read_csv(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
+    for row in reversed(rows):
+        for column, cuda in (("memory/peak_allocated_gib", True), ("memory/rss_gib", False)):
+            if column in row:
+                return choose_precision(None, cuda=cuda)
+    return None
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -288,7 +377,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         label = f"{result['mode']}: {result['bits_per_byte']:.4f}"
         axes.plot(*([bucket[key] for bucket in curve] for key in ("longest", "bits_per_byte")), marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="bytes of context, at most", ylabel="bits per byte", title=f"{_name(results[0])}")
+    axes.set(xlabel="bytes of context, at most", ylabel="bits per byte", title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -428,8 +517,8 @@ def score_batches(
     return Score(nats.cpu(), scored.cpu(), rest)
 
 
-def print_score(setting: dict[str, str | int], score: Score) -> None:
-    """Prints what was measured, the number, and the curve by context length."""
+def print_score(setting: dict[str, str | int], score: Score, string_bytes: int | None) -> None:
+    """Prints what was measured, the number, the curve by context length, and the number of unseen bytes, if any."""
     numbers = {"scored bytes": f"{score.scored_bytes:,}", "bits per byte": f"{score.bits_per_byte:.6f}"}
     for key, value in {**setting, **numbers}.items():
         print_line(f"{key:<14} {value}")
@@ -440,6 +529,9 @@ def print_score(setting: dict[str, str | int], score: Score) -> None:
         lengths = " - ".join(map(str, sorted({bucket.shortest, bucket.longest})))
         curve.add_row(lengths, f"{bucket.scored_bytes:,}", f"{bucket.bits_per_byte:.4f}")
     show(curve)
+    if score.unseen is not None:
+        print_line(f"{'unseen bytes':<14} {score.unseen.scored_bytes:,}, in no string of {string_bytes} that train has")
+        print_line(f"{'bits per byte':<14} {score.unseen.bits_per_byte:.6f} of these")
 
 
 if __name__ == "__main__":

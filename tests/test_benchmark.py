@@ -151,6 +151,18 @@ def test_sustained_load_is_measured_beside_the_rest(tmp_path, monkeypatch, capsy
     assert "under continuous load" in capsys.readouterr().out
 
 
+def test_sustained_load_over_rounds_is_without_a_clock_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Timer, "SUSTAINED_S", 0.001)
+    some = ("--contenders", "ours", "--seq-len", "16", "32")
+    rows = report(tmp_path, *some, "--sustained", "--rounds", "2")["rows"]
+    assert [(row["seq_len"], row["forward_ghz"], row["both_ghz"]) for row in rows] == [
+        (16, None, None),
+        (32, None, None),
+    ]
+    assert all(row["sustained_both_ms"] > 0 and len(row["rounds"]["both_ms"]) == 2 for row in rows)
+    assert capsys.readouterr().out.count("under continuous load") == 2
+
+
 def test_few_queries_are_judged_by_what_they_read(tmp_path, capsys):
     found = report(tmp_path, "--seq-len", "32", "--seq-len-q", "2", "--kv-heads", "1")
     assert all(row["seq_len_q"] == 2 and row["forward_ms"] > 0 for row in found["rows"]) and found["rows"]
@@ -297,6 +309,30 @@ def test_a_contender_that_fails_at_a_length_stops_no_other(tmp_path, monkeypatch
     rows = report(tmp_path, "--seq-len", "16", "32", "--dtype", "float32", "--only-backwards")["rows"]
     assert [row.get("error") for row in rows] == [None] * 3 + ["out of memory", None, None]
     assert "out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--host", "--sustained", "--each-direction"])
+def test_a_contender_whose_backward_pass_fails_has_its_row_in_every_table(tmp_path, monkeypatch, capsys, option):
+    """Its forward pass is timed, and dashes stand for the rest."""
+    monkeypatch.setattr(Timer, "SUSTAINED_S", 0.001)
+    first = contenders(["sdpa"], CPU)[0][0]
+
+    def out_of_memory(_):
+        raise torch.OutOfMemoryError
+
+    def attend(inputs, case):
+        o = first.attend(inputs, case)
+        if o.requires_grad:
+            o.register_hook(out_of_memory)
+        return o
+
+    limited = Contender("limited", attend, True)
+    monkeypatch.setattr(benchmark, "contenders", lambda *_: ([limited, first], []))
+    monkeypatch.setattr(benchmark, "check", lambda *_: ({}, {}))
+    row, other = report(tmp_path, "--seq-len", "16", option)["rows"]
+    assert row["error"] == "out of memory" and "both_ms" in other and "both_ms" not in row
+    assert ("host_us_grad" if option == "--host" else "forward_ms") in row
+    assert "│ limited" in capsys.readouterr().out
 
 
 def test_calls_are_made_with_one_kernel_and_with_gradient_only_where_it_is_timed():

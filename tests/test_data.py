@@ -134,9 +134,21 @@ def test_the_device_has_the_split_no_longer_than_training_takes():
 def test_what_does_not_fit_memory_is_refused_before_it_fills_it(tmp_path, monkeypatch, name):
     path = write_packed(tmp_path, name, bytes(2**24))
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**23))
-    has = "has 16,777,216 bytes" if name == "large" else "inflates to more than bytes"
-    with pytest.raises(ValueError, match=f"{name} {has}, and 4,194,304, half of the memory that is free, is the limit"):
+    has = "has 16,777,216 bytes" if name == "large" else "inflates to more"
+    said = f"{name} {has}, and 4,194,304 bytes, half of the memory that is free, is the limit"
+    with pytest.raises(ValueError, match=said):
         files.read_file(path)
+
+
+@pytest.mark.parametrize("suffix, has", [("", "has 100,000 bytes"), (".gz", "inflates to more")])
+def test_a_folder_that_does_not_fit_memory_is_refused_though_each_file_fits(tmp_path, monkeypatch, suffix, has):
+    for number in range(10, 20):
+        write_packed(tmp_path, f"{number}{suffix}", bytes(100_000))
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_400_000))
+    said = f"'1[*]' do not fit 700,000 bytes, half of the memory that is free: 700,000 are read, and .*17{suffix} {has}"
+    with pytest.raises(ValueError, match=said):
+        files.file(str(tmp_path), pattern="1*")
+    assert files.file(str(tmp_path), pattern=f"1[0-6]{suffix}").provenance["bytes"] == 700_000
 
 
 def test_a_file_that_changes_afterwards_changes_nothing(tmp_path):

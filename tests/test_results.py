@@ -532,6 +532,118 @@ def test_a_plot_has_a_group_a_problem_and_a_bar_a_contender(tmp_path, files, mon
     assert "files must be JSON of scripts.benchmark with times, got" in capsys.readouterr().err
 
 
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """drawn(rows, ...) are the axes of a plot of files with these rows."""
+    from matplotlib import pyplot
+
+    def draw(*files):
+        pyplot.close("all")
+        paths = [tmp_path / f"{number}.json" for number in range(len(files))]
+        for path, rows in zip(paths, files, strict=True):
+            path.write_text(json.dumps({"rows": [{"cosine": True, **one} for one in rows]}))
+        with monkeypatch.context() as patched:
+            patched.setattr(pyplot, "close", lambda _: None)
+            assert plot_rows.main([*map(str, paths), "--plot", str(tmp_path / "p.png")]) == 0
+        return pyplot.gcf().axes
+
+    yield draw
+    pyplot.close("all")
+
+
+def groups(axes):
+    """The heights of the bars by the label of their group."""
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    places = [[bar.get_height() for bar in axes.patches if abs(bar.get_center()[0] - place) < 0.5] for place in
+              range(len(labels))]  # fmt: skip
+    return dict(zip(labels, places, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"dtype": "float32"}, ("bfloat16", "float32")),
+        ({"kv_heads": 4}, ("16 heads", "16 heads on 4")),
+        ({"mask_prob": 0.25}, ("mask 0", "mask 0.25")),
+        ({"bias": True}, ("no bias", "bias")),
+        ({"by_distance": "alibi"}, ("no bias by distance", "ALiBi")),
+        ({"seq_len_q": 8}, ("all queries", "8 queries")),
+    ],
+)
+@pytest.mark.parametrize("files", [1, 2])
+def test_rows_of_two_dtypes_are_two_groups(drawn, changes, told, files):
+    """In one file or two, and whatever else they differ in."""
+    window = {"window": (99, 0)}
+    first, second = row("ours (auto)", 0.2, 0.8, **window), row("ours (auto)", 0.4, 2.0, **window, **changes)
+    forward, both = drawn([first, second]) if files == 1 else drawn([first], [second])
+    labels = [f"2 x 1000\nwindow 99\n{option}" for option in told]
+    for axes, key, share in ((forward, "forward_ms", 1), (both, "both_ms", 3.5)):
+        speeds = [[share * results.case_of(one).flops() / one[key] / 1e9] for one in (first, second)]
+        assert groups(axes) == {label: pytest.approx(speed) for label, speed in zip(labels, speeds, strict=True)}
+        assert not axes.containers[0].errorbar  # they are no lists of lengths
+
+
+def test_lists_of_lengths_are_one_group_of_one_dtype_and_window(drawn, capsys):
+    def lists(**changes):
+        return [row("ours (auto)", 0.1 * time, 1.0, lengths=lengths, **changes) for time, lengths in
+                enumerate(([600, 400], [500, 500], [1000]), start=1)]  # fmt: skip
+
+    forward, _ = drawn([*lists(), *lists(dtype="float32")], lists(window=(99, 0)))
+    labels = [f"3 lists of lengths\n{of}" for of in ("bfloat16, causal", "float32, causal", "bfloat16, window 99")]
+    assert {label: len(bars) for label, bars in groups(forward).items()} == dict.fromkeys(labels, 1)
+    capsys.readouterr()
+    some = [row("some", 0.1, 1.0, lengths=[1000])]
+    forward, _ = drawn([*lists(), *some])
+    assert [len(bars) for bars in groups(forward).values()] == [1]
+    assert "no bar: forward of some, timed with 1 of 3 lists of lengths" in capsys.readouterr().out
+
+
+def test_each_unmasked_call_stands_beside_the_masked_one_of_its_length(drawn):
+    rows = [
+        row(name, 0.1, 1.0, seq_len=length, **padding)
+        for length in (1000, 2000)
+        for name, padding in (("ours (auto)", {"padding": ("last", 0.5)}), ("ours (auto), unmasked", {}))
+    ]
+    forward, _ = drawn(rows)
+    assert {label: len(bars) for label, bars in groups(forward).items()} == {
+        "2 x 1000\ncausal, last 50% hidden": 2, "2 x 2000\ncausal, last 50% hidden": 2,
+    }  # fmt: skip
+    table = {"by_distance": "table"}
+    rows = [row("ours (auto)", 0.1, 1.0, **table), row("ours (auto), without it", 0.1, 1.0)]
+    assert [len(bars) for bars in groups(drawn(rows)[0]).values()] == [2]
+
+
+def test_a_contender_without_a_direction_has_no_bar_there(drawn):
+    """Its backward pass ran out of memory, or its file does not have that direction."""
+    limited = row("limited", 0.2, 1.0) | {"error": "out of memory"}
+    del limited["both_ms"]
+    rows = [row("ours (auto)", 0.2, 0.8, backward=0.5), limited]
+    other = [row(name, 0.2, 0.8, window=(99, 0)) for name in ("ours (auto)", "limited")]
+    panels = drawn(rows, other)
+    assert [[len(bars) for bars in groups(axes).values()] for axes in panels] == [[2, 2], [1, 0], [1, 2]]
+    assert [axes.get_title().split(",")[0] for axes in panels] == ["forward", "backward", "forward + backward"]
+
+
+def test_more_contenders_than_colours_are_drawn(drawn):
+    names = [f"number {number}" for number in range(25)]
+    forward, _ = drawn([row(name, 0.2, 0.8) for name in names])
+    assert len(forward.patches) == 25 and len({bar.get_facecolor() for bar in forward.patches}) == 20
+
+
+def test_problems_that_no_label_tells_apart_are_refused_and_a_second_time_is_said_to_be_left_out(
+    drawn, tmp_path, capsys
+):
+    drawn([row("ours (auto)", 0.2, 0.8)], [row("ours (auto)", 0.4, 0.9)])
+    assert f"left out: head dim 128, 2 x 1000, causal of {tmp_path / '1.json'}, for" in capsys.readouterr().out
+    for number, lengths in enumerate(([300, 700], [300, 400, 300])):
+        rows = [row("ours (auto)", 0.2, 0.8, lengths=of) for of in (lengths, [1000])]
+        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": rows}))
+    paths = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert plot_rows.main([*paths, "--plot", str(tmp_path / "p.png")]) == 2
+    said = "files must have problems that a plot can tell apart, got 2 of 2 lists of lengths: draw them apart"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("folder", ["windows", "packed", "padding"])
 def test_the_pages_of_windows_packed_sequences_and_padding_show_a_plot(folder):
     page = results.RESULTS / folder / "README.md"

@@ -1,14 +1,18 @@
 """scripts.compare, scripts.generate and scripts.evaluate on a tiny run that is trained here, on the CPU."""
 
 import csv
+import errno
 import gzip
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +26,10 @@ from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
 from models.training.load import load_model
 from models.training.report import headings, read_results
+from models.training.run_files import load_config
 from scripts import compare, evaluate, generate
 from scripts.evaluate import SlidingBatches, score_batches
+from scripts.results import RESULTS
 
 pytestmark = pytest.mark.training
 
@@ -503,14 +509,88 @@ def test_every_look_at_the_test_split_is_logged_in_the_run(run, capsys, monkeypa
     assert "opened" not in capsys.readouterr().err
     assert evaluate.main([*line, "--seq-len", "8"]) == 0
     logged = [json.loads(one) for one in (run / "evaluations" / "test_split.jsonl").read_text().splitlines()]
-    assert [(one["mode"], one["seq_len"], one["step"], one["split"]) for one in logged] == [
-        ("chunk", 16, 6, "test"), ("chunk", 8, 6, "test")
-    ]  # fmt: skip
-    assert logged[0]["bits_per_byte"] == pytest.approx(read_results(run).last("test/bpc"), abs=1e-6)
-    said = f"the test split was opened once before, last on {logged[0]['time']}: chunk of step 6 had "
-    assert said + f"{logged[0]['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().err
+    begun, chunk, begun_again, shorter = logged
+    assert begun["time"] == chunk["time"] < begun_again["time"] == shorter["time"]  # two looks
+    assert [(one["step"], one["split"], one["seq_len"]) for one in logged] == [(6, "test", length) for length in
+                                                                               (16, 16, 8, 8)]  # fmt: skip
+    assert begun["modes"] == [chunk["mode"]] == ["chunk"] and "bits_per_byte" not in begun
+    assert chunk["bits_per_byte"] == pytest.approx(read_results(run).last("test/bpc"), abs=1e-6)
+    said = f"the test split was opened once before, last on {chunk['time']}: chunk of step 6 had "
+    assert said + f"{chunk['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().err
+    assert evaluate.main(line) == 0
+    assert f"opened 2 times before, last on {shorter['time']}" in capsys.readouterr().err
     monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
-    assert "an evaluation on test is logged in the run's folder" in refusal(capsys, evaluate, *line)
+    monkeypatch.setattr(evaluate, "score_batches", None)
+    assert "an evaluation on test is logged in the run's folder" in refusal(
+        capsys, evaluate, *line, "--json", run / "j"
+    )
+
+
+def test_a_look_at_test_is_logged_though_it_is_interrupted_or_its_pipe_closes(run, capsys, monkeypatch):
+    line = [str(run), "--split", "test", "--max-bytes", "20", "--device", "cpu"]  # both modes
+    log, score, calls = run / "evaluations" / "test_split.jsonl", evaluate.score_batches, []
+
+    def interrupted_in(call):
+        def scored(*arguments):
+            calls.append(log.read_text())
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return score(*arguments)
+
+        calls.clear()
+        monkeypatch.setattr(evaluate, "score_batches", scored)
+        assert evaluate.main(line) == 130
+
+    def modes():
+        return [json.loads(one).get("mode") for one in log.read_text().splitlines()]
+
+    interrupted_in(1)
+    assert modes() == [None] and len(calls[0].splitlines()) == 1  # before the first byte is scored
+    assert "opened" not in capsys.readouterr().err
+    interrupted_in(2)
+    assert modes() == [None, None, "chunk"]
+    out, err = capsys.readouterr()
+    assert "opened once before" in err and "step 6, which left no result" in err and "bits per byte" in out
+    (kept,) = (run / "evaluations").glob("*.json")
+    assert kept.name.endswith("-chunk.json")
+    monkeypatch.setattr(evaluate, "score_batches", score)
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    kept.unlink()
+    with open(writing, "w", closefd=True) as closed, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        assert evaluate.main(line) == 1
+    assert modes() == [None, None, "chunk", None, "chunk"] and kept.is_file()
+    assert "opened 2 times before" in capsys.readouterr().err
+    assert evaluate.main(line) == 0
+    assert modes()[5:] == [None, "chunk", "slide-8"]
+    assert "opened 3 times before, last on" in capsys.readouterr().err
+
+
+def test_json_is_written_of_a_run_that_cannot_be_written_to(run, tmp_path, capsys):
+    (run / "evaluations").write_text("")  # in place of rights, which an administrator always has
+    line = [str(run), "--device", "cpu"]
+    assert "with --json FILE, and without --plot, they go there" in refusal(capsys, evaluate, *line)
+    path = tmp_path / "mine.json"
+    assert "cannot be written: File exists" in refusal(capsys, evaluate, *line, "--json", path, "--plot")
+    assert not path.exists()
+    assert evaluate.main([*line, "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert f"cannot be written (File exists): results go to {path} alone" in err
+    assert [result["mode"] for result in json.loads(path.read_text())] == ["chunk", "slide-8"]
+    assert "result: " not in out and out.count("by context length") == 2
+
+
+def test_a_number_that_cannot_be_kept_is_printed_and_in_the_json(run, tmp_path, capsys, monkeypatch):
+    def full(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    path = tmp_path / "mine.json"
+    assert evaluate.main([str(run), "--device", "cpu", "--json", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert "No space left on device" in err and f"{json.loads(path.read_text())[0]['bits_per_byte']:.6f}" in out
 
 
 def test_the_log_of_the_test_split_counts_commands_and_outlives_a_cut_line(run, capsys):
@@ -518,14 +598,54 @@ def test_the_log_of_the_test_split_counts_commands_and_outlives_a_cut_line(run, 
     log = run / "evaluations" / "test_split.jsonl"
     assert evaluate.main(line) == 0
     text = log.read_text()
-    log.write_text(text.replace(json.loads(text.splitlines()[0])["time"], "2026-11-01T00:00:00+00:00")[:-30])
+    text = text.replace(json.loads(text.splitlines()[0])["time"], "2026-11-01T00:00:00+00:00")
+    log.write_text(text[:-30])
     capsys.readouterr()
     assert evaluate.main(line) == 0
     error = capsys.readouterr().err
-    assert f"line 2 of {log} is damaged" in error and "opened 2 times before, last on 2026-11-01T" in error
-    assert len(log.read_text().splitlines()) == 4  # what is new stands on lines of its own
+    assert f"line 3 of {log} is damaged\n" in error and "opened once before, last on 2026-11-01T" in error
+    assert len(log.read_text().splitlines()) == 6  # what is new stands on lines of its own
+    log.write_text("\n".join(['{"time": "2026-10', "[]", *text.splitlines()[1:]]))  # earlier versions had results alone
     assert evaluate.main(line) == 0
-    assert "opened 3 times before" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("is damaged, and is counted as one more time") == 2 and "opened 3 times before" in error
+
+
+def test_evaluations_of_two_checkpoints_of_one_step_are_two_files(run, tmp_path, capsys):
+    """Of steps that the run took back, and one from elsewhere, beside the run's own; and in another precision."""
+    folder, line = run / "checkpoints", ["--device", "cpu", "--mode", "chunk"]
+    (folder / "index.json").unlink()
+    aside, elsewhere = folder / "before-resuming-at-3-step-6.ckpt", tmp_path / "elsewhere" / "step-6.ckpt"
+    elsewhere.parent.mkdir()
+    for path in (aside, elsewhere):
+        shutil.copy(folder / "step-6.ckpt", path)
+    own = "val-200bytes-step6-len16-chunk.json"
+    for checkpoint in ("best", "last", folder / "step-6.ckpt"):
+        assert evaluate.main([str(run), "--checkpoint", str(checkpoint), *line]) == 0
+        assert [path.name for path in (run / "evaluations").iterdir()] == [own]
+    assert evaluate.main([str(aside), *line]) == evaluate.main([str(run), "--checkpoint", str(elsewhere), *line]) == 0
+    config = run / "config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(config), {"trainer": {"precision": None}}), config)
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(rows.replace("memory/rss_gib", "memory/peak_allocated_gib"))  # as if on a GPU
+    assert evaluate.main([str(run), *line]) == 0
+    (run / "metrics.csv").unlink()
+    assert evaluate.main([str(run), *line]) == 0
+    place = hashlib.sha256(str(elsewhere).encode()).hexdigest()[:8]
+    found = {path.name: json.loads(path.read_text())["checkpoint"] for path in (run / "evaluations").iterdir()}
+    assert found == {
+        own: str(folder / "step-6.ckpt"),
+        "val-200bytes-step6-len16-before-resuming-at-3-step-6-chunk.json": str(aside),
+        f"val-200bytes-step6-len16-step-6-{place}-chunk.json": str(elsewhere),
+        "val-200bytes-step6-len16-32-true-chunk.json": str(folder / "best.ckpt"),
+    }
+    assert "warning" not in capsys.readouterr().err  # nothing was replaced by another number
+    path = run / "evaluations" / own
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bits_per_byte": 1.5}))
+    (run / "metrics.csv").write_text(rows)
+    assert evaluate.main([str(run), *line]) == 0
+    said = f"{path} had 1.500000 bits per byte, of {folder / 'step-6.ckpt'} on cpu, and now has "
+    assert said in capsys.readouterr().err
 
 
 def test_an_evaluation_is_of_the_step_whose_weights_it_read(run, tmp_path, monkeypatch):
@@ -565,6 +685,18 @@ def test_any_file_is_a_second_text(run, tmp_path, suffix, capsys):
     assert kept.name == f"second-text{suffix}-{result['sha256'][:8]}-90bytes-step6-len16-chunk.json"
     (tmp_path / "short").write_bytes(b"a")
     assert "--text must have at least 2 bytes, got 1 in" in refusal(capsys, evaluate, run, "--text", tmp_path / "short")
+
+
+def test_evaluations_that_are_kept_with_the_results_have_the_names_of_ordinary_ones():
+    paths = sorted(RESULTS.glob("**/evaluations/*.json"))
+    assert len(paths) > 10
+    for path in paths:
+        run, result = path.parents[1], json.loads(path.read_text())
+        checkpoint = run / "checkpoints" / Path(result["checkpoint"]).name
+        trained_in = evaluate.trained_precision(run, load_config(run))
+        of_unseen = f"-unseen{result['unseen']['string_bytes']}" if "unseen" in result else ""
+        name = evaluate.name_of(result, run, checkpoint, trained_in)
+        assert (trained_in, f"{name}-{result['mode']}{of_unseen}") == ("bf16-mixed", path.stem)
 
 
 def test_evaluate_refuses_another_corpus(run, tmp_path, capsys):

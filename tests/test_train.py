@@ -1221,7 +1221,10 @@ def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
     [
         (["--contenders", "nanogpt_windows"], "--contenders nanogpt_windows needs --nanogpt"),
         (["seq_len=32", "attention.window=0", "--contenders", "bare"], "attention.window must be null or at least 1"),
-        (["--steps", "5"], "--steps must be at least 3 * trainer.log_every = 6"),
+        (["--steps", "5"], "--steps or max_steps must be at least 3 * trainer.log_every = 6, got 5"),
+        (["max_steps=0"], "--steps or max_steps must be at least 3 * trainer.log_every = 6, got 0"),
+        (["max_steps=1e3"], "max_steps must be an integer, got '1e3'"),
+        (["max_steps="], "max_steps must be an integer, got ''"),
         (["--nanogpt", "absent.py"], "must be the path of nanoGPT's model.py, got 'absent.py'"),
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),
         (["--contenders", "nanogpt"], "needs --nanogpt"),
