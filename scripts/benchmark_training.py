@@ -47,7 +47,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from conf.command_line import check
+from conf.command_line import check, of_options
 from conf.schema import CONF, builder, validate
 from data.bytes import Corpus
 from models.attention import RegularAttention
@@ -342,14 +342,14 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
             composed = compose("config", overrides=[*overrides, *fixed], return_hydra_config=True)
         except HydraException as error:
             raise ValueError(str(error).strip().split("\n", 1)[0]) from error
-    chosen = composed.hydra.runtime.choices["model"]
+    choices = composed.hydra.runtime.choices
     with open_dict(composed):
         del composed["hydra"]
-    config = validate(composed)
+    config = validate(of_options(composed, choices, ())[0])
     if steps < 3 * config.trainer.log_every:
         fewest = 3 * config.trainer.log_every
         raise ValueError(f"--steps or max_steps must be at least 3 * trainer.log_every = {fewest}, got {steps}")
-    return config, chosen
+    return config, choices["model"]
 
 
 def measure(
