@@ -25,7 +25,7 @@ from models.gpt import GPT
 from models.training import checkpoints, runs
 from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
 from models.training.checkpoint_files import also_named, mend_best, read_checkpoint, write_text
-from models.training.checkpoints import Checkpoints
+from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name, recorded_identity
 from models.training.load import load_model
@@ -1311,6 +1311,17 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
     assert 1 not in rates  # the first step compiles
     assert rates[4] < 256 / 0.3  # the step before was logged inside this interval
     assert rates[3] > 256 / 3  # a validation lies just before
+
+
+def test_throughput_leaves_out_checkpoints(text, tmp_path, monkeypatch):
+    save = AtomicCheckpointIO.save_checkpoint
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", lambda *a, **k: (time.sleep(1), save(*a, **k)))
+    changes = ["max_steps=5", "trainer.val_every=5", "trainer.log_every=4", "trainer.checkpoint_every=1"]
+    results = read_results(fit(text, tmp_path, *changes))
+    rates = dict(zip(*results.series("throughput/tokens_per_s"), strict=True))
+    assert sorted(rates) == [4, 5]
+    assert rates[4] > 3 * 256 / 1  # the three steps that it is of have two checkpoints between them, and one before
+    assert rates[5] > 256 / 1  # the interval begins with one
 
 
 def debug(name, root, *changes):
