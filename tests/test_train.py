@@ -480,13 +480,45 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(text, tmp_path, uncut, cut):
     same(losses(tmp_path / "run"), uncut)
 
 
-@pytest.mark.parametrize("before, after", [("whole", "quarters"), ("quarters", "whole"), ("quarters", "ranks")])
+@pytest.mark.parametrize(
+    "before, after", [("whole", "quarters"), ("quarters", "whole"), ("quarters", "ranks"), ("ranks", "whole")]
+)
 def test_a_run_goes_on_with_its_steps_cut_another_way(text, tmp_path, uncut, before, after):
-    killed = command(text, tmp_path, *CUT, *CUTS[before], code=killed_in("step 7"))
+    """Its checkpoint, of step 4, lies within the steps 4 to 6, whose mean is a row: each counts as much as another."""
+    rows = "trainer.log_every=3"
+    killed = command(text, tmp_path, *CUT, *CUTS[before], rows, code=killed_in("step 7"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command(text, tmp_path, *CUT, *CUTS[after], "resume=auto")
+    resumed = command(text, tmp_path, *CUT, *CUTS[after], rows, "resume=auto")
     assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
-    same(losses(tmp_path / "run"), uncut)
+    steps, means = read_results(tmp_path / "run").series("train/loss")
+    each = [loss for _, loss, _ in uncut]
+    assert steps == [3, 6, 8]
+    assert means == pytest.approx([sum(part) / len(part) for part in (each[:3], each[3:6], each[6:])], rel=1e-5)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_checkpoint_between_two_rows_keeps_their_losses_bit_for_bit(text, tmp_path, earlier):
+    """Also one that does not say into how many micro-batches a step was cut."""
+    line = [
+        "trainer.log_every=3",
+        "micro_batch_tokens=32",
+        "tokens_per_step=96",
+        "max_steps=6",
+        "trainer.val_bytes=100",
+    ]
+    folder = fit(text, tmp_path, *line, "trainer.val_every=2")
+    path, before = folder / "checkpoints" / "step-4.ckpt", losses_of_rows(folder)
+    if earlier:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["loss_since_last_log"]["a_step"]
+        torch.save(checkpoint, path)
+        (folder / "checkpoints" / "index.json").unlink()
+    fit(text, tmp_path, *line, "trainer.val_every=2", f"resume={path}")
+    assert losses_of_rows(folder) == before
+
+
+def losses_of_rows(folder):
+    return [(row["step"], row["train/loss"]) for row in metrics(folder) if row["train/loss"]]
 
 
 # Checkpoints.

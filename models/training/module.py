@@ -110,14 +110,20 @@ class GPTModule(lightning.LightningModule):
         loss_sum = None
         if self._loss_sum is not None:
             loss_sum = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean").item()
-        checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count}
+        pieces = self.trainer.accumulate_grad_batches
+        checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count, "a_step": pieces}
         checkpoint["tokens"] = self.tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["loss_since_last_log"]
-        self._loss_count = saved["count"]
+        # A step that is cut into other pieces from here on has another number of losses, and counts as much as before.
+        # Earlier checkpoints do not say into how many theirs were cut.
+        pieces = self.trainer.accumulate_grad_batches
+        before = saved.get("a_step", pieces)
+        self._loss_count = saved["count"] * pieces // before
         if saved["sum"] is not None:
-            self._loss_sum = torch.tensor(saved["sum"], dtype=torch.float64, device=self.device)
+            loss_sum = saved["sum"] * (pieces / before)  # the same bits where both are
+            self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
         self.tokens = checkpoint.get("tokens", 0)
         # Lightning counts micro-batches and goes on from its count: a step that is cut into other pieces now would
         # begin in its middle, and validations move. The count is also one short in a checkpoint between validations.
