@@ -28,7 +28,7 @@ from models.training.checkpoint_files import also_named, mend_best, read_checkpo
 from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name, recorded_identity
-from models.training.load import load_model
+from models.training.load import build_gpt, load_model, load_weights
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
@@ -652,9 +652,11 @@ def test_weights_alone_start_another_run(text, tmp_path, caplog):
     for name, value in started.items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=1e-6)
     assert f"weights taken from {folder}" in caplog.text and "as they start" not in caplog.text
+    assert "left behind: blocks.0.attention.inner.log_scale; used otherwise" in caplog.text
     fit(text, tmp_path, f"init_from={tmp_path / 'warm'}", "name=back", "max_steps=1", "lr=1e-9")
     assert "as they start: blocks.0.attention.inner.log_scale" in caplog.text
     assert "used otherwise than they were trained: attention was 'regular', is 'cosine'" in caplog.text
+    assert "left behind" not in caplog.text.split("weights taken from")[2]
     with pytest.raises(ValueError, match="init_from=.* has the weights of another model: blocks.0"):
         fit(text, tmp_path, f"init_from={folder}", "name=wide", "model.width=64")
     for change, said in (
@@ -665,6 +667,70 @@ def test_weights_alone_start_another_run(text, tmp_path, caplog):
             fit(text, tmp_path, f"init_from={folder}", "name=other", f"model.{change}")
     with pytest.raises(ValueError, match="init_from must be null, a run's folder or a checkpoint, got"):
         fit(text, tmp_path, f"init_from={tmp_path / 'nowhere'}", "name=none")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "said"),
+    [
+        (["attention.scale=20"], [], "attention.scale=12.0 has no effect: learned scales go on from what they are"),
+        (["attention.scale=20"], ["attention.scale=20", "attention.backend=sdpa"], None),
+        (
+            ["attention.scale=50"],
+            ["attention.scale=9", "attention.groups=2"],
+            "held at their bound: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.groups was 1, is 2; attention.scale=9.0 has no effect: learned scales go on from what they are",
+        ),
+        (
+            [],
+            ["attention=cosine_fixed", "attention.scale=4", "attention.groups=2"],
+            "left behind: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.learned_scale was True, is False, attention.groups was 1, is 2",
+        ),
+        (
+            ["attention=cosine_fixed"],
+            ["attention=cosine_fixed", "attention.scale=4", "attention.window=8"],
+            "used otherwise than they were trained: attention.scale was 10.0, is 4.0, attention.window was None, is 8",
+        ),
+        (
+            ["attention=cosine_fixed"],
+            [],
+            "as they start: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.learned_scale was False, is True",
+        ),
+    ],
+)
+def test_a_warm_start_says_what_its_attention_does_otherwise(text, tmp_path, caplog, source, changes, said):
+    short = ["max_steps=1", "trainer.val_bytes=600", "lr=1e-4"]
+    folder = fit(text, tmp_path, *short, *source)
+    caplog.set_level("INFO")
+    fit(text, tmp_path, *short, f"init_from={folder}", "name=warm", *changes)
+    (line,) = [record.getMessage() for record in caplog.records if "weights taken from" in record.getMessage()]
+    assert line == f"weights taken from {folder}" + (f"; {said}" if said else "")
+
+
+def test_a_scale_that_is_taken_into_a_smaller_range_can_be_learned(text, tmp_path):
+    folder = fit(text, tmp_path, "max_steps=1", "attention.scale=50")
+    config = validate(configure(*overrides(text, tmp_path, "attention.groups=2")))
+    gpt = build_gpt(config)
+    load_weights(gpt, folder)
+    scale = gpt.blocks[0].attention.inner.scale()
+    scale.sum().backward()
+    assert scale.tolist() == pytest.approx([30, 30], rel=2e-5)
+    assert torch.equal(gpt.blocks[0].attention.inner.log_scale.grad, scale)
+
+
+def test_a_scale_that_left_its_range_in_training_comes_back(text, tmp_path):
+    """Also in a run whose last checkpoint has it far beyond, from before it was held."""
+    folder = fit(text, tmp_path, "max_steps=4")
+    path, name = folder / "checkpoints" / "step-4.ckpt", "gpt.blocks.0.attention.inner.log_scale"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"][name].copy_(torch.tensor([math.log(70), math.log(20)]))
+    torch.save(checkpoint, path)
+    (folder / "checkpoints" / "index.json").unlink()
+    fit(text, tmp_path, "max_steps=5", f"resume={path}", "optimizer.warmup_steps=0", "lr=1e-2")
+    high, low = weights(folder)["state_dict"][name].exp().tolist()
+    assert 60 * math.exp(-0.02) < high < 60 * math.exp(0.02) and low == pytest.approx(20, rel=0.02)
+    assert abs(high - 60) > 0.01  # it has a gradient
 
 
 def test_resuming_from_the_best_checkpoint_goes_on_from_there(text, tmp_path):

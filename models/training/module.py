@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.bytes import IGNORE_INDEX
+from models.attention import hold_scales
 from models.gpt import GPT
 from models.training.optimizer import OptimizerBuilder, place_steps
 
@@ -51,6 +52,8 @@ class GPTModule(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002 (the loader only counts)
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         step, rank = self.global_step, self.global_rank
+        if micro_step == 0:
+            hold_scales(block.attention.inner for block in self.gpt.blocks)
         torch.manual_seed(_mix(self.seed, step, micro_step, rank))  # dropout
         tokens = self.trainer.datamodule.train_batch(step, micro_step, rank, self.device)
         loss = self.gpt(tokens[:, :-1], tokens[:, 1:])  # tokens (micro_batch_size, seq_len + 1)
