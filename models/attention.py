@@ -37,7 +37,8 @@ class InnerAttention(Protocol):
     of them sees no more than the last ``window`` of these.
 
     One that learns its scale also has log_scale, the logarithms (num_heads,), and max_scale, their common bound: both
-    are logged while training, and ``hold_scales`` keeps the first below the second.
+    are logged while training, and ``hold_scales`` keeps the first below the second. One that normalises q and k in
+    equal parts of a head also has groups, their number: rotary positions need parts of even size.
 
     Attributes:
         window: the most keys that a query sees, itself among them, which the count of FLOPs goes by; None for all.
@@ -268,6 +269,8 @@ class SelfAttention(nn.Module):
     ):
         super().__init__()
         self.head_dim = width // num_heads
+        if rotary is not None:
+            _check_parts(self.head_dim, getattr(inner, "groups", 1))
         self.sizes = (width, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)  # channels of q, k, v
         self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -293,3 +296,14 @@ class SelfAttention(nn.Module):
         heads = [size // self.head_dim for size in self.sizes]
         q, k, v = qkv.split(heads, dim=2) if self.rotary is None else self.rotary(qkv, heads[0], start)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _check_parts(head_dim: int, groups: int) -> None:
+    # ``Rotary`` turns neighbouring channels (2i, 2i + 1) together. Where they lie in two parts, the length of each part
+    # depends on the position, and attention on more than distances.
+    if head_dim // groups % 2:
+        accepted = [number for number in range(1, head_dim + 1) if head_dim % (2 * number) == 0]
+        raise ValueError(
+            f"attention.groups must cut the head_dim {head_dim} into parts of even size with model.positions=rotary, "
+            f"which turns channels by pairs: {', '.join(map(str, accepted))}; got {groups}"
+        )

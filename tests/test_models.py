@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import models.attention
 import models.windows
 from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention, sdpa
-from models.attention import CosineAttention, KVCache, RegularAttention, hold_scales
+from models.attention import CosineAttention, KVCache, RegularAttention, SelfAttention, hold_scales
 from models.blocks import GELU, PostNormBlock, PreNormBlock, SquaredReLU
 from models.gpt import GPT, nucleus
 from models.positions import position_bias_of
+from models.rotary import Rotary
 from models.training.callbacks import largest_logits
 from models.windows import block_mask, by_flex, mean_visible_keys, windowed_attention
 
@@ -205,6 +206,28 @@ def test_scales_within_their_bound_are_held_at_what_they_are():
     hold_scales([inner])
     assert inner.log_scale.tolist()[:4] == torch.tensor([-30.0, 0.0, 2.0, 4.09]).tolist()
     assert inner.log_scale[4].exp().item() == pytest.approx(60, rel=2e-5)
+
+
+def attention_in_parts(groups, rotary, head_dim=24):
+    torch.manual_seed(0)
+    inner = attention_of("cosine", groups=groups, scale=2.0)(num_heads=2, head_dim=head_dim)
+    return SelfAttention(2 * head_dim, 2, 2, inner=inner, rotary=rotary, dropout=0.0).double()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
+def test_rotary_positions_are_relative_in_every_number_of_parts(groups):
+    attention = attention_in_parts(groups, Rotary(24, 64))
+    x = torch.randn(2, 9, 48, dtype=torch.float64)
+    o, moved = (attention.inner(*attention.project(x, start=start)) for start in (0, 20))
+    torch.testing.assert_close(moved, o, rtol=0, atol=1e-6)  # the angles' tables are float32
+
+
+@pytest.mark.parametrize("groups", [8, 24])
+def test_parts_of_odd_size_are_refused_with_rotary_positions(groups):
+    said = f"attention.groups must cut the head_dim 24 into parts of even size with .*: 1, 2, 3, 4, 6, 12; got {groups}"
+    with pytest.raises(ValueError, match=said):
+        attention_in_parts(groups, Rotary(24, 64))
+    attention_in_parts(groups, None)
 
 
 def test_regular_attention_scales_by_the_root_of_head_dim():
