@@ -235,10 +235,8 @@ def repeat(
 
 def start_from(module: GPTModule, config: DictConfig) -> None:
     """Warm start, and a word about what could not be taken over, or is used otherwise than it was trained."""
-    changed = meant_otherwise(config.init_from, config)
-    left = load_weights(module.gpt, config.init_from)
-    notes = [f"as they start: {', '.join(left)}"] if left else []
-    notes += [f"used otherwise than they were trained: {', '.join(changed)}"] if changed else []
+    used = meant_otherwise(config.init_from, config)  # first: it refuses more
+    notes = [*load_weights(module.gpt, config.init_from), *used]
     log.info("%s", "; ".join([f"weights taken from {config.init_from}", *notes]))
 
 

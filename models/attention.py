@@ -5,6 +5,7 @@ q, k, v into o. A new variant of attention is one more inner module and one file
 """
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -20,6 +21,8 @@ from models.windows import window_of_layer, windowed_attention
 
 MAX_HEAD_DIM = 256
 PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
+# Of a learned scale's bound, what is left free: in float32, the logarithm's rounding and exp's are at most 1e-6 of it.
+BELOW_BOUND = 1e-5
 
 
 class InnerAttention(Protocol):
@@ -34,7 +37,8 @@ class InnerAttention(Protocol):
     of them sees no more than the last ``window`` of these.
 
     One that learns its scale also has log_scale, the logarithms (num_heads,), and max_scale, their common bound: both
-    are logged while training.
+    are logged while training, and ``hold_scales`` keeps the first below the second. One that normalises q and k in
+    equal parts of a head also has groups, their number: rotary positions need parts of even size.
 
     Attributes:
         window: the most keys that a query sees, itself among them, which the count of FLOPs goes by; None for all.
@@ -109,7 +113,8 @@ class CosineAttention(nn.Module):
         self.max_scale = (MAX_LOGIT - largest_bias) / groups
         self.position_bias = position_bias
         # The logarithm keeps the scale positive and makes a step of the optimizer a relative change of it.
-        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale))) if learned_scale else None
+        start = min(math.log(scale), largest_log_scale(self.max_scale))
+        self.log_scale = nn.Parameter(torch.full((num_heads,), start)) if learned_scale else None
 
     def scale(self) -> float | Tensor:
         """The temperature: a number, or a float32 tensor (num_heads,)."""
@@ -180,6 +185,24 @@ class RegularAttention(nn.Module):
         return largest_products(q.float(), k.float(), self.window).amax() / math.sqrt(self.head_dim)
 
 
+def largest_log_scale(max_scale: float) -> float:
+    """The logarithm of a learned scale at its bound: so little below that exp gives no more, and has a gradient."""
+    return math.log(max_scale * (1 - BELOW_BOUND))
+
+
+@torch.no_grad()
+def hold_scales(attentions: Iterable[InnerAttention]) -> None:
+    """Takes learned scales that are above their bound back to it, without waiting for the device; others keep their
+    bits.
+
+    Above it a scale has no gradient, and would never come back.
+    """
+    learned = [inner for inner in attentions if getattr(inner, "log_scale", None) is not None]
+    if learned:  # in one kernel: this is done before every step
+        largest = [largest_log_scale(inner.max_scale) for inner in learned]
+        torch._foreach_clamp_max_([inner.log_scale for inner in learned], largest)
+
+
 def largest_products(q: Tensor, k: Tensor, window: int | None) -> Tensor:
     """The largest |q_i . k_j| that is visible in each head, float32 (num_heads,): query rows in turn, in little memory.
 
@@ -246,6 +269,8 @@ class SelfAttention(nn.Module):
     ):
         super().__init__()
         self.head_dim = width // num_heads
+        if rotary is not None:
+            _check_parts(self.head_dim, getattr(inner, "groups", 1))
         self.sizes = (width, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)  # channels of q, k, v
         self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -271,3 +296,14 @@ class SelfAttention(nn.Module):
         heads = [size // self.head_dim for size in self.sizes]
         q, k, v = qkv.split(heads, dim=2) if self.rotary is None else self.rotary(qkv, heads[0], start)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _check_parts(head_dim: int, groups: int) -> None:
+    # ``Rotary`` turns neighbouring channels (2i, 2i + 1) together. Where they lie in two parts, the length of each part
+    # depends on the position, and attention on more than distances.
+    if head_dim // groups % 2:
+        accepted = [number for number in range(1, head_dim + 1) if head_dim % (2 * number) == 0]
+        raise ValueError(
+            f"attention.groups must cut the head_dim {head_dim} into parts of even size with model.positions=rotary, "
+            f"which turns channels by pairs: {', '.join(map(str, accepted))}; got {groups}"
+        )

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import models.attention
 import models.windows
 from flash_cosine_sim_attention import l2norm_tensors, plain_cosine_sim_attention, sdpa
-from models.attention import CosineAttention, KVCache, RegularAttention
+from models.attention import CosineAttention, KVCache, RegularAttention, SelfAttention, hold_scales
 from models.blocks import GELU, PostNormBlock, PreNormBlock, SquaredReLU
 from models.gpt import GPT, nucleus
+from models.positions import position_bias_of
+from models.rotary import Rotary
 from models.training.callbacks import largest_logits
 from models.windows import block_mask, by_flex, mean_visible_keys, windowed_attention
 
@@ -174,6 +176,58 @@ def test_cosine_attention_is_the_librarys_with_one_learned_scale_a_head():
     assert inner.scale().tolist() == [60.0] * 3  # held in the range of the kernels
     fixed = attention_of("cosine", learned_scale=False)(num_heads=3, head_dim=16)
     assert not list(fixed.parameters())
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "dynamic"])
+def test_a_learned_scale_at_its_bound_has_a_gradient(positions):
+    """It starts there, is at the bound to float32's accuracy, and is brought back from above it, as far as that."""
+    bias = position_bias_of(positions, num_heads=2, seq_len=8)
+    bound = 44.0 if positions == "dynamic" else 60.0
+    for head_dim in range(8, 257, 8):
+        for groups in (number for number in range(1, head_dim + 1) if head_dim % number == 0):
+            scale = bound / groups * (1 - 1e-15)  # whose product with groups is never rounded to more than the bound
+            inner = attention_of("cosine", scale=scale, groups=groups, position_bias=bias)(
+                num_heads=2, head_dim=head_dim
+            )
+            for _ in range(2):
+                inner.log_scale.grad = None
+                inner.scale().sum().backward()
+                assert inner.scale().tolist() == pytest.approx([scale] * 2, rel=2e-5), (head_dim, groups)
+                assert torch.equal(inner.log_scale.grad, inner.scale()), (head_dim, groups)
+                with torch.no_grad():
+                    inner.log_scale += 0.5
+                hold_scales([inner, attention_of("cosine", learned_scale=False)(num_heads=2, head_dim=head_dim)])
+
+
+def test_scales_within_their_bound_are_held_at_what_they_are():
+    inner = attention_of("cosine")(num_heads=5, head_dim=16)
+    with torch.no_grad():
+        inner.log_scale.copy_(torch.tensor([-30.0, 0.0, 2.0, 4.09, 5.0]))
+    hold_scales([inner])
+    assert inner.log_scale.tolist()[:4] == torch.tensor([-30.0, 0.0, 2.0, 4.09]).tolist()
+    assert inner.log_scale[4].exp().item() == pytest.approx(60, rel=2e-5)
+
+
+def attention_in_parts(groups, rotary, head_dim=24):
+    torch.manual_seed(0)
+    inner = attention_of("cosine", groups=groups, scale=2.0)(num_heads=2, head_dim=head_dim)
+    return SelfAttention(2 * head_dim, 2, 2, inner=inner, rotary=rotary, dropout=0.0).double()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
+def test_rotary_positions_are_relative_in_every_number_of_parts(groups):
+    attention = attention_in_parts(groups, Rotary(24, 64))
+    x = torch.randn(2, 9, 48, dtype=torch.float64)
+    o, moved = (attention.inner(*attention.project(x, start=start)) for start in (0, 20))
+    torch.testing.assert_close(moved, o, rtol=0, atol=1e-6)  # the angles' tables are float32
+
+
+@pytest.mark.parametrize("groups", [8, 24])
+def test_parts_of_odd_size_are_refused_with_rotary_positions(groups):
+    said = f"attention.groups must cut the head_dim 24 into parts of even size with .*: 1, 2, 3, 4, 6, 12; got {groups}"
+    with pytest.raises(ValueError, match=said):
+        attention_in_parts(groups, Rotary(24, 64))
+    attention_in_parts(groups, None)
 
 
 def test_regular_attention_scales_by_the_root_of_head_dim():

@@ -25,10 +25,10 @@ from models.gpt import GPT
 from models.training import checkpoints, runs
 from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
 from models.training.checkpoint_files import also_named, mend_best, read_checkpoint, write_text
-from models.training.checkpoints import Checkpoints
+from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import peak_flops
 from models.training.identity import default_name, recorded_identity
-from models.training.load import load_model
+from models.training.load import build_gpt, load_model, load_weights
 from models.training.loggers import CSVLogger, wandb_mode
 from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
@@ -480,13 +480,45 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(text, tmp_path, uncut, cut):
     same(losses(tmp_path / "run"), uncut)
 
 
-@pytest.mark.parametrize("before, after", [("whole", "quarters"), ("quarters", "whole"), ("quarters", "ranks")])
+@pytest.mark.parametrize(
+    "before, after", [("whole", "quarters"), ("quarters", "whole"), ("quarters", "ranks"), ("ranks", "whole")]
+)
 def test_a_run_goes_on_with_its_steps_cut_another_way(text, tmp_path, uncut, before, after):
-    killed = command(text, tmp_path, *CUT, *CUTS[before], code=killed_in("step 7"))
+    """Its checkpoint, of step 4, lies within the steps 4 to 6, whose mean is a row: each counts as much as another."""
+    rows = "trainer.log_every=3"
+    killed = command(text, tmp_path, *CUT, *CUTS[before], rows, code=killed_in("step 7"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command(text, tmp_path, *CUT, *CUTS[after], "resume=auto")
+    resumed = command(text, tmp_path, *CUT, *CUTS[after], rows, "resume=auto")
     assert resumed.returncode == 0 and "continues at step 4" in resumed.stdout, resumed.stderr
-    same(losses(tmp_path / "run"), uncut)
+    steps, means = read_results(tmp_path / "run").series("train/loss")
+    each = [loss for _, loss, _ in uncut]
+    assert steps == [3, 6, 8]
+    assert means == pytest.approx([sum(part) / len(part) for part in (each[:3], each[3:6], each[6:])], rel=1e-5)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_checkpoint_between_two_rows_keeps_their_losses_bit_for_bit(text, tmp_path, earlier):
+    """Also one that does not say into how many micro-batches a step was cut."""
+    line = [
+        "trainer.log_every=3",
+        "micro_batch_tokens=32",
+        "tokens_per_step=96",
+        "max_steps=6",
+        "trainer.val_bytes=100",
+    ]
+    folder = fit(text, tmp_path, *line, "trainer.val_every=2")
+    path, before = folder / "checkpoints" / "step-4.ckpt", losses_of_rows(folder)
+    if earlier:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["loss_since_last_log"]["a_step"]
+        torch.save(checkpoint, path)
+        (folder / "checkpoints" / "index.json").unlink()
+    fit(text, tmp_path, *line, "trainer.val_every=2", f"resume={path}")
+    assert losses_of_rows(folder) == before
+
+
+def losses_of_rows(folder):
+    return [(row["step"], row["train/loss"]) for row in metrics(folder) if row["train/loss"]]
 
 
 # Checkpoints.
@@ -620,9 +652,11 @@ def test_weights_alone_start_another_run(text, tmp_path, caplog):
     for name, value in started.items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=1e-6)
     assert f"weights taken from {folder}" in caplog.text and "as they start" not in caplog.text
+    assert "left behind: blocks.0.attention.inner.log_scale; used otherwise" in caplog.text
     fit(text, tmp_path, f"init_from={tmp_path / 'warm'}", "name=back", "max_steps=1", "lr=1e-9")
     assert "as they start: blocks.0.attention.inner.log_scale" in caplog.text
     assert "used otherwise than they were trained: attention was 'regular', is 'cosine'" in caplog.text
+    assert "left behind" not in caplog.text.split("weights taken from")[2]
     with pytest.raises(ValueError, match="init_from=.* has the weights of another model: blocks.0"):
         fit(text, tmp_path, f"init_from={folder}", "name=wide", "model.width=64")
     for change, said in (
@@ -633,6 +667,70 @@ def test_weights_alone_start_another_run(text, tmp_path, caplog):
             fit(text, tmp_path, f"init_from={folder}", "name=other", f"model.{change}")
     with pytest.raises(ValueError, match="init_from must be null, a run's folder or a checkpoint, got"):
         fit(text, tmp_path, f"init_from={tmp_path / 'nowhere'}", "name=none")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "said"),
+    [
+        (["attention.scale=20"], [], "attention.scale=12.0 has no effect: learned scales go on from what they are"),
+        (["attention.scale=20"], ["attention.scale=20", "attention.backend=sdpa"], None),
+        (
+            ["attention.scale=50"],
+            ["attention.scale=9", "attention.groups=2"],
+            "held at their bound: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.groups was 1, is 2; attention.scale=9.0 has no effect: learned scales go on from what they are",
+        ),
+        (
+            [],
+            ["attention=cosine_fixed", "attention.scale=4", "attention.groups=2"],
+            "left behind: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.learned_scale was True, is False, attention.groups was 1, is 2",
+        ),
+        (
+            ["attention=cosine_fixed"],
+            ["attention=cosine_fixed", "attention.scale=4", "attention.window=8"],
+            "used otherwise than they were trained: attention.scale was 10.0, is 4.0, attention.window was None, is 8",
+        ),
+        (
+            ["attention=cosine_fixed"],
+            [],
+            "as they start: blocks.0.attention.inner.log_scale; used otherwise than they were trained: "
+            "attention.learned_scale was False, is True",
+        ),
+    ],
+)
+def test_a_warm_start_says_what_its_attention_does_otherwise(text, tmp_path, caplog, source, changes, said):
+    short = ["max_steps=1", "trainer.val_bytes=600", "lr=1e-4"]
+    folder = fit(text, tmp_path, *short, *source)
+    caplog.set_level("INFO")
+    fit(text, tmp_path, *short, f"init_from={folder}", "name=warm", *changes)
+    (line,) = [record.getMessage() for record in caplog.records if "weights taken from" in record.getMessage()]
+    assert line == f"weights taken from {folder}" + (f"; {said}" if said else "")
+
+
+def test_a_scale_that_is_taken_into_a_smaller_range_can_be_learned(text, tmp_path):
+    folder = fit(text, tmp_path, "max_steps=1", "attention.scale=50")
+    config = validate(configure(*overrides(text, tmp_path, "attention.groups=2")))
+    gpt = build_gpt(config)
+    load_weights(gpt, folder)
+    scale = gpt.blocks[0].attention.inner.scale()
+    scale.sum().backward()
+    assert scale.tolist() == pytest.approx([30, 30], rel=2e-5)
+    assert torch.equal(gpt.blocks[0].attention.inner.log_scale.grad, scale)
+
+
+def test_a_scale_that_left_its_range_in_training_comes_back(text, tmp_path):
+    """Also in a run whose last checkpoint has it far beyond, from before it was held."""
+    folder = fit(text, tmp_path, "max_steps=4")
+    path, name = folder / "checkpoints" / "step-4.ckpt", "gpt.blocks.0.attention.inner.log_scale"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"][name].copy_(torch.tensor([math.log(70), math.log(20)]))
+    torch.save(checkpoint, path)
+    (folder / "checkpoints" / "index.json").unlink()
+    fit(text, tmp_path, "max_steps=5", f"resume={path}", "optimizer.warmup_steps=0", "lr=1e-2")
+    high, low = weights(folder)["state_dict"][name].exp().tolist()
+    assert 60 * math.exp(-0.02) < high < 60 * math.exp(0.02) and low == pytest.approx(20, rel=0.02)
+    assert abs(high - 60) > 0.01  # it has a gradient
 
 
 def test_resuming_from_the_best_checkpoint_goes_on_from_there(text, tmp_path):
@@ -1311,6 +1409,17 @@ def test_throughput_counts_logging_and_leaves_out_validation(text, tmp_path, mon
     assert 1 not in rates  # the first step compiles
     assert rates[4] < 256 / 0.3  # the step before was logged inside this interval
     assert rates[3] > 256 / 3  # a validation lies just before
+
+
+def test_throughput_leaves_out_checkpoints(text, tmp_path, monkeypatch):
+    save = AtomicCheckpointIO.save_checkpoint
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", lambda *a, **k: (time.sleep(1), save(*a, **k)))
+    changes = ["max_steps=5", "trainer.val_every=5", "trainer.log_every=4", "trainer.checkpoint_every=1"]
+    results = read_results(fit(text, tmp_path, *changes))
+    rates = dict(zip(*results.series("throughput/tokens_per_s"), strict=True))
+    assert sorted(rates) == [4, 5]
+    assert rates[4] > 3 * 256 / 1  # the three steps that it is of have two checkpoints between them, and one before
+    assert rates[5] > 256 / 1  # the interval begins with one
 
 
 def debug(name, root, *changes):

@@ -64,9 +64,11 @@ class TrainingMetrics(lightning.Callback):
 
     def on_validation_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del trainer
-        _wait_for(module.device)
-        self._lap()
-        self._clock = None
+        self._stand(module.device)
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: GPTModule, checkpoint: dict[str, Any]) -> None:
+        del trainer, checkpoint
+        self._stand(module.device)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
@@ -74,6 +76,12 @@ class TrainingMetrics(lightning.Callback):
             losses = [f"{name} {seen[f'{name}/bpc']:.4f}" for name in ("train", "val") if f"{name}/bpc" in seen]
             log.info("%s: %s bits per byte", self.length.place(trainer.global_step), ", ".join(losses))
         del module
+
+    def _stand(self, device: torch.device) -> None:
+        """Stops the clock, with all steps done that were begun, until the next one begins."""
+        _wait_for(device)
+        self._lap()
+        self._clock = None
 
     def _lap(self) -> None:
         # The clock goes on: what is done between steps, logging too, is part of the price of a step.

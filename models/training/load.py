@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from conf.schema import builder, check_stored
+from models.attention import hold_scales, largest_log_scale
 from models.gpt import GPT
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.training.run_files import CONFIG_FILE, file_of_run, load_config
@@ -83,7 +84,10 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def load_weights(gpt: GPT, source: str | Path) -> list[str]:
-    """Warm start: takes over a trained model's weights, and returns the names of those that stay as they started.
+    """Warm start: takes over a trained model's weights, and returns what to know of them, as "WHAT: NAMES".
+
+    That is which of the new model's weights stay as they started, which of the trained ones it has no place for, and
+    which learned scales were above the bound that they have here, and are now held at it.
 
     Args:
         gpt: the new model. It may have another length or attention; what both have must have the same shapes.
@@ -107,12 +111,28 @@ def load_weights(gpt: GPT, source: str | Path) -> list[str]:
         raise ValueError(f"init_from={str(source)!r} has the weights of another model: {differ}")
     taken = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     gpt.load_state_dict(taken, strict=False)
-    return sorted(set(own) - set(taken))
+    notes = {
+        "as they start": set(own) - set(taken),
+        "left behind": set(weights) - set(own),
+        "held at their bound": _hold_scales(gpt),
+    }
+    return [f"{what}: {', '.join(sorted(names))}" for what, names in notes.items() if names]
+
+
+def _hold_scales(gpt: GPT) -> set[str]:
+    """As training does before a step; returns the names of those that were above their bound."""
+    modules = {f"{name}.log_scale": module for name, module in gpt.named_modules()}
+    learned = {name: module for name, module in modules.items() if getattr(module, "log_scale", None) is not None}
+    above = {name for name, inner in learned.items() if inner.log_scale.max() > largest_log_scale(inner.max_scale)}
+    hold_scales(learned.values())
+    return above
 
 
 def meant_otherwise(source: str | Path, config: DictConfig) -> list[str]:
-    """What a warm start's weights were trained with and will be used otherwise, as "KEY was X, is Y": another
-    activation, say. Nothing if the configuration of the source is not known: a checkpoint alone was moved away.
+    """What to know of how a warm start's weights will be used: what they were trained with that is otherwise now, as
+    "KEY was X, is Y", another activation, say; and that attention.scale has no effect, where another was given and
+    learned scales are taken. Nothing if the configuration of the source is not known: a checkpoint alone was moved
+    away.
 
     Raises:
         ValueError: source is no run or checkpoint, or its weights would mean something else altogether: with the same
@@ -122,17 +142,26 @@ def meant_otherwise(source: str | Path, config: DictConfig) -> list[str]:
     folder = path.parent.parent
     if path.parent.name != CHECKPOINT_FOLDER or not (folder / CONFIG_FILE).is_file():
         return []
-    theirs, ours = _used_as(load_config(folder)), _used_as(config)
-    changed = {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in theirs if theirs[key] != ours[key]}
+    trained = load_config(folder)
+    theirs, ours = _used_as(trained), _used_as(config)
+    both = [key for key in theirs if key in ours]  # kinds of attention have keys of their own
+    changed = {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in both if theirs[key] != ours[key]}
     refused = [text for key, text in changed.items() if key in ONE_MEANING]
     if refused:
         raise ValueError(f"init_from={str(source)!r} has the weights of another model: {', '.join(refused)}")
-    return list(changed.values())
+    notes = [f"used otherwise than they were trained: {', '.join(changed.values())}"] if changed else []
+    old, new = trained.attention, config.attention
+    if old.get("learned_scale") and new.get("learned_scale") and old.get("scale") != new.get("scale"):
+        notes.append(f"attention.scale={new.get('scale')} has no effect: learned scales go on from what they are")
+    return notes
 
 
 def _used_as(config: DictConfig) -> dict[str, Any]:
     """How a model uses its weights, where their shapes do not say it."""
     model = config.model
+    # What computes an attention says nothing of what it is; neither does what a learned scale once started from.
+    quiet = ("kind", "backend", "scale" if config.attention.get("learned_scale") else None)
+    options = {f"attention.{key}": value for key, value in config.attention.items() if key not in quiet}
     return {
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": model.num_kv_heads or model.num_heads,
@@ -141,6 +170,7 @@ def _used_as(config: DictConfig) -> dict[str, Any]:
         "model.activation": model.activation,
         "norm": config.norm.kind,
         "attention": config.attention.kind,
+        **options,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.bytes import IGNORE_INDEX
+from models.attention import hold_scales
 from models.gpt import GPT
 from models.training.optimizer import OptimizerBuilder, place_steps
 
@@ -51,6 +52,8 @@ class GPTModule(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002 (the loader only counts)
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         step, rank = self.global_step, self.global_rank
+        if micro_step == 0:
+            hold_scales(block.attention.inner for block in self.gpt.blocks)
         torch.manual_seed(_mix(self.seed, step, micro_step, rank))  # dropout
         tokens = self.trainer.datamodule.train_batch(step, micro_step, rank, self.device)
         loss = self.gpt(tokens[:, :-1], tokens[:, 1:])  # tokens (micro_batch_size, seq_len + 1)
@@ -110,14 +113,20 @@ class GPTModule(lightning.LightningModule):
         loss_sum = None
         if self._loss_sum is not None:
             loss_sum = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean").item()
-        checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count}
+        pieces = self.trainer.accumulate_grad_batches
+        checkpoint["loss_since_last_log"] = {"sum": loss_sum, "count": self._loss_count, "a_step": pieces}
         checkpoint["tokens"] = self.tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["loss_since_last_log"]
-        self._loss_count = saved["count"]
+        # A step that is cut into other pieces from here on has another number of losses, and counts as much as before.
+        # Earlier checkpoints do not say into how many theirs were cut.
+        pieces = self.trainer.accumulate_grad_batches
+        before = saved.get("a_step", pieces)
+        self._loss_count = saved["count"] * pieces // before
         if saved["sum"] is not None:
-            self._loss_sum = torch.tensor(saved["sum"], dtype=torch.float64, device=self.device)
+            loss_sum = saved["sum"] * (pieces / before)  # the same bits where both are
+            self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
         self.tokens = checkpoint.get("tokens", 0)
         # Lightning counts micro-batches and goes on from its count: a step that is cut into other pieces now would
         # begin in its middle, and validations move. The count is also one short in a checkpoint between validations.
