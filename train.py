@@ -34,6 +34,7 @@ from conf.schema import builder, check_mode, validate
 from conf.secrets import redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
+from models.attention import check_parts
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, PositionBiases, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
@@ -165,8 +166,11 @@ def fit(
     join(run.processes, cuda=uses_cuda(config.trainer.accelerator))
     run.find(corpus.provenance["sha256"])
     gpu = take_devices(config, run, job)
-    if config.init_from is not None and run.checkpoint is None:
-        start_from(module, config)
+    if run.checkpoint is None:
+        for block in module.gpt.blocks:
+            check_parts(block.attention)
+        if config.init_from is not None:
+            start_from(module, config)
     validated = run.resume_step is not None and run.resume_step == run.validated_step
     if validated and length_of(config, run).is_reached(run.resume_step):
         return repeat(config, run, module, data, accumulate, stop, gpu), corpus

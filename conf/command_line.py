@@ -172,34 +172,54 @@ def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[st
 
 
 def _check_options(overrides: Sequence[Override]) -> None:
-    """Checks that an option on the line is what it says: the values of an experiment's file come after an option's.
+    """Checks that an option is what it says: the values of an experiment's file come after those of its own file.
 
     Raises:
-        ConfigError: a chosen file has another value for a key whose value makes the option another one than that which
-            the file is meant for, and the line says nothing of the key.
+        ConfigError: a chosen experiment, or debug, has another value for a key that makes the option another one than
+            that which the experiment is meant for, and neither the line nor a file behind it says anything of the key.
     """
     given = {override.key_or_group: _values(override) for override in overrides}
-    named = {group: list(filter(None, given.get(group, ()))) for group in GROUPS}
-    for name in filter(None, given.get("sweep", ())):
-        params = OmegaConf.select(OmegaConf.load(CONF / f"sweep/{name}.yaml"), "hydra.sweeper.params") or {}
-        for group in GROUPS:
-            named[group] += str(params[group]).split(",") if group in params and group not in given else []
-    for chooser in ("experiment", "debug"):
-        for name in filter(None, given.get(chooser, ())):
-            file = f"{chooser}/{name}.yaml"
-            written, meant = _values_in(file), dict(_defaults("config.yaml")) | dict(_defaults(file))
-            for group, option in [(group, option) for group, options in named.items() for option in options]:
-                own, others = _values_in(f"{group}/{option}.yaml"), _values_in(f"{group}/{meant[group]}.yaml")
-                lost = [
-                    f"{group}.{key}"
-                    for key, value in (written.get(group) or {}).items()
-                    if own.get(key, value) not in (value, others.get(key)) and f"{group}.{key}" not in given
-                ]
-                if lost:
-                    raise ConfigError(
-                        f"{chooser}={name} sets {', '.join(lost)} itself, whatever {group}={option} has there: give "
-                        f"KEY=VALUE of these, or leave {group}={option} out"
-                    )
+    files = [(chooser, name) for chooser in CHOOSERS for name in given.get(chooser, ()) if name]
+    for chooser, name in files:
+        written, meant = _values_in(f"{chooser}/{name}.yaml"), dict(_defaults("config.yaml"))
+        meant |= dict(_defaults(f"{chooser}/{name}.yaml"))
+        behind = [file for file in files if CHOOSERS.index(file[0]) > CHOOSERS.index(chooser)]
+        named, said = _options_in(behind), set(given)
+        named |= {group: [(option, "") for option in given[group] if option] for group in GROUPS if group in given}
+        for other, one in behind:
+            said |= _keys_in(f"{other}/{one}.yaml")
+        for group, (option, of) in [(group, one) for group, options in named.items() for one in options]:
+            own, others = _values_in(f"{group}/{option}.yaml"), _values_in(f"{group}/{meant[group]}.yaml")
+            lost = [
+                f"{group}.{key}"
+                for key, value in (written.get(group) or {}).items()
+                if own.get(key, value) not in (value, others.get(key)) and f"{group}.{key}" not in said
+            ]
+            if lost:
+                raise ConfigError(
+                    f"{chooser}={name} sets {', '.join(lost)} itself, whatever {group}={option}{of} has there: give "
+                    f"KEY=VALUE of these, or leave {of.removeprefix(' of ') or f'{group}={option}'} out"
+                )
+
+
+def _options_in(files: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """By group the options that debug's and sweeps' files choose, and which file did."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for chooser, name in files:
+        params = OmegaConf.select(OmegaConf.load(CONF / f"{chooser}/{name}.yaml"), "hydra.sweeper.params") or {}
+        options = {group: [option] for group, option in _defaults(f"{chooser}/{name}.yaml")}
+        options |= {group: str(values).split(",") for group, values in params.items()}
+        found |= {
+            group: [(one, f" of {chooser}={name}") for one in options[group]] for group in GROUPS if group in options
+        }
+    return found
+
+
+def _keys_in(file: str) -> set[str]:
+    """The keys of groups that a file writes, and those that it sweeps."""
+    values = _values_in(file)
+    params = ((values.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
+    return {f"{group}.{key}" for group in GROUPS for key in values.get(group) or {}} | set(params)
 
 
 def _values_in(file: str) -> dict[str, Any]:

@@ -269,8 +269,6 @@ class SelfAttention(nn.Module):
     ):
         super().__init__()
         self.head_dim = width // num_heads
-        if rotary is not None:
-            _check_parts(self.head_dim, getattr(inner, "groups", 1))
         self.sizes = (width, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)  # channels of q, k, v
         self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -298,10 +296,17 @@ class SelfAttention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _check_parts(head_dim: int, groups: int) -> None:
-    # ``Rotary`` turns neighbouring channels (2i, 2i + 1) together. Where they lie in two parts, the length of each part
-    # depends on the position, and attention on more than distances.
-    if head_dim // groups % 2:
+def check_parts(attention: SelfAttention) -> None:
+    """Of a model that is to be trained: whether positions come in as distances alone.
+
+    ``Rotary`` turns neighbouring channels (2i, 2i + 1) together. Where they lie in two parts that are normalised apart,
+    the length of each part depends on the position.
+
+    Raises:
+        ValueError: attention.groups leaves parts of odd size, and the positions are rotary.
+    """
+    head_dim, groups = attention.head_dim, getattr(attention.inner, "groups", 1)
+    if attention.rotary is not None and head_dim // groups % 2:
         accepted = [number for number in range(1, head_dim + 1) if head_dim % (2 * number) == 0]
         raise ValueError(
             f"attention.groups must cut the head_dim {head_dim} into parts of even size with model.positions=rotary, "

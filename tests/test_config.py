@@ -403,17 +403,21 @@ def test_an_option_given_beside_an_experiment_is_what_is_built_or_refused(choose
 
 
 def test_options_beside_experiments():
-    for line in (
-        ["experiment=enwik8_10min", "model=base"],
-        ["-m", "experiment=enwik8_predecessor", "sweep=attention_norm"],
-    ):
-        with pytest.raises(ConfigError, match="itself, whatever"):
-            command_line.check(line)
+    for line, said in {
+        "experiment=enwik8_10min model=base": "model=base has there: .* or leave model=base out",
+        "-m experiment=enwik8_predecessor sweep=attention_norm": "attention=cosine of sweep=attention_norm has there",
+        "-m experiment=baseline_2026_11 sweep=scale": "attention=cosine_fixed of sweep=scale .* leave sweep=scale out",
+        "experiment=baseline_2026_11 debug=overfit": "model=tiny of debug=overfit has there",
+    }.items():
+        with pytest.raises(ConfigError, match=f"itself, whatever {said}"):
+            command_line.check(line.split())
     for line in (
         "experiment=enwik8_10min optimizer=adamw",
         "experiment=enwik8_10min attention=regular",
         "debug=fast",
         "-m experiment=baseline_2026_11 sweep=attention_norm",
+        "experiment=baseline_2026_11 debug=fast",  # which sets the sizes, too
+        "-m sweep=scale debug=fast",
     ):
         command_line.check(line.split())
 

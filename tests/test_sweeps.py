@@ -25,7 +25,7 @@ from conf import command_line
 from conf.schema import ConfigError, validate
 from models.training.checkpoint_files import read_checkpoint
 from models.training.identity import identity_of
-from models.training.jobs import sweep_group
+from models.training.jobs import Job, sweep_group
 from models.training.locks import try_lock
 from models.training.places import CPU_PLACES_VARIABLE, Place, lock_file
 from models.training.processes import find_processes
@@ -385,6 +385,33 @@ def test_a_key_that_changes_no_numbers_tells_jobs_apart_where_it_is_swept(text, 
     assert found_by_a_job(config) == found_by_a_job(changed) == ("plain", True)
     assert found_by_a_job(config, ["lr", key]) == ("plain", True)
     assert found_by_a_job(changed, ["lr", key]) == ("new", False)
+
+
+def test_a_mark_that_a_refused_job_left_is_no_run(text, tmp_path):
+    folder, config = finished_run(tmp_path, text, "refused")
+    (folder / "config.yaml").unlink()
+    assert found_by_a_job(config, ["compile"]) == ("new", False)
+
+
+def test_where_the_bytes_are_tells_no_jobs_apart(text, tmp_path):
+    _, config = finished_run(tmp_path, text, "plain")
+    config.data.path = "moved"
+    assert found_by_a_job(config, ["data.path"]) == ("plain", True)
+
+
+@pytest.mark.parametrize(
+    "line, words, swept",
+    [
+        (["compile=true,false", "lr=1e-3"], [["compile=true", "lr=1e-3"], ["compile=false", "lr=1e-3"]], ["compile"]),
+        (["compile=choice(true,false)", "lr=1e-3"], [["compile=true", "lr=1e-3"]], ["compile"]),  # a search's first
+        (["compile=true", "lr=1e-3"], [["compile=True", "lr=1e-3", "++seed=1"]], []),
+    ],
+)
+def test_a_sweeps_keys_of_several_values(tmp_path, line, words, swept):
+    jobs = [{"job": number, "overrides": overrides} for number, overrides in enumerate(words)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": line, "jobs": jobs}))
+    assert Job(tmp_path, 0, words[0]).swept == swept
+    assert Job(tmp_path / "none", 0, words[0]).swept == []
 
 
 def test_jobs_that_differ_in_a_key_that_changes_no_numbers_each_run(text, tmp_path):

@@ -906,6 +906,31 @@ def test_a_resumed_run_keeps_where_its_weights_came_from(text, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     fit(text, tmp_path, f"resume={folder}", "init_from=source/run")  # the same by another path
     assert load_config(folder).init_from == str(source)
+    named = fit(text, tmp_path / "named", "max_steps=4", "init_from=source/run")
+    monkeypatch.chdir(text.parent)
+    fit(text, tmp_path / "named", f"resume={named}", f"init_from={source}", "test=true", "max_steps=4")
+    assert load_config(named).init_from == str(source)
+
+
+def test_an_origin_that_an_earlier_version_lost_is_found_again(text, tmp_path, caplog):
+    source = fit(text, tmp_path / "source")
+    folder = fit(text, tmp_path, "max_steps=4", f"init_from={source}")
+    stored = load_config(folder)
+    stored.init_from = None
+    OmegaConf.save(stored, folder / "config.yaml")
+    fit(text, tmp_path, f"resume={folder}")
+    assert load_config(folder).init_from == str(source) and "init_from was" not in caplog.text
+
+
+def test_a_run_with_parts_of_odd_size_goes_on_and_none_begins(text, tmp_path, monkeypatch):
+    odd = ["attention.groups=16", "attention.scale=3"]  # of 16 channels a head
+    with pytest.raises(ValueError, match="attention.groups must cut the head_dim 16 into parts of even size"):
+        fit(text, tmp_path, *odd)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("train.check_parts", lambda _: None)
+        folder = fit(text, tmp_path, *odd, "max_steps=4")
+    fit(text, tmp_path, *odd, f"resume={folder}")
+    assert read_results(folder).last("step") == 8
 
 
 def test_of_a_lost_best_checkpoint_the_score_is_forgotten(text, tmp_path, monkeypatch, caplog):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from models.attention import BELOW_BOUND
 from models.gpt import GPT
 from models.positions import DynamicBias
 from models.training.checkpoint_files import write_text, writing
@@ -151,7 +152,7 @@ class LearnedScales:
         columns, used, clamped = {}, [], 0
         for layer, (tensor, bound) in enumerate(zip(self.values, self.bounds, strict=True)):
             heads = values[len(used) : len(used) + len(tensor)]
-            clamped += sum(value > bound for value in heads)
+            clamped += sum(value >= bound * (1 - 2 * BELOW_BOUND) for value in heads)
             heads = [min(value, bound) for value in heads]
             columns.update(_spread(f"scale/layer{layer}", heads))
             used += heads

@@ -51,7 +51,10 @@ CONTINUABLE = (
     "attention.backend",
 )
 # Of these, where a sweep has several values of one, each is a job of its own; but for what runs are found by anyhow.
-FOUND_BY = ("resume", "name", "run_root", "max_steps", "optimizer.max_steps", "trainer.val_bytes")
+FOUND_BY = (
+    *("resume", "name", "run_root", "max_steps", "optimizer.max_steps", "trainer.val_bytes"),
+    *("data.path", "data.cache_dir", "data.download"),  # by the bytes' hash, wherever they are
+)
 # What decides the shapes and the meaning of the weights: a checkpoint of another model cannot be continued.
 MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")

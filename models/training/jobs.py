@@ -7,6 +7,7 @@ jobs/N.json: its status, its run's folder, its val/bpc or what went wrong.
 import datetime
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -86,13 +87,15 @@ class Job:
 
     @property
     def swept(self) -> list[str]:
-        """The keys that the sweep's jobs have several values of, as far as these are known when this one begins."""
-        values: dict[str, set[str]] = {}
-        for job in _read_sweep(self.sweep).get("jobs", ()):
-            for word in job["overrides"]:
+        """The keys that the sweep has several values of."""
+        sweep, values = _read_sweep(self.sweep), {}
+        # Of the line a list, a choice(...) or a range(...): a search lists its jobs as it comes to them.
+        several = [word for word in sweep.get("overrides", ()) if re.search("[,(]", word)]
+        for words in [several, *(job["overrides"] for job in sweep.get("jobs", ()))]:
+            for word in words:
                 key, _, value = word.lstrip("+~").partition("=")
                 values.setdefault(key, set()).add(value)
-        return [key for key, several in values.items() if len(several) > 1]
+        return [key for key, found in values.items() if len(found) > 1]
 
     def note(self, **entries: Any) -> None:
         """Adds entries to its record; those that are None are none."""

@@ -210,8 +210,8 @@ class Run:
         Raises:
             ValueError: another init_from is given, which only a new run would read.
         """
-        origin, given = (self.record.get("identity") or {}).get("init_from"), self.config.init_from
-        origin = origin or load_config(self.folder).get("init_from")
+        origin, given = load_config(self.folder).get("init_from"), self.config.init_from
+        origin = origin or (self.record.get("identity") or {}).get("init_from")  # lost by earlier versions
         if given is not None and (origin is None or Path(given).resolve() != Path(origin).resolve()):
             began = "without other weights" if origin is None else f"with the weights of {str(origin)!r}"
             raise ValueError(
@@ -272,7 +272,7 @@ class Run:
         """
         runs, auto = self._runs_of(root, identity), self.config.resume == "auto"
         wanted = apart(self.config, self.swept)
-        runs = [folder for folder in runs if not wanted or apart(load_config(folder), self.swept) == wanted]
+        runs = [folder for folder in runs if not wanted or _apart_in(folder, self.swept) == wanted]
         as_long = [folder for folder in runs if _length_of(folder) == self._length]
         as_long = [folder for folder in as_long if auto or not was_stretched(folder)]
         for folder in as_long:
@@ -391,6 +391,8 @@ class Run:
             if not self.checkpoint and not self._made:
                 _empty(self.folder)
             changes, lasting = {}, []
+            if self.config.init_from is not None:  # from wherever the run is resumed
+                self.config.init_from = str(Path(self.config.init_from).absolute())
             if self.checkpoint:
                 changes = changes_of(self.folder, self.config, step=self.resume_step)
                 self._say(changes)
@@ -404,6 +406,8 @@ class Run:
 
     def _say(self, changes: dict[str, tuple[Any, Any]]) -> None:
         for key, (before, now) in changes.items():
+            if key == "init_from":  # see _keep_origin
+                continue
             if key not in LENGTH_KEYS:
                 log.warning("resumed with a change: %s was %s, is %s", key, before, now)
             elif not self._is_timed:
@@ -559,6 +563,14 @@ def leave_mark(root: Path, name: str, status: str, **entries: Any) -> Path:
     finally:
         mark.close()
     return mark.folder
+
+
+def _apart_in(folder: Path, swept: Sequence[str]) -> dict[str, Any] | None:
+    """See ``apart``; None where the folder is a mark that a job left, which has no configuration."""
+    try:
+        return apart(load_config(folder), swept)
+    except (ValueError, OSError, OmegaConfBaseException):
+        return None
 
 
 def _length_of(folder: Path) -> tuple[int, int | None] | None:
