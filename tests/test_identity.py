@@ -230,3 +230,17 @@ def test_the_predecessor_in_a_folder_of_its_own_is_no_mistake(tmp_path):
 
 def test_a_record_names_the_version_that_was_imported():
     assert environment()["versions"][identity.DISTRIBUTION] == identity.__version__
+
+
+def test_a_record_names_no_commit_of_another_repository_and_calls_nothing_clean_unseen(tmp_path, monkeypatch):
+    """An archive that was unpacked within a repository; git that is not there."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "archive").mkdir()
+    for folder, commits in ((tmp_path, True), (tmp_path / "archive", False)):
+        monkeypatch.setattr("models.training.environment.ROOT", folder)
+        record = environment()
+        assert (record["git_commit"] is not None, record["git_dirty"]) == (commits, False if commits else None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [environment()[key] for key in ("git_commit", "git_dirty")] == [None, None]

@@ -169,6 +169,20 @@ def test_pure_wheel_holds_the_package_and_nothing_else(bare_wheel):
     assert output.count("pure-Python build without CUDA kernels because torch cannot be imported") == 1
 
 
+def test_a_wheel_has_no_modules_of_earlier_builds(tmp_path):
+    """pip builds a folder in place, and setuptools leaves build/lib as it was."""
+    tree, environment = copy_sources(tmp_path / "tree"), bare_environment(tmp_path)
+    gone = tree / "kernels" / PACKAGE / "gone.py"
+    gone.touch()
+    for there in (True, False):
+        shutil.rmtree(tree / "out", ignore_errors=True)
+        run_hook("build_wheel", tree, environment)
+        (wheel,) = (tree / "out").glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            assert (f"{PACKAGE}/gone.py" in archive.namelist()) == there
+        gone.unlink(missing_ok=True)
+
+
 def test_sdist_holds_what_compiles_the_kernels(tmp_path):
     tree = copy_sources(tmp_path / "tree")
     csrc = f"kernels/{PACKAGE}/csrc"

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,13 +112,17 @@ def make(*arguments, cwd, **options):
 
 
 # In place of .venv/bin/python: notes its arguments, and is a pip that has or lacks what it is asked for.
-PYTHON = """#!/bin/sh
-echo "$*" >> calls.txt
+PYTHON = (
+    f"""#!/bin/sh
+case "$*" in "-c import sys; print"*) exec {shlex.quote(sys.executable)} "$@" ;; esac
+"""
+    + """echo "$*" >> calls.txt
 case "$*" in
   *--no-index*) test -e installed || { echo "ERROR: no matching distribution" >&2; exit 1; } ;;
   *"pip install"*) echo "Downloading torch-2.13.0 (900 MB)" ;;
 esac
 """
+)
 
 
 @pytest.fixture
@@ -150,6 +155,40 @@ def test_make_shows_what_pip_downloads_and_says_nothing_where_all_is_there(tree)
     before = (tree / "calls.txt").read_text()
     make("lint", f"PYTHON={sys.executable}", cwd=tree)
     assert "pip" not in (tree / "calls.txt").read_text().removeprefix(before)
+
+
+# Another interpreter: it says its version, and notes when it makes an environment.
+ANOTHER = """#!/bin/sh
+case "$*" in
+  "-c import sys; print"*) echo "3 99" ;;
+  *"-m venv --clear .venv") echo "$*" >> calls.txt; rm .venv/.installed; mkdir -p .venv/bin ;;
+esac
+"""
+
+
+def test_an_environment_is_for_one_folder_one_interpreter_and_the_versions_asked_for(tree):
+    def calls(*arguments, cwd=tree):
+        (cwd / "calls.txt").write_text("")
+        printed = make("lint", *arguments, cwd=cwd).stdout
+        found = (cwd / "calls.txt").read_text()
+        return ["-m venv" in found, "-m pip install" in found], printed
+
+    (tree / "installed").touch()
+    own, another = f"PYTHON={sys.executable}", "PYTHON=./another"
+    (tree / "another").write_text(ANOTHER)
+    (tree / "another").chmod(0o755)
+    assert calls(own)[0] == [False, True]
+    assert calls(own)[0] == calls()[0] == [False, False]
+    (tree / "mine.txt").touch()
+    os.utime(tree / "mine.txt", (0, 0))  # older than what is installed
+    assert calls("CONSTRAINTS=mine.txt")[0] == [False, True]
+    assert calls("CONSTRAINTS=mine.txt")[0] == calls()[0] == [False, False]
+    assert calls(another)[0] == [True, True]
+    copied = shutil.copytree(tree, tree.parent / "a copy", symlinks=True)
+    made, printed = calls(another, cwd=copied)
+    assert made == [True, True] and "this folder was moved or copied" in printed
+    assert (copied / ".venv" / ".installed").read_text() == f"{copied.resolve()}\nconstraints.txt\n"
+    assert calls(cwd=copied)[0] == [False, False]
 
 
 def test_the_wheel_installs_its_own_tools_and_nothing_else_does(tree):

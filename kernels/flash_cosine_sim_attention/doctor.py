@@ -208,7 +208,10 @@ def other_installations() -> list[Problem]:
 def problems_of_library(library: Report, gpus: list[dict[str, Any]]) -> list[Problem]:
     found = []
     if library["file"] is None:
-        cure = "install from source with nvcc on PATH: pip install --no-build-isolation ."
+        cure = (
+            'install from source with nvcc on PATH: pip install "setuptools>=77" wheel ninja && '
+            "FLASH_COSINE_SIM_FORCE_CUDA=1 pip install --no-build-isolation ."
+        )
         found.append(problem("this package has no compiled kernels", cure))
     elif library["error"] is not None:
         cure = cure_of(library["error"], "build it again, with this version's sources")

@@ -404,7 +404,8 @@ def _require_cuda(q: Tensor) -> None:
     if not ops.kernels_available():
         raise ImportError(
             f"backend='cuda' needs the compiled kernels ({ops.kernels_error()}): build them from a source tree "
-            "that has csrc/*.cu, with nvcc on PATH, `pip install --no-build-isolation -e .`, or use backend='auto'"
+            "that has csrc/*.cu, with nvcc on PATH, `pip install --no-build-isolation -e .` (with "
+            "FLASH_COSINE_SIM_FORCE_CUDA=1 it says what is missing), or use backend='auto'"
         )
     reason = _why_not_cuda(q)
     if reason is not None:

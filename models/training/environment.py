@@ -1,6 +1,7 @@
 """What a measurement depends on beyond its configuration: machine, versions, commit."""
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -24,7 +25,9 @@ def environment() -> dict[str, Any]:
         "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": None
+        if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None
+        else bool(changes),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -56,12 +59,14 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    # An archive that was unpacked within another repository is not that one's commit
+    here = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
     try:
         return subprocess.run(
-            ("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
+            ("git", *arguments), cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the record says null
+        return None  # not a checkout, no git, or one that git refuses: the record says null
 
 
 def _version(package: str) -> str | None:
