@@ -24,7 +24,7 @@ ifneq ($(shell tail -n 1 $(INSTALLED) 2>/dev/null),$(CONSTRAINTS))
 .PHONY: $(INSTALLED)
 endif
 endif
-ifneq ($(origin PYTHON),file)
+ifeq ($(origin PYTHON),command line)
 VERSION := -c 'import sys; print(*sys.version_info[:2])'
 ifneq ($(shell "$(PYTHON)" $(VERSION) 2>/dev/null),$(shell $(RUN) $(VERSION) 2>/dev/null))
 .PHONY: $(INSTALLED)
