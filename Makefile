@@ -97,6 +97,7 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS) kernels/flash_cosine_sim_at
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@if test -s $@ && test "$$(head -n 1 $@)" != "$$(pwd -P)"; then echo "this folder was moved or copied"; \
 	elif test -x $(VENV)/bin/pip -a -z "$(ANOTHER)"; then exit 0; fi; \
+	test ! -L $(VENV) || rm $(VENV); \
 	echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PIP) -q --no-index $(TORCH) 2>/dev/null || { echo "installing PyTorch into $(VENV): gigabytes, once"; $(PIP) $(TORCH); }
 	@export FLASH_COSINE_SIM_SKIP_CUDA=1; $(PIP) -q --no-index $(PACKAGE) 2>/dev/null || { echo "installing the rest into $(VENV)"; $(PIP) $(PACKAGE); }

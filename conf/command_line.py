@@ -179,27 +179,45 @@ def _check_options(overrides: Sequence[Override]) -> None:
             that which the experiment is meant for, and neither the line nor a file behind it says anything of the key.
     """
     given = {override.key_or_group: _values(override) for override in overrides}
-    files = [(chooser, name) for chooser in CHOOSERS for name in given.get(chooser, ()) if name]
-    for chooser, name in files:
-        written, meant = _values_in(f"{chooser}/{name}.yaml"), dict(_defaults("config.yaml"))
-        meant |= dict(_defaults(f"{chooser}/{name}.yaml"))
-        behind = [file for file in files if CHOOSERS.index(file[0]) > CHOOSERS.index(chooser)]
-        named, said = _options_in(behind), set(given)
-        named |= {group: [(option, "") for option in given[group] if option] for group in GROUPS if group in given}
-        for other, one in behind:
-            said |= _keys_in(f"{other}/{one}.yaml")
-        for group, (option, of) in [(group, one) for group, options in named.items() for one in options]:
-            own, others = _values_in(f"{group}/{option}.yaml"), _values_in(f"{group}/{meant[group]}.yaml")
-            lost = [
-                f"{group}.{key}"
-                for key, value in (written.get(group) or {}).items()
-                if own.get(key, value) not in (value, others.get(key)) and f"{group}.{key}" not in said
-            ]
-            if lost:
-                raise ConfigError(
-                    f"{chooser}={name} sets {', '.join(lost)} itself, whatever {group}={option}{of} has there: give "
-                    f"KEY=VALUE of these, or leave {of.removeprefix(' of ') or f'{group}={option}'} out"
-                )
+    chosen = {chooser: [name for name in given.get(chooser, ()) if name] for chooser in CHOOSERS}
+    on_line = {group: [(option, "") for option in given[group] if option] for group in GROUPS if group in given}
+    for debug, sweep in itertools.product(chosen["debug"] or [None], chosen["sweep"] or [None]):
+        behind = [(chooser, name) for chooser, name in (("debug", debug), ("sweep", sweep)) if name]
+        said = set(given).union(*(_keys_in(f"{chooser}/{name}.yaml") for chooser, name in behind))
+        for name in chosen["experiment"]:
+            _check_file("experiment", name, _options_in(behind) | on_line, said)
+        if debug:  # its sizes are meant for every sweep
+            _check_file("debug", debug, on_line, set(given))
+
+
+def _check_file(chooser: str, name: str, named: dict[str, list[tuple[str, str]]], said: set[str]) -> None:
+    """Of one experiment, or debug: see ``_check_options``.
+
+    Args:
+        chooser: "experiment" or "debug".
+        name: of the file.
+        named: the options that come before its values, by group, and where they are chosen: "" on the line.
+        said: keys that something behind the file gives.
+    """
+    written, meant = _values_in(f"{chooser}/{name}.yaml"), dict(_defaults("config.yaml"))
+    meant |= dict(_defaults(f"{chooser}/{name}.yaml"))
+    for group, (option, of) in [(group, one) for group, options in named.items() for one in options]:
+        own, others = _values_in(f"{group}/{option}.yaml"), _values_in(f"{group}/{meant[group]}.yaml")
+        lost = [
+            f"{group}.{key}"
+            for key, value in (written.get(group) or {}).items()
+            if own.get(key, value) not in (value, others.get(key)) and f"{group}.{key}" not in said
+        ]
+        if lost:
+            plain = (
+                f"{group}={meant[group]}, or leave {of.removeprefix(' of ')} out"
+                if of
+                else f"leave {group}={option} out"
+            )
+            raise ConfigError(
+                f"{chooser}={name} sets {', '.join(lost)} itself, whatever {group}={option}{of} has there: give "
+                f"KEY=VALUE of these, or {plain}"
+            )
 
 
 def _options_in(files: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:

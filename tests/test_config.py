@@ -407,7 +407,8 @@ def test_options_beside_experiments():
         "experiment=enwik8_10min model=base": "model=base has there: .* or leave model=base out",
         "-m experiment=enwik8_predecessor sweep=attention_norm": "attention=cosine of sweep=attention_norm has there",
         "-m experiment=baseline_2026_11 sweep=scale": "attention=cosine_fixed of sweep=scale .* leave sweep=scale out",
-        "experiment=baseline_2026_11 debug=overfit": "model=tiny of debug=overfit has there",
+        "experiment=baseline_2026_11 debug=overfit": "model=tiny of debug=overfit .* or model=small, or leave",
+        "-m experiment=enwik8_10min debug=fast,overfit": "model=tiny of debug=overfit has there",
     }.items():
         with pytest.raises(ConfigError, match=f"itself, whatever {said}"):
             command_line.check(line.split())
@@ -418,6 +419,8 @@ def test_options_beside_experiments():
         "-m experiment=baseline_2026_11 sweep=attention_norm",
         "experiment=baseline_2026_11 debug=fast",  # which sets the sizes, too
         "-m sweep=scale debug=fast",
+        "-m sweep=positions debug=fast",
+        "experiment=baseline_2026_11 debug=overfit model=small",
     ):
         command_line.check(line.split())
 

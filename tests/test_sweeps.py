@@ -24,7 +24,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from conf import command_line
 from conf.schema import ConfigError, validate
 from models.training.checkpoint_files import read_checkpoint
-from models.training.identity import identity_of
+from models.training.identity import default_name, identity_of
 from models.training.jobs import Job, sweep_group
 from models.training.locks import try_lock
 from models.training.places import CPU_PLACES_VARIABLE, Place, lock_file
@@ -393,10 +393,12 @@ def test_a_mark_that_a_refused_job_left_is_no_run(text, tmp_path):
     assert found_by_a_job(config, ["compile"]) == ("new", False)
 
 
-def test_where_the_bytes_are_tells_no_jobs_apart(text, tmp_path):
+def test_where_the_bytes_are_tells_no_jobs_apart_but_their_names(text, tmp_path):
     _, config = finished_run(tmp_path, text, "plain")
     config.data.path = "moved"
     assert found_by_a_job(config, ["data.path"]) == ("plain", True)
+    names = [default_name(config, {}, [f"data.path={path}"], ["data.path"]) for path in ("one.txt", "two.txt")]
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize(
@@ -405,6 +407,7 @@ def test_where_the_bytes_are_tells_no_jobs_apart(text, tmp_path):
         (["compile=true,false", "lr=1e-3"], [["compile=true", "lr=1e-3"], ["compile=false", "lr=1e-3"]], ["compile"]),
         (["compile=choice(true,false)", "lr=1e-3"], [["compile=true", "lr=1e-3"]], ["compile"]),  # a search's first
         (["compile=true", "lr=1e-3"], [["compile=True", "lr=1e-3", "++seed=1"]], []),
+        (["logger.tags=[a, b]", "name='a,b'"], [["logger.tags=[a,b]", "name='a,b'"]], []),
     ],
 )
 def test_a_sweeps_keys_of_several_values(tmp_path, line, words, swept):

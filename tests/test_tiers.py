@@ -191,6 +191,19 @@ def test_an_environment_is_for_one_folder_one_interpreter_and_the_versions_asked
     assert calls(cwd=copied)[0] == [False, False]
 
 
+def test_an_environment_that_is_a_link_to_another_folders_is_left_alone(tree):
+    (tree / "installed").touch()
+    make("lint", cwd=tree)
+    (tree / "another").write_text(ANOTHER.replace("rm .venv/.installed; ", ""))
+    (tree / "another").chmod(0o755)
+    before = sorted(path.name for path in (tree / ".venv").rglob("*"))
+    linked = tree.parent / "linked"
+    shutil.copytree(tree, linked, ignore=shutil.ignore_patterns(".venv"))
+    (linked / ".venv").symlink_to(tree / ".venv")
+    make("lint", "PYTHON=./another", cwd=linked, check=False)  # which makes none
+    assert not (linked / ".venv").is_symlink() and sorted(path.name for path in (tree / ".venv").rglob("*")) == before
+
+
 def test_the_wheel_installs_its_own_tools_and_nothing_else_does(tree):
     (tree / "installed").touch()
     make("lint", f"PYTHON={sys.executable}", cwd=tree)

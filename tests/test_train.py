@@ -909,7 +909,11 @@ def test_a_resumed_run_keeps_where_its_weights_came_from(text, tmp_path, monkeyp
     named = fit(text, tmp_path / "named", "max_steps=4", "init_from=source/run")
     monkeypatch.chdir(text.parent)
     fit(text, tmp_path / "named", f"resume={named}", f"init_from={source}", "test=true", "max_steps=4")
-    assert load_config(named).init_from == str(source)
+    assert load_config(named).init_from == "source/run"  # as it was given: seeds of one line are one arm
+    moved = tmp_path.rename(tmp_path.parent / "moved")
+    monkeypatch.chdir(moved)
+    fit(text, moved / "named", "resume=auto", "init_from=source/run", "max_steps=8")
+    assert read_results(moved / "named" / "run").last("step") == 8
 
 
 def test_an_origin_that_an_earlier_version_lost_is_found_again(text, tmp_path, caplog):

@@ -81,7 +81,9 @@ def default_name(
     told = {*groups, "trainer", "seq_len", "lr", "seed"}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        quiet = is_one_of(key, (*INCIDENTAL, *CONTINUABLE)) and (key not in swept or key in FOUND_BY)
+        quiet = is_one_of(key, (*INCIDENTAL, *CONTINUABLE)) and (
+            key not in swept or (key in FOUND_BY and key != "data.path")
+        )
         if key not in told and not quiet:
             parts.append(f"{key.rsplit('.', 1)[-1]}{value}")
     return plain_name(parts)

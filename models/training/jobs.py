@@ -7,7 +7,6 @@ jobs/N.json: its status, its run's folder, its val/bpc or what went wrong.
 import datetime
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -19,6 +18,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from conf.schema import ConfigError
@@ -89,8 +90,8 @@ class Job:
     def swept(self) -> list[str]:
         """The keys that the sweep has several values of."""
         sweep, values = _read_sweep(self.sweep), {}
-        # Of the line a list, a choice(...) or a range(...): a search lists its jobs as it comes to them.
-        several = [word for word in sweep.get("overrides", ()) if re.search("[,(]", word)]
+        # Of the line, too: a search lists its jobs as it comes to them.
+        several = [word for word in sweep.get("overrides", ()) if _has_several(word)]
         for words in [several, *(job["overrides"] for job in sweep.get("jobs", ()))]:
             for word in words:
                 key, _, value = word.lstrip("+~").partition("=")
@@ -252,6 +253,13 @@ def labels_of(folder: Path) -> dict[int, str]:
     return {
         job["job"]: " ".join(word.removeprefix("++") for word in job["overrides"] if word not in common) for job in jobs
     }
+
+
+def _has_several(word: str) -> bool:
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:  # a secret was masked in it
+        return False
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:

@@ -66,6 +66,8 @@ NEW = "new"  # as resume: a new run, also in a sweep, which goes on with earlier
 
 log = logging.getLogger(__name__)
 
+ORIGIN = "init_from_path"  # the entry of run.json that says where init_from led, wherever the run is resumed
+
 
 class Skipped(Exception):
     """A job of a sweep whose run is there already, or is being made by another process.
@@ -212,7 +214,11 @@ class Run:
         """
         origin, given = load_config(self.folder).get("init_from"), self.config.init_from
         origin = origin or (self.record.get("identity") or {}).get("init_from")  # lost by earlier versions
-        if given is not None and (origin is None or Path(given).resolve() != Path(origin).resolve()):
+        # By the words, in a folder that was moved, or by where they led when the run began
+        same = origin is not None and (
+            given == origin or Path(given or origin).resolve() == Path(self.record.get(ORIGIN) or origin).resolve()
+        )
+        if given is not None and not same:
             began = "without other weights" if origin is None else f"with the weights of {str(origin)!r}"
             raise ValueError(
                 f"init_from is read where a run begins, got {str(given)!r}, and the run in {str(self.folder)!r} began "
@@ -391,8 +397,8 @@ class Run:
             if not self.checkpoint and not self._made:
                 _empty(self.folder)
             changes, lasting = {}, []
-            if self.config.init_from is not None:  # from wherever the run is resumed
-                self.config.init_from = str(Path(self.config.init_from).absolute())
+            if self.config.init_from is not None and not self.checkpoint:
+                self.record[ORIGIN] = str(Path(self.config.init_from).absolute())
             if self.checkpoint:
                 changes = changes_of(self.folder, self.config, step=self.resume_step)
                 self._say(changes)
