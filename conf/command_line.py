@@ -163,8 +163,7 @@ def chosen(overrides: Sequence[Override], *, multirun: bool) -> dict[str, set[st
         for file in (f"{chooser}/{name}.yaml" for chooser, name in zip(CHOOSERS, names, strict=True) if name):
             options.update({group: {option} for group, option in _defaults(file)})
             if multirun:
-                swept = OmegaConf.select(OmegaConf.load(CONF / file), "hydra.sweeper.params") or {}
-                options.update({group: set(str(values).split(",")) for group, values in swept.items()})
+                options.update({group: set(str(values).split(",")) for group, values in _swept_in(file).items()})
         options.update({group: set(values) for group, values in given.items()})
         for group in GROUPS:
             found[group] |= options[group]
@@ -224,9 +223,9 @@ def _options_in(files: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, s
     """By group the options that debug's and sweeps' files choose, and which file did."""
     found: dict[str, list[tuple[str, str]]] = {}
     for chooser, name in files:
-        params = OmegaConf.select(OmegaConf.load(CONF / f"{chooser}/{name}.yaml"), "hydra.sweeper.params") or {}
-        options = {group: [option] for group, option in _defaults(f"{chooser}/{name}.yaml")}
-        options |= {group: str(values).split(",") for group, values in params.items()}
+        file = f"{chooser}/{name}.yaml"
+        options = {group: [option] for group, option in _defaults(file)}
+        options |= {group: str(values).split(",") for group, values in _swept_in(file).items()}
         found |= {
             group: [(one, f" of {chooser}={name}") for one in options[group]] for group in GROUPS if group in options
         }
@@ -236,8 +235,12 @@ def _options_in(files: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, s
 def _keys_in(file: str) -> set[str]:
     """The keys of groups that a file writes, and those that it sweeps."""
     values = _values_in(file)
-    params = ((values.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
-    return {f"{group}.{key}" for group in GROUPS for key in values.get(group) or {}} | set(params)
+    return {f"{group}.{key}" for group in GROUPS for key in values.get(group) or {}} | set(_swept_in(file))
+
+
+def _swept_in(file: str) -> dict[str, Any]:
+    """What one of conf/'s files sweeps: the values of each key, with commas between."""
+    return OmegaConf.select(OmegaConf.load(CONF / file), "hydra.sweeper.params") or {}
 
 
 def _values_in(file: str) -> dict[str, Any]:

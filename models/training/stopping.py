@@ -9,7 +9,8 @@ from types import FrameType
 import torch
 import torch.distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from models.training.started import SIGNALS
+
 # A step may take minutes: that the signal was heard is said at once.
 NOTED = {
     signal.SIGTERM: b"\nSIGTERM: the run ends when this step is finished and kept\n",
