@@ -10,8 +10,10 @@ What changes in CausalSelfAttention, besides the import; everything else, c_attn
     +   scale = self.log_scale.exp().clamp(max=40)
     +   y = flash_cosine_sim_attention(q, k, v, scale=scale, causal=True)
 
-The optimizer must not decay log_scale, as that pulls every scale to 1; nanoGPT decays matrices only. Dropout of the
-attention's probabilities (nanoGPT's `dropout` within SDPA, 0 by default) has no counterpart; dropout of outputs stays.
+The optimizer must not decay log_scale, as that pulls every scale to 1; nanoGPT decays matrices only. Above 40 a scale
+has no gradient and stays there: in a long training clamp log_scale itself after each step, as char_gpt.py does. Dropout
+of the attention's probabilities (nanoGPT's `dropout` within SDPA, 0 by default) has no counterpart; dropout of outputs
+stays.
 """
 
 import math

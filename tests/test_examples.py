@@ -171,6 +171,24 @@ def test_char_gpt_rotates_by_relative_position(char_gpt):
     torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(12))
 
 
+def test_char_gpt_holds_scales_at_the_librarys_bound(char_gpt, monkeypatch):
+    """Steps that would take scales far above 60, where they have no gradient, end at it."""
+    made = []
+
+    class Kept(char_gpt.GPT):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            made.append(self)
+
+    monkeypatch.setattr(char_gpt, "GPT", Kept)
+    options = "--steps 12 --layers 1 --width 16 --heads 2 --seq-len 16 --batch 2 --lr 10".split()
+    monkeypatch.setattr(sys, "argv", ["char_gpt.py", *options])
+    char_gpt.main()
+    (gpt,) = made
+    largest = gpt.blocks[0].log_scale.exp().max()
+    assert largest <= 60 and largest.item() == pytest.approx(60, rel=1e-4)
+
+
 def test_char_gpt_scores_every_byte_once(char_gpt, small_gpt):
     data = torch.randint(256, (4 * 8 + 1,), dtype=torch.uint8)
     nats = 0.0
