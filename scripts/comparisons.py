@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.training.identity import resumed_with
 from models.training.report import Results
 from scripts.arms import Arm, arms_of, differing, label, setting
 
@@ -68,7 +69,7 @@ def _terms(run: Results) -> dict[str, Any]:
     corpus = run.record.get("corpus") or {}
     per_step = run.record.get("tokens_per_step") or run.configured("tokens_per_step")
     steps, minutes = run.configured("max_steps"), run.configured("trainer.budget_minutes")
-    trained_on = steps * per_step if steps and per_step else None
+    trained_on = _trained_on(run, steps, per_step) if steps and per_step else None
     return {
         CORPUS: corpus.get("sha256"),
         # the hash is that of the whole: where the training split ends, the bytes that are validated begin
@@ -77,6 +78,17 @@ def _terms(run: Results) -> dict[str, Any]:
         # runs by time make as many steps as they can: what they share is the time
         "bytes trained on": trained_on if minutes is None else f"those of {minutes:g} minutes",
     }
+
+
+def _trained_on(run: Results, steps: int, per_step: int) -> int:
+    """The bytes of the run's steps: of per_step each after the last change on the way, before it of as many as then."""
+    trained_on = 0
+    for entry in reversed(resumed_with(run.record)):
+        before, _ = entry["changed"].get("tokens_per_step", (None, None))
+        if isinstance(before, int):
+            trained_on += (steps - entry["step"]) * per_step
+            steps, per_step = entry["step"], before
+    return trained_on + steps * per_step
 
 
 def _unique(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -231,6 +231,14 @@ def test_runs_of_as_much_time_compare_whatever_steps_they_made(make):
     assert len(comparisons_of([read_results(folder) for folder in folders])) == 3
 
 
+def test_bytes_of_steps_before_a_change_are_counted_by_the_steps_of_then(make):
+    changes = [(2, 100, 300), (4, 300, PER_STEP)]
+    entries = [{"step": step, "changed": {"tokens_per_step": [old, new], "seed": [1, 0]}} for step, old, new in changes]
+    entries.insert(1, {"step": 3, "changed": {"lr": [0.1, 0.001]}})
+    one = comparison(make(resumed_with=entries))
+    assert one.terms["bytes trained on"] == 2 * 100 + 2 * 300 + 2 * PER_STEP
+
+
 def test_a_run_that_ended_early_joins_the_comparison_that_it_can_belong_to(make):
     folders = [make(), make(loss=None, seed=1, status="failed", corpus=None, tokens_per_step=None)]
     (one,) = comparisons_of([read_results(folder) for folder in folders])
