@@ -1,5 +1,6 @@
 """Whole trainings on a CPU: every combination, exact resume after SIGKILL, divergence, sweeps, several processes."""
 
+import datetime
 import errno
 import fcntl
 import json
@@ -224,6 +225,22 @@ def test_resuming_a_finished_run_trains_nothing_and_tests(text, tmp_path):
     assert all(path.read_bytes() == content for path, content in before.items() if path.suffix != ".csv")
     fit(text, tmp_path, "resume=auto", "max_steps=12")
     assert read_results(folder).last("test/bpc") and read_results(folder).current("test/bpc") is None  # of step 8
+
+
+def test_the_record_says_how_long_all_starts_took_together(text, tmp_path):
+    def record():
+        kept = json.loads((folder / "run.json").read_text())
+        started, ended = (datetime.datetime.fromisoformat(kept[key]) for key in ("started", "ended"))
+        return kept["wall_seconds"], (ended - started).total_seconds()
+
+    began = time.monotonic()
+    folder = fit(text, tmp_path)
+    first, by_the_clock = record()
+    assert 0 < first <= time.monotonic() - began + 0.1 and abs(first - by_the_clock) <= 2  # the clock has whole seconds
+    began = time.monotonic()
+    fit(text, tmp_path, f"resume={folder}", "max_steps=12")
+    both, by_the_clock = record()
+    assert first < both <= first + time.monotonic() - began + 0.1 and abs(both - first - by_the_clock) <= 2
 
 
 def test_fewer_steps_than_there_are_is_refused(text, tmp_path):

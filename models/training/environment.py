@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy")
     return {
         "command": command(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": utc_now(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None
         if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None
@@ -35,6 +35,11 @@ def environment() -> dict[str, Any]:
         "versions": {package: _version(package) for package in packages}
         | {"torch": torch.__version__, DISTRIBUTION: __version__},
     }
+
+
+def utc_now() -> str:
+    """The time of day in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def command() -> str:

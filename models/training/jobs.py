@@ -4,7 +4,6 @@ A sweep's folder, run_root/.sweeps/DATE, holds sweep.json, which lists the jobs,
 jobs/N.json: its status, its run's folder, its val/bpc or what went wrong.
 """
 
-import datetime
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError
 from conf.secrets import redact_words
 from models.training.checkpoint_files import write_text
+from models.training.environment import utc_now
 from models.training.module import DivergedError
 from models.training.runs import Run, Skipped, is_refusal, leave_mark
 from models.training.stopping import SIGNALS
@@ -138,7 +138,7 @@ class Job:
             return self._run(train, mark)
 
     def _run(self, train: Callable[[], float], mark: Callable[[], tuple[Path, str]]) -> float:
-        self.note(status=RUNNING, began=now())
+        self.note(status=RUNNING, began=utc_now())
         try:
             self.end_if_stopped()
             bits_per_byte = train()
@@ -179,7 +179,7 @@ class Job:
     def _end(self, status: str, *, folder: Path | None = None, **entries: Any) -> None:
         if folder is None and self.training is not None and self.training.folder is not None:
             folder = self.training.folder if self.training.folder.is_dir() else None
-        self.note(status=status, ended=now(), folder=None if folder is None else str(folder), **entries)
+        self.note(status=status, ended=utc_now(), folder=None if folder is None else str(folder), **entries)
         if not self.is_elsewhere:  # else the process that conducts the sweep says it
             sys.stdout.flush()
             print_line(line_of(self._record, labels_of(self.sweep)))
@@ -290,10 +290,6 @@ def line_of(record: dict[str, Any], labels: dict[int, str]) -> str:
 def one_line(text: str) -> str:
     line = text.strip().split("\n", 1)[0]
     return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def set_variable(variable: str, value: str | None) -> None:

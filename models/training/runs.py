@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from models.training.checkpoint_files import (
     steps_in,
     write_text,
 )
-from models.training.environment import command, environment
+from models.training.environment import command, environment, utc_now
 from models.training.identity import (
     LENGTH_KEYS,
     RESUMED_WITH,
@@ -113,6 +114,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     started: bool = False
+    _began: float = 0.0  # by the monotonic clock, when it was started
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
     _lock: IO[str] | None = None
     _devices: list[Lock] = field(default_factory=list)
@@ -407,8 +409,8 @@ class Run:
             self._store(lasting)
         elif self.checkpoint:
             self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
-        self.started = True
-        self.update(choices=choices, **environment(), **entries, status="running", error=None)
+        self.started, self._began = True, time.monotonic()
+        self.update(choices=choices, **environment(), **entries, status="running", error=None, ended=None)
 
     def _say(self, changes: dict[str, tuple[Any, Any]]) -> None:
         for key, (before, now) in changes.items():
@@ -466,10 +468,13 @@ class Run:
         if self.folder is None:
             return
         if self.started or (self._made and self.in_sweep):
-            if not self.started:
+            if self.started:  # of all starts but those that were killed, each from where training could begin
+                until_then = self.record.get("wall_seconds") or 0.0
+                self.record["wall_seconds"] = round(until_then + time.monotonic() - self._began, 1)
+            else:
                 self.record["command"] = command()
             try:
-                self.update(status=status, error=message)
+                self.update(status=status, error=message, ended=utc_now())
             except OSError as full:
                 log.error("%s could not be written (%s); the run's end: %s, %s", RECORD_FILE, full, status, message)
         elif self._made:

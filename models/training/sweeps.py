@@ -25,7 +25,7 @@ from rich.table import Table
 
 from conf.secrets import redact_words
 from models.training.checkpoint_files import write_text
-from models.training.environment import ROOT, command
+from models.training.environment import ROOT, command, utc_now
 from models.training.jobs import (
     RUNNING,
     STOPPED_FILE,
@@ -34,7 +34,6 @@ from models.training.jobs import (
     JobError,
     labels_of,
     line_of,
-    now,
     one_line,
     read_records,
     set_variable,
@@ -131,7 +130,7 @@ class Sweep:
         name = f"{config.hydra.runtime.choices.get('sweep') or 'sweep'}_{self.folder.name}"
         earlier = [] if config.get("resume") == "new" else _earlier_groups(self.folder, overrides)
         group = earlier[-1] if earlier else name
-        return {"command": command(), "began": now(), "overrides": overrides, "group": group}
+        return {"command": command(), "began": utc_now(), "overrides": overrides, "group": group}
 
     @contextmanager
     def watching(self, *, elsewhere: bool) -> Iterator[None]:
@@ -208,7 +207,7 @@ class Sweep:
     def _conclude(self) -> list[dict[str, Any]]:
         """Shows the table of all jobs, where their runs are, and what to do next. Returns all records."""
         records = self._ended_records()
-        self._write(ended=now(), jobs=records)
+        self._write(ended=utc_now(), jobs=records)
         labels = labels_of(self.folder)
         show(_table(records, labels), names=1)
         counts = {status: sum(record["status"] == status for record in records) for status in _statuses(records)}
