@@ -342,6 +342,35 @@ def timed(folder: str, baseline: str) -> str:
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
 
 
+def experiments(folders: str, *names: str) -> str:
+    """What runs of experiment=NAME made and took; one that nobody has run has an empty row.
+
+    The minutes of a whole run are those of its run.json, which earlier runs lack; those of training are without
+    validations, samples and checkpoints.
+    """
+    found: dict[str, list[Results]] = {name: [] for name in names}
+    for run in (run for folder in folders.split(",") for run in _runs(RESULTS / folder)):
+        found.setdefault((run.record.get("choices") or {}).get("experiment"), []).append(run)
+    rows = []
+    for name in names:
+        _refuse_several(folders, found[name])
+        arm = Arm({}, tuple(found[name]), tuple(run.configured("seed") for run in found[name]))
+        megabytes = [run.over_tokens("step")[0][-1] / 1e6 for run in arm.finished]
+        whole = [run.record["wall_seconds"] / 60 for run in arm.finished if run.record.get("wall_seconds")]
+        training = [seconds / 60 for seconds in map(_training_seconds, arm.finished) if seconds is not None]
+        minutes = [_mean_and_spread(values) for values in (training, whole)]
+        numbers = [arm.cell(number) for number in ("tokens/s", "peak GiB", "val bpc", "test bpc")]
+        cells = [arm.ends(), _mean_and_spread(megabytes, ",.0f"), *minutes, *numbers]
+        rows.append([name, *(cells if arm.runs else [""] * len(cells))])
+    heads = "n", "MB", "minutes of training", "of the whole run", "tokens/s", "peak GiB", "val bpc", "test bpc"
+    return markdown(("experiment", *heads), rows)
+
+
+def _training_seconds(run: Results) -> float | None:
+    """By the clock of a run by time, of others by the logged tokens/s."""
+    return run.last("train/seconds") or max(seconds_of(run).values(), default=None)
+
+
 def by_context(folder: str, shortest: str) -> str:
     """Bits per byte of val by bytes of context, of recipes whose runs were evaluated by windows that do not overlap.
 
@@ -823,7 +852,8 @@ def _commits(reports: Sequence[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached, timed, by_context),
+        *(comparison, differences, learning_rates, sensitivity, stability, scales, reached),
+        *(timed, by_context, experiments),
         *(speed, attention, sustained, short, predecessor, decoding, training),
         *(windows, trained_windows, packed, padding, distances, bias, bias_backends),
         *(qk_norm, qk_norm_others, qk_norm_errors, aims),

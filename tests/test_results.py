@@ -83,6 +83,31 @@ def test_trained_windows(tmp_path, monkeypatch):
     ]
 
 
+def test_experiments_that_were_run_and_that_were_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    entries = {"status": "finished", "tokens_per_step": 1_000_000}
+    for folder, seed, experiment, more, columns, values in (
+        ("runs", 0, "long", {"wall_seconds": 90.0}, "val/bpc,test/bpc", "1.5,1.75"),
+        ("runs", 1, "long", {}, "val/bpc,test/bpc", "2.5,"),
+        ("timed", 0, "ten", {}, "val/bpc,train/seconds", "0.5,600.25"),
+        ("timed", 0, None, {}, "val/bpc,test/bpc", "0.1,0.1"),
+        ("timed", 0, "other", {}, "val/bpc,test/bpc", "0.1,0.1"),
+    ):
+        path = tmp_path / folder / f"{experiment}-{seed}"
+        path.mkdir(parents=True)
+        OmegaConf.save({"seq_len": 64, "lr": 0.002, "seed": seed}, path / "config.yaml")
+        (path / "run.json").write_text(json.dumps({**entries, **more, "choices": {"experiment": experiment}}))
+        rows = [f"step,throughput/tokens_per_s,memory/peak_allocated_gib,{columns}", f"3,50000,1.5,{values}"]
+        (path / "metrics.csv").write_text("\n".join([*rows, ""]))
+    assert results.experiments("runs,timed", "never", "long", "ten").splitlines() == [
+        "| experiment | n | MB | minutes of training | of the whole run | tokens/s | peak GiB | val bpc | test bpc |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| never |  |  |  |  |  |  |  |  |",
+        "| long | 2 | 3 ± 0 | 1.0 ± 0.0 | 1.5 | 50,000 ± 0 | 1.50 ± 0.00 | 2.0000 ± 0.7071 | 1.7500 |",
+        "| ten | 1 | 3 | 10.0 | - | 50,000 | 1.50 | 0.5000 | - |",
+    ]
+
+
 def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for name, seed, steps, loss, slid in (
