@@ -103,12 +103,14 @@ def _end(run: Results) -> dict[str, Any]:
 
 
 def _run(run: Results, configuration: dict[str, Any] | None) -> dict[str, Any]:
+    seconds = run.record.get("wall_seconds")  # runs of earlier versions have none
     return {
         "name": run.name,
         "status": run.status,
         "cells": cells(run),
         "command": run.record.get("command") or "not recorded",
         "started": run.record.get("started") or "not recorded",
+        "minutes": f"{seconds / 60:.1f}" if seconds else None,
         "configuration": None if configuration is None else OmegaConf.to_yaml(configuration),
         "sample": _sample(run),
     }

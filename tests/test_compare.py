@@ -701,7 +701,7 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     make = maker(root)
     make("fine", samples=[(3, "early"), (6, f"a text with {EVIL}")])
-    make("again", seed=1)
+    make("again", seed=1, started="2026-01-02T03:04:05+00:00", wall_seconds=93.4)
     make(EVIL.replace("/", ":"), attention="regular", choices={"attention": EVIL, "norm": "pre"})
     make("gone", seed=2, loss=None, status="failed", error=f"ValueError: {EVIL} " + "why " * 100)
     make("other", max_steps=4, git_dirty=True, device=EVIL)
@@ -721,7 +721,7 @@ def test_the_page_has_every_run_and_needs_nothing_else(page):
     for said in (
         *("a text with", "after step 6", "5 runs: 4 finished, 1 failed", "ValueError", "the whole of it"),
         *("bytes trained on: 4,000", "and changes that were not committed", "c0ffee", "tokens_per_step"),
-        *("train.py seed=1", "1.5000 ± 0.0000", "baseline"),
+        *("train.py seed=1", "1.5000 ± 0.0000", "baseline", "Started 2026-01-02T03:04:05+00:00; 1.6 minutes in all<"),
     ):
         assert said in text, said
     assert text.count("<svg") == 12 and 'name="viewport"' in text and "prefers-color-scheme: dark" in text
