@@ -168,8 +168,10 @@ def _is_number(cell: str) -> bool:
 
 
 def setting(arm: Arm, key: str) -> str:
-    """The arm's value of a setting as it is shown, - where it has none."""
+    """The arm's value of a setting as it is shown and given on a command line, - where it has none."""
     value = arm.settings.get(key, "-")
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 

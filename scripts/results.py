@@ -25,7 +25,7 @@ from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
 from scripts.compare_plots import seconds_of
-from scripts.comparisons import comparisons_of, difference, rank, titles
+from scripts.comparisons import comparisons_of, difference, is_number, rank, titles
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -95,7 +95,13 @@ def _names(arm: Arm, further: Sequence[str]) -> tuple[str, ...]:
 
 def _place(arm: Arm, further: Sequence[str]) -> tuple:
     """Where the arm stands in a table, but for its length and learning rate."""
-    return arm.settings["norm"] != "pre", arm.settings["attention"], *(arm.settings.get(key) for key in further)
+    return arm.settings["norm"] != "pre", arm.settings["attention"], *(_order(arm.settings.get(key)) for key in further)
+
+
+def _order(value: Any) -> tuple[bool, bool, Any]:
+    """By which values of one setting are sorted: none first, numbers, words."""
+    words = not is_number(value)
+    return value is not None, words, str(value) if words else value
 
 
 def _best(arms: Sequence[Arm], further: Sequence[str]) -> list[Arm]:
@@ -282,11 +288,17 @@ def _mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
-def trained_windows(folder: str) -> str:
-    """Each attention with full context and with windows, at one learning rate, and its speed over full context's."""
-    arms = {_windowed(arm): arm for arm in _arms(folder)}
+def trained_windows(folder: str, *only: str) -> str:
+    """Each attention with full context and with windows, and its speed over full context's, at rates that had both."""
+    found = _arms(folder, only)
+    arms = {_windowed(arm): arm for arm in found}
+    if len(arms) < len(found):
+        raise ValueError(f"arms must differ in length, attention, rate and window alone, got others in {folder}")
+    both = {place[:-1] for place in arms if place[-1]}
     rows = []
     for (seq_len, attention, lr, window), arm in sorted(arms.items(), key=lambda item: item[0]):
+        if (seq_len, attention, lr) not in both:
+            continue
         full = arms.get((seq_len, attention, lr, ""))
         speeds = [one and one.mean("tokens/s") for one in (arm, full)]
         factor = f"{speeds[0] / speeds[1]:.2f}x" if all(speeds) else "-"

@@ -58,29 +58,43 @@ def test_windows(files):
 
 def test_trained_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    for attention, window, speed, loss in (
-        *(("regular", 16, 150.0, 2.5), ("regular", None, 100.0, 2.0)),
-        *(("cosine", None, 120.0, 1.75), ("cosine", 16, 240.0, 1.5)),
+    for attention, scale, window, lr, speed, loss in (
+        *(("regular", None, 16, 0.002, 150.0, 2.5), ("regular", None, None, 0.002, 100.0, 2.0)),
+        *(("cosine", 12.0, None, 0.002, 120.0, 1.75), ("cosine", 12.0, 16, 0.002, 240.0, 1.5)),
+        *(("cosine", 12.0, None, 0.004, 110.0, 3.0), ("cosine", 8.0, None, 0.002, 130.0, 1.25)),
     ):
-        folder = tmp_path / "runs" / f"{attention}-{window}"
+        folder = tmp_path / "runs" / f"{attention}-{scale}-{window}-{lr}"
         folder.mkdir(parents=True)
-        settings = {"kind": attention, "window": window, "window_pattern": window and "SL"}
-        configuration = {"seq_len": 64, "lr": 0.002, "seed": 0, "attention": settings, "norm": {"kind": "pre"}}
+        settings = {"kind": attention, **({"scale": scale} if scale else {})}
+        settings |= {"window": window, "window_pattern": window and "SL"}
+        configuration = {"seq_len": 64, "lr": lr, "seed": 0, "attention": settings, "norm": {"kind": "pre"}}
         OmegaConf.save(configuration, folder / "config.yaml")
         choices = {"attention": attention, "norm": "pre"}
         (folder / "run.json").write_text(json.dumps({"status": "finished", "choices": choices}))
         columns = "step,throughput/tokens_per_s,memory/peak_allocated_gib,val/bpc"
         (folder / "metrics.csv").write_text(f"{columns}\n5,{speed},1.5,{loss}\n")
-    lines = results.trained_windows("runs").splitlines()
+    with pytest.raises(ValueError, match="alone, got others in runs"):  # two scales
+        results.trained_windows("runs")
+    lines = results.trained_windows("runs", "attention.scale=-,12").splitlines()
     assert lines[0] == (
         "| seq_len | attention | window | peak lr | n | val bpc | tokens/s | speed of full | peak GiB |"
     )
-    assert lines[2:] == [
+    assert lines[2:] == [  # of 0.004 there is no run with windows
         "| 64 | cosine | full | 0.002 | 1 | 1.7500 | 120 | 1.00x | 1.50 |",
         "| 64 | cosine | 16 SL | 0.002 | 1 | 1.5000 | 240 | 2.00x | 1.50 |",
         "| 64 | regular | full | 0.002 | 1 | 2.0000 | 100 | 1.00x | 1.50 |",
         "| 64 | regular | 16 SL | 0.002 | 1 | 2.5000 | 150 | 1.50x | 1.50 |",
     ]
+    lines = results.learning_rates("runs", "64").splitlines()
+    assert lines[0] == "| attention | norm | scale | window | window_pattern | 0.002 | 0.004 |"
+    assert lines[2:] == [  # none first, then numbers in their order
+        "| cosine | pre | 8 | null | null | **1.2500** |  |",
+        "| cosine | pre | 12 | null | null | **1.7500** | 3.0000 |",
+        "| cosine | pre | 12 | 16 | SL | **1.5000** |  |",
+        "| regular | pre | - | null | null | **2.0000** |  |",
+        "| regular | pre | - | 16 | SL | **2.5000** |  |",
+    ]
+    assert len(results.learning_rates("runs", "64", "attention.window=null").splitlines()) == 2 + 3
 
 
 def test_experiments_that_were_run_and_that_were_not(tmp_path, monkeypatch):
