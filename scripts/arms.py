@@ -81,7 +81,8 @@ class Arm:
 def arms_of(runs: Sequence[Results]) -> list[Arm]:
     """The runs by configuration, in the order in which the first of each stands. Each run without one is its own.
 
-    The corpus is no setting: whether runs are of one tells its hash, see ``comparisons_of``, and not its name.
+    The corpus is no setting: whether runs are of one, and of the same splits of it, tells the record of its bytes, see
+    ``comparisons_of``, and neither its name nor how it was read.
     """
     arms: dict[Any, Arm] = {}
     for run in runs:
@@ -98,6 +99,7 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in config.items()
         if key != "seed"
+        and not key.startswith("data.")
         and not is_said_above(config, key)
         and not is_one_of(key, INCIDENTAL)
         and not key.endswith(".kind")

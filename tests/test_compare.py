@@ -213,8 +213,9 @@ def test_runs_whose_bits_per_byte_do_not_compare_are_in_tables_of_their_own(make
 
 @pytest.mark.usefixtures("undrawn")
 def test_one_text_under_two_names_is_one_comparison(make, tmp_path, capsys):
-    for seed, name in enumerate(("text.txt", "text.txt.gz")):
-        make(loss=1.0 + seed, seed=seed, corpus=BOOK | {"name": name})
+    ways = {"kind": "file", "path": "text.txt", "pattern": "*"}, {"kind": "enwik8", "expected_bytes": 6998}
+    for seed, (name, way) in enumerate(zip(("text.txt", "text.txt.gz"), ways, strict=True)):
+        make(loss=1.0 + seed, seed=seed, corpus=BOOK | {"name": name}, config={"data": way})
     out = compared(capsys, tmp_path / "runs").out
     assert "tables" not in out and cells_of(out)[0][:2] == ["2", "1.5000 ± 0.7071"]
     make("other", loss=0.5, corpus=BOOK | {"name": "text.txt", "sha256": "f" * 64})
