@@ -17,8 +17,13 @@ ADDED = {
     "optimizer.rates": None,
     "trainer.budget_minutes": None,
 }
-# By group, the kinds that got its keys of ADDED; another kind need not have them.
-KINDS_ADDED_TO = {"attention": ("cosine", "regular"), "optimizer": ("adamw",)}
+# Of keys of ADDED that not every kind of their group got, those that did. A kind that came later is not among them.
+KINDS_ADDED_TO = {
+    "attention.window": ("cosine", "regular"),
+    "attention.window_pattern": ("cosine", "regular"),
+    "optimizer.cooldown_fraction": ("adamw",),
+    "optimizer.rates": ("adamw",),
+}
 
 
 def brought_up_to_date(config: DictConfig) -> DictConfig:
@@ -37,7 +42,7 @@ def brought_up_to_date(config: DictConfig) -> DictConfig:
             del holder[name]
     for key, before in ADDED.items():
         holder, name = _holder(config, key)
-        kinds = KINDS_ADDED_TO.get(key.partition(".")[0])
+        kinds = KINDS_ADDED_TO.get(key)
         if holder is not None and name not in holder and (kinds is None or holder.get("kind") in kinds):
             with open_dict(holder):
                 holder[name] = before

@@ -10,11 +10,26 @@ from typing import Any
 
 # By group and kind: the class or function that is called with the option's other keys.
 BUILDERS = {
-    "attention": {"cosine": "models.attention.CosineAttention", "regular": "models.attention.RegularAttention"},
-    "norm": {"pre": "models.blocks.PreNormBlock", "post": "models.blocks.PostNormBlock"},
-    "model": {"gpt": "models.gpt.GPT"},
-    "data": {"enwik8": "data.enwik8.enwik8", "file": "data.files.file", "pystdlib": "data.pystdlib.pystdlib"},
-    "optimizer": {"adamw": "models.training.optimizer.AdamW", "muon": "models.training.optimizer.Muon"},
+    "attention": {
+        "cosine": "models.attention.CosineAttention",
+        "regular": "models.attention.RegularAttention",
+    },
+    "norm": {
+        "pre": "models.blocks.PreNormBlock",
+        "post": "models.blocks.PostNormBlock",
+    },
+    "model": {
+        "gpt": "models.gpt.GPT",
+    },
+    "data": {
+        "enwik8": "data.enwik8.enwik8",
+        "file": "data.files.file",
+        "pystdlib": "data.pystdlib.pystdlib",
+    },
+    "optimizer": {
+        "adamw": "models.training.optimizer.AdamW",
+        "muon": "models.training.optimizer.Muon",
+    },
     "logger": {
         "csv": "models.training.loggers.csv_only",
         "none": "models.training.loggers.csv_only",

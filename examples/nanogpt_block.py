@@ -7,10 +7,10 @@ What changes in CausalSelfAttention, besides the import; everything else, c_attn
 
     in forward (here in attend, where nothing else is), one line replaced by two
     -   y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    +   scale = self.log_scale.exp().clamp(max=40)
+    +   scale = self.log_scale.exp().clamp(max=60)
     +   y = flash_cosine_sim_attention(q, k, v, scale=scale, causal=True)
 
-The optimizer must not decay log_scale, as that pulls every scale to 1; nanoGPT decays matrices only. Above 40 a scale
+The optimizer must not decay log_scale, as that pulls every scale to 1; nanoGPT decays matrices only. Above 60 a scale
 has no gradient and stays there: in a long training clamp log_scale itself after each step, as char_gpt.py does. Dropout
 of the attention's probabilities (nanoGPT's `dropout` within SDPA, 0 by default) has no counterpart; dropout of outputs
 stays.
@@ -64,7 +64,7 @@ class CosineCausalSelfAttention(CausalSelfAttention):
         self.log_scale = nn.Parameter(torch.full((config.n_head,), math.log(12.0)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = self.log_scale.exp().clamp(max=40)  # the library's documented range
+        scale = self.log_scale.exp().clamp(max=60)  # the library's bound
         return flash_cosine_sim_attention(q, k, v, scale=scale, causal=True)
 
 

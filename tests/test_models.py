@@ -29,6 +29,8 @@ def attention_of(kind, **options):
     place = {"layer": 0, "num_layers": 2}
     if kind == "regular":
         return partial(RegularAttention, **place, **options)
+    if kind != "cosine":
+        raise ValueError(f"kind must be cosine or regular, got {kind!r}")
     settings_ = {"scale": 12.0, "learned_scale": True, "groups": 1, "backend": "auto", **options}
     return partial(CosineAttention, **place, **settings_)
 

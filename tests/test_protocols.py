@@ -20,6 +20,7 @@ from conf.schema import builder, options_of
 from data.bytes import ByteDataModule, Corpus
 from models.attention import InnerAttention, KVCache, SelfAttention
 from models.blocks import MLP, Block
+from models.positions import position_bias_of
 from models.training.optimizer import OptimizerBuilder
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
@@ -60,13 +61,18 @@ def test_every_group_has_its_protocol_and_says_what_it_asks_for():
 ATTENTION = {"num_heads": HEADS, "head_dim": HEAD_DIM, "layer": 0, "num_layers": 2}
 
 
-@each("attention")
+WINDOWED = [option for option in options_of("attention") if "window" in configure(f"attention={option}").attention]
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-@pytest.mark.parametrize("changes", [[], ["attention.window=3"]], ids=str)
-def test_attentions(option, num_kv_heads, changes):
+@pytest.mark.parametrize(
+    ("option", "window"), [*((option, None) for option in options_of("attention")), *((one, 3) for one in WINDOWED)]
+)
+def test_attentions(option, num_kv_heads, window):
     torch.manual_seed(0)
+    changes = [] if window is None else [f"attention.window={window}"]
     inner = build("attention", option, *changes, **ATTENTION)
-    assert inner.window == (3 if changes else None)
+    assert inner.window == window
     assert isinstance(inner, nn.Module) and not lacks(inner, InnerAttention)
     q = torch.randn(2, HEADS, 7, HEAD_DIM)
     k, v = (torch.randn(2, num_kv_heads, 7, HEAD_DIM) for _ in range(2))
@@ -76,6 +82,14 @@ def test_attentions(option, num_kv_heads, changes):
     torch.testing.assert_close(inner(q[:, :, :4], k[:, :, :4], v[:, :, :4]), o[:, :, :4])  # causal
     logit = inner.largest_logit(q, k)
     assert logit.shape == () and logit.dtype == torch.float32 and logit > 0
+    # A run with model.positions=alibi that knew no positions would be recorded as one that did.
+    bias = position_bias_of("alibi", num_heads=HEADS, seq_len=7)
+    try:
+        biased = build("attention", option, *changes, **ATTENTION, position_bias=bias)
+    except ValueError:
+        return
+    biased.load_state_dict(inner.state_dict())
+    assert not torch.allclose(biased(q, k, v)[:, :, 1:], o[:, :, 1:])
 
 
 @each("norm")
