@@ -905,6 +905,46 @@ def test_every_row_fits_the_gpu(tmp_path):
     assert compiled.returncode == 0, compiled.stderr
 
 
+def rows_in(document, first):
+    """The numbers of every row of a document's table, as texts, that begins with this heading."""
+    text = (CSRC.parents[2] / "docs" / "design" / document).read_text()
+    table = text[text.index(f"| {first} |") :].split("\n\n")[0]
+    return [re.findall(r"\d+|yes|no", line) for line in table.splitlines()[2:]]
+
+
+def test_the_documents_say_what_a_tile_has(tmp_path):
+    prints = []
+    for dim in (32, 64, 96, 128, 256):
+        prints.append(f"forward<ForwardSm90Traits<Math::kBf16, {dim}>>({dim});")
+        prints += [f"backward<BackwardSm90Traits<Math::kBf16, {dim}>>({dim});"] * (dim <= 128)
+    source = tmp_path / "tiles.cpp"
+    source.write_text(
+        """#include <cstdio>
+#include "sm90/tiles/backward.h"
+#include "sm90/tiles/forward.h"
+using namespace flash_cosine_sim;
+template <typename T>
+void forward(int head_dim) {
+  std::printf("forward %d %d %d %d %d %d %d %d\\n", head_dim, T::kBlockQ, T::kBlockK, T::kStages, T::kConsumers,
+              T::kConsumerRegisters, T::kProducerRegisters, (T::kSharedBytes + 512) / 1024);
+}
+template <typename T>
+void backward(int head_dim) {
+  std::printf("backward %d %d %s %s %d\\n", head_dim, T::kBlockQ, T::kStaggered ? "yes" : "no",
+              T::kPrefetchScores ? "yes" : "no", (T::kSharedBytes + 512) / 1024);
+}
+int main() {
+"""
+        + "\n".join(prints)
+        + "\n}\n"
+    )
+    program = tmp_path / "tiles"
+    subprocess.run([COMPILER, "-std=c++20", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
+    lines = [line.split() for line in subprocess.run([program], capture_output=True, text=True).stdout.splitlines()]
+    for document in ("forward", "backward"):
+        assert rows_in(f"{document}.md", "head dim") == [line[1:] for line in lines if line[0] == document]
+
+
 def test_a_row_that_does_not_fit_is_found(tmp_path):
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")
     table = csrc / "sm90" / "tiles" / "forward.h"

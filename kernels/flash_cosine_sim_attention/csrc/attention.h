@@ -303,7 +303,8 @@ template <Math kMath, int kHeadDim>
 void launch_bias_gradient_sm80(const BackwardParams& params, cudaStream_t stream);  // dbias, distance_sums
 
 // sm90/forward.cuh, sm90/backward.cuh: wgmma and TMA, compute capability 9.0 alone; Math::kBf16 and Math::kFp16, no
-// attn_bias, at least a key; backward with the norm only.
+// attn_bias, at least a key; backward without the norm in Math::kBf16 alone, by a number as scale, without
+// ddistance_bias.
 template <Math kMath, int kHeadDim, Variant kVariant>
 void launch_forward_sm90(const ForwardParams& params, cudaStream_t stream);
 template <Math kMath, int kHeadDim, Variant kVariant>

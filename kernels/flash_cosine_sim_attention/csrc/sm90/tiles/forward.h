@@ -74,6 +74,8 @@ struct ForwardSm90Traits {
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kLaunchRegisters,
                 "setmaxnreg would wait for ever");
   static constexpr int kBlockQ = 64 * kConsumers;
+  // Whole words of a mask's bits; at most 32 columns a lane (band.cuh); a piece of DistanceScores (distances.cuh).
+  static_assert(kBlockK % 32 == 0 && kBlockK <= 128 && kBlockQ + kBlockK <= DistanceScores::kMargin);
 
   // Norm::kAhead: a warp normalises a chunk of keys at a time. A lane has 16 columns, which is how rows.cuh cuts a row.
   static constexpr int kLanesPerRow = kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 8 : 16;
