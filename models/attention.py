@@ -165,7 +165,7 @@ class RegularAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Shapes as in ``CosineAttention``; seq_len_q is 1 (decoding) or seq_len_k (everything at once)."""
         seq_len_q, seq_len_k = q.shape[-2], k.shape[-2]
-        if seq_len_q not in (1, seq_len_k):
+        if seq_len_q != 1 and seq_len_q != seq_len_k:  # not `in`: it goes wrong under torch.compile
             # PyTorch aligns is_causal to the top left corner, which would hide the cached keys.
             raise ValueError(f"seq_len_q must be 1 or seq_len_k = {seq_len_k}, got {seq_len_q}")
         window = seq_len_k if self.window is None else min(self.window, seq_len_k)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from flash_cosine_sim_attention.call import BACKWARD, FORWARD
+from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
 
 # As in support/ranks.py, which imports what takes seconds.
 RANK_CHECKS = (
@@ -100,6 +102,46 @@ def kinds(operator):
     """The types of an operator's arguments, by name, as its schema has them."""
     arguments = operator.schema[operator.schema.index("(") + 1 : operator.schema.index(") ->")]
     return {argument.split("=")[0].split()[1]: argument.split()[0] for argument in arguments.split(", ")}
+
+
+# torch.compile
+
+
+def by_flash_attn_func(q, k, v, **options):
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        *(
+            (flash_cosine_sim_attention, shapes)
+            for shapes in (
+                *({"scale": ("heads",)}, {"scale": (1,)}, {"mask": ("batch", 6)}, {"distance_bias": ("heads", 11)}),
+                *({"attn_bias": ("heads", 6, 6)}, {"attn_bias": (1, "heads", 6, 6)}),
+                *({"alibi_slopes": ("heads",)}, {"alibi_slopes": ("batch", "heads")}),
+            )
+        ),
+        (scaled_dot_product_attention, {"gain_q": ("heads",), "gain_k": ("heads",)}),
+        (scaled_dot_product_attention, {"attn_mask": (1, "heads", 6, 6)}),
+        (by_flash_attn_func, {"softmax_scale": ("heads",), "gain_q": ("heads",)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_what_belongs_to_a_module_compiles_beside_any_number_of_heads(function, shapes):
+    """Dynamo knows the shapes of parameters and buffers as numbers, those of q as symbols, and must compare both."""
+    torch.compiler.reset()  # a function is compiled so many times at most
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    for batch, heads in ((2, 4), (3, 8), (2, 4)):
+        q, k, v = torch.randn(3, batch, heads, 6, 8)
+        module = torch.nn.Module()
+        for name, shape in shapes.items():
+            sizes = [{"batch": batch, "heads": heads}.get(size, size) for size in shape]
+            learned = name not in ("mask", "alibi_slopes")
+            values = torch.ones(sizes, dtype=torch.bool) if name == "mask" else torch.full(sizes, 0.5)
+            setattr(module, name, torch.nn.Parameter(values) if learned else torch.nn.Buffer(values))
+        held = {name: getattr(module, name) for name in shapes}
+        assert torch.equal(compiled(q, k, v, **held), function(q, k, v, **held))
 
 
 # Activation checkpointing

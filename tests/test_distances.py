@@ -229,6 +229,19 @@ def test_autocast_leaves_the_table_in_float32(backend):
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_a_table_may_be_in_the_dtype_that_q_was_given_in(backend):
+    q, k, v = torch.randn(3, 1, 2, 9, 8).half().unbind()
+    table = torch.randn(2, 17).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = attend(backend, q, k, v, distance_bias=table)
+        with pytest.raises(
+            TypeError, match="distance_bias must be a float32, float16 or bfloat16 tensor; got torch.int32"
+        ):
+            attend(backend, q, k, v, distance_bias=table.int())
+    torch.testing.assert_close(o, attend(backend, *(x.bfloat16() for x in (q, k, v)), distance_bias=table.float()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_table_in_qs_dtype(dtype):
     q = torch.randn(1, 2, 5, 8, dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 """Functions shaped like FlashAttention's: names, layout and alignment are theirs, and what is not there raises."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -268,15 +269,34 @@ def test_alibi_slopes_are_added_after_the_scale():
         torch.testing.assert_close(packed[first:end], alone[0], rtol=1e-4, atol=1e-5)
 
 
+def test_shapes_that_do_not_fit_are_said_as_they_were_given():
+    q, k, v = inputs()  # (2, 7, 4, 16); k, v (2, 7, 2, 16)
+    with pytest.raises(ValueError, match=r"num_heads 4, got 3 \(q: \(2, 7, 4, 16\), k: \(2, 9, 3, 16\)\)"):
+        flash_attn_func(q, *torch.randn(2, 2, 9, 3, 16))
+    for wrong in (torch.randn(2, 7, 2, 8), torch.randn(1, 7, 2, 16)):
+        shapes = re.escape(f"q: (2, 7, 4, 16), k: {tuple(wrong.shape)}")
+        with pytest.raises(ValueError, match=f"with q's batch and head_dim; got {shapes}"):
+            flash_attn_func(q, wrong, wrong)
+    with pytest.raises(ValueError, match="k and v must have one shape"):
+        flash_attn_func(q, k, v[:, :-1])
+    _, packed_k, packed_v, *ends = packed_inputs()
+    with pytest.raises(ValueError, match=r"with q's head_dim; got q: \(5, 4, 8\), k"):
+        flash_attn_varlen_func(torch.randn(5, 4, 8), packed_k, packed_v, *ends)
+
+
 def test_what_asks_for_nothing_is_taken():
     """Callers name these with FlashAttention's defaults; how its kernels share their work changes no result."""
     q, k, v = inputs()
     expected = flash_attn_func(q, k, v)
     assert torch.equal(flash_attn_func(q, k, v, **ALL_OFF), expected)
     assert torch.equal(flash_attn_func(q, k, v, num_splits=4, pack_gqa=True, sm_margin=8), expected)
+    nothing = dict.fromkeys(("dropout_p", "softcap", "attention_chunk"))  # None, as some callers have it
+    assert torch.equal(flash_attn_func(q, k, v, **nothing), expected)
     packed = packed_inputs()
     off = ALL_OFF | dict.fromkeys(WRONG_PACKED)
-    assert torch.equal(flash_attn_varlen_func(*packed, **off), flash_attn_varlen_func(*packed))
+    assert torch.equal(flash_attn_varlen_func(*packed, **off | nothing), flash_attn_varlen_func(*packed))
+    with pytest.raises(ValueError, match=r"alibi_slopes must be \(num_heads,\) = \(4,\); got \(2, 4\)"):
+        flash_attn_varlen_func(*packed, alibi_slopes=torch.ones(2, 4))
 
 
 def test_deterministic_is_pytorchs_setting():
@@ -299,7 +319,7 @@ def test_deterministic_is_pytorchs_setting():
         ),
         ({"gain_q": -1.0}, r"got softmax_scale 0.25, gain_q -1, gain_k 1: scale must be positive, got -4"),
         ({"softmax_scale": 4.0}, "must be at most 60, got 64"),
-        ({"gain_q": float("nan")}, "must be at most 60, got nan"),
+        ({"gain_q": float("nan")}, "scale must be positive, got nan"),
         ({"gain_q": torch.tensor([1.0, 1.0, 99.0, 1.0])}, r"gain_q of shape \(4,\), gain_k 1: .* got 396"),
         (
             {"softmax_scale": 61.0, "l2norm_qk": False},
@@ -342,6 +362,13 @@ def test_cosine_scale_of_heads():
     expected = 8 * gain_q * gain_k.repeat_interleave(4)
     torch.testing.assert_close(cosine_scale(64, None, gain_q, gain_k, num_heads=8), expected)
     assert cosine_scale(np.int64(64)) == 8
+
+
+def test_a_number_of_heads_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="num_heads must be an int or None, got float"):
+        cosine_scale(64, None, 1.0, torch.ones(2), num_heads=4.0)
+    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+        cosine_scale(64, num_heads=0)
 
 
 def test_head_dim_0_is_refused_by_its_name():

@@ -178,6 +178,15 @@ def test_a_value_of_another_shape_than_the_key_is_refused(is_causal, sizes):
         scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 7, 16), (2, 4, 7, 8)])
+def test_a_key_of_another_batch_or_head_dim_is_refused_by_its_name(shape):
+    query, key = torch.randn(2, 4, 7, 16), torch.randn(shape)
+    with pytest.raises(
+        ValueError, match=r"key must have query's batch size and head_dim \(query: \(2, 4, 7, 16\), key:"
+    ):
+        scaled_dot_product_attention(query, key, key)
+
+
 def test_head_dim_0_is_refused_by_its_name():
     with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
         scaled_dot_product_attention(*inputs(head_dim=0))

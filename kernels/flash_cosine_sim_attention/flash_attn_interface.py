@@ -209,10 +209,10 @@ def _scale(
 
 
 def _refuse(**given: Any) -> None:
-    """Raises ValueError for the first argument that asks for something."""
+    """Raises ValueError for the first argument that asks for something; None never does."""
     for name, value in given.items():
         off, instead = _ABSENT[name]
-        if value is not off and not (isinstance(value, (int, float)) and value == off):
+        if value is not None and not (isinstance(value, (int, float)) and value == off):
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} must be {off}, got {got}: {instead}")
 
@@ -236,6 +236,20 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...]) 
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != len(dimensions):
             raise ValueError(f"{name} must be ({', '.join(dimensions)}), got {tuple(tensor.shape)}")
+    # Found here, where shapes are as they were given.
+    shape_q, shape_k = q.shape, k.shape
+    if shape_k != v.shape or shape_k[-1] != shape_q[-1] or (q.ndim == 4 and shape_k[0] != shape_q[0]):
+        same = "batch and head_dim" if q.ndim == 4 else "head_dim"
+        raise ValueError(
+            f"k and v must have one shape, with q's {same}; got q: {tuple(shape_q)}, k: {tuple(shape_k)}, "
+            f"v: {tuple(v.shape)}"
+        )
+    num_heads, num_kv_heads = shape_q[-2], shape_k[-2]
+    if num_heads != num_kv_heads and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} (q: {tuple(shape_q)}, "
+            f"k: {tuple(shape_k)})"
+        )
 
 
 def _window(window_size: Sequence[int | None] | None) -> Sequence[int] | None:

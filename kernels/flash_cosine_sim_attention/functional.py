@@ -99,6 +99,10 @@ def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             raise ValueError(f"{name} must be (batch, heads, seq_len, head_dim), got {tuple(tensor.shape)}")
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
+    if key.shape[0] != query.shape[0] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key must have query's batch size and head_dim (query: {tuple(query.shape)}, key: {tuple(key.shape)})"
+        )
     if not enable_gqa and key.shape[1] != query.shape[1]:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} "
@@ -119,7 +123,7 @@ def _as_mask_or_bias(
         raise TypeError(f"attn_mask must be a tensor, bool or of a floating dtype, got {got}")
     full = (*query.shape[:-1], seq_len_k)
     sizes = (1,) * (4 - attn_mask.ndim) + attn_mask.shape
-    if len(sizes) > 4 or any(size not in (1, full_size) for size, full_size in zip(sizes, full, strict=True)):
+    if len(sizes) > 4 or any(a != 1 and a != b for a, b in zip(sizes, full, strict=True)):
         raise ValueError(
             f"attn_mask must be broadcastable to (batch, num_heads, seq_len_q, seq_len_k) = {full}, got "
             f"{tuple(attn_mask.shape)}"

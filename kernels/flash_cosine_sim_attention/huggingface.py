@@ -256,13 +256,15 @@ def fold_norms(model: nn.Module) -> int:
     cache then holds keys before their norm, which each token that is generated normalises again: this is for training.
 
     Returns:
-        The number of layers whose norms were moved.
+        The number of layers whose norms were moved, 0 if they all were before.
 
     Raises:
         ValueError: there is no such layer.
         RuntimeError: attn_implementation is another one.
     """
     layers = [module for module in model.modules() if _has_norms_to_fold(module)]
+    if not layers and any(map(_is_folded, model.modules())):
+        return 0
     if not layers:
         raise ValueError(f"model must have layers that normalise without weights, {type(model).__name__} has none")
     for layer in layers:
@@ -473,7 +475,7 @@ def _without_mask(
     seq_len_q, seq_len_k = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    if is_causal and seq_len_q not in (1, seq_len_k):
+    if is_causal and seq_len_q != 1 and seq_len_q != seq_len_k:
         raise ValueError(
             f"{_name(module)} is causal and passes no attention_mask: then it must have 1 query or as many as keys, "
             f"got {seq_len_q} and {seq_len_k}"
@@ -593,7 +595,7 @@ def _of_tensor(
             "torch.compile: pass (batch, seq_len), or cu_seq_lens_q and cu_seq_lens_k"
         )
     shape = (*query.shape[:3], key.shape[2])
-    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+    if mask.ndim != 4 or any(a != 1 and a != b for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"attention_mask must broadcast to (batch, num_heads, seq_len_q, seq_len_k) = {shape}, got "
             f"{tuple(mask.shape)} in {_name(module)}"

@@ -146,10 +146,10 @@ def flash_cosine_sim_attention(
         _check_flag("l2norm_qk", l2norm_qk)
         _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
         _check_flag("return_partials", return_partials)
-    merged = q.ndim == 3
+    merged, given = q.ndim == 3, (q, k, v)
     if k.ndim == 3:
         q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
-    _check_shapes(q, k, v, any_head_dim=backend == "reference")
+    _check_shapes(q, k, given, any_head_dim=backend == "reference")
     if groups != 1 or type(groups) is not int:
         check_groups(groups, q.shape[-1], "head_dim")
     mask = _as_2d_mask(mask, q, k)
@@ -158,7 +158,7 @@ def flash_cosine_sim_attention(
     first_distance = 0
     if distance_bias is not None or alibi_slopes is not None:
         lengths = ("seq_len_q", q.shape[-2]), ("seq_len_k", k.shape[-2])
-        distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths)
+        distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths, leave_autocast)
         alibi_slopes = _as_slopes(alibi_slopes, q)
     if window_size is None:
         left, right = -1, 0 if causal else -1
@@ -286,14 +286,15 @@ def flash_cosine_sim_attention_varlen(
     _check_packed(q, k, v)
     _check_flag("causal", causal)
     _check_flag("l2norm_qk", l2norm_qk)
-    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, heads, total, head_dim)
-    _check_shapes(q, k, v, any_head_dim=backend == "reference", packed=True)
+    given = q, k, v
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in given)  # (1, heads, total, head_dim)
+    _check_shapes(q, k, given, any_head_dim=backend == "reference")
     check_groups(groups, q.shape[-1], "head_dim")
     cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged=False)
     lengths = ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)
-    distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths)
-    alibi_slopes = _as_slopes(alibi_slopes, q)
+    distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths, leave_autocast)
+    alibi_slopes = _as_slopes(alibi_slopes, q, packed=True)
     causal, left, right = _as_limits((-1, -1) if window_size is None else window_size, causal, q, k)
     call = Call(
         q=q, k=k, v=v, mask=None, attn_bias=None, scale=scale_tensor, cu_seqlens_q=cu_seqlens_q,
@@ -476,33 +477,29 @@ def _check_flag(name: str, flag: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool, packed: bool = False) -> None:
-    """q (batch, num_heads, seq_len_q, head_dim); k, v (batch, num_kv_heads, seq_len_k, head_dim)."""
+def _check_shapes(q: Tensor, k: Tensor, given: tuple[Tensor, Tensor, Tensor], any_head_dim: bool) -> None:
+    """q (batch, num_heads, seq_len_q, head_dim); k (batch, num_kv_heads, seq_len_k, head_dim); q, k, v as given."""
     batch, num_heads, _, head_dim = q.shape
     kv_batch, num_kv_heads, _, kv_head_dim = k.shape
     if batch != kv_batch:
-        raise ValueError(f"k and v must have q's batch size {batch}, got {kv_batch} {_shapes(q, k, v, packed)}")
+        what = "batch * heads" if given[0].ndim == 3 else "batch size"
+        raise ValueError(f"k and v must have q's {what} {batch}, got {kv_batch} {_shapes(*given)}")
     # 0 of 0 is a rank's part of fewer heads than ranks.
     if num_heads != num_kv_heads and (num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads):
-        raise ValueError(
-            f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(q, k, v, packed)}"
-        )
+        raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads} {_shapes(*given)}")
     if kv_head_dim != head_dim:
-        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(q, k, v, packed)}")
+        raise ValueError(f"k and v must have q's head_dim {head_dim}, got {kv_head_dim} {_shapes(*given)}")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         if head_dim < 1:  # nothing has a direction there
-            raise ValueError(f"head_dim must be at least 1, got {head_dim} {_shapes(q, k, v, packed)}")
+            raise ValueError(f"head_dim must be at least 1, got {head_dim} {_shapes(*given)}")
         if not any_head_dim:
             raise ValueError(
                 f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim} "
-                f"{_shapes(q, k, v, packed)}; backend='reference' takes any"
+                f"{_shapes(*given)}; backend='reference' takes any"
             )
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> str:
-    """As they were given."""
-    if packed:
-        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"(q: {tuple(q.shape)}, k: {tuple(k.shape)}, v: {tuple(v.shape)})"
 
 
@@ -514,7 +511,8 @@ def _as_2d_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True = attend, got {got}")
     batch, seq_len_k = k.shape[0], k.shape[-2]
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != seq_len_k:
+    # `==` one by one, here and below: of a number and (1, a symbolic number) torch.compile takes `in` for False.
+    if mask.ndim != 2 or not (mask.shape[0] == 1 or mask.shape[0] == batch) or mask.shape[1] != seq_len_k:
         raise ValueError(
             f"mask must be (batch, seq_len_k) = {(batch, seq_len_k)}, or (1, seq_len_k); got {tuple(mask.shape)}"
         )
@@ -540,7 +538,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     full = (*q.shape[:-1], k.shape[-2])
     sizes = zip(attn_bias.shape, full, strict=False)
     # A 2-D one is not broadcast further: (1, seq_len_k) would more likely be meant as a mask.
-    broadcastable = attn_bias.ndim == 4 and all(size in (1, full_size) for size, full_size in sizes)
+    broadcastable = attn_bias.ndim == 4 and all(a == 1 or a == b for a, b in sizes)
     if not broadcastable or (len(shape) == 2 and shape != full[2:]):
         batch, num_heads, seq_len_q, seq_len_k = full
         first = batch if batch_dim else num_heads
@@ -575,7 +573,7 @@ def _as_vector_or_number(
     num_heads = q.shape[1]
     if not scale.is_floating_point():
         raise TypeError(f"a scale tensor must be of a floating dtype, got {scale.dtype}")
-    if scale.ndim > 1 or scale.numel() not in (1, num_heads):
+    if scale.ndim > 1 or not (scale.numel() == 1 or scale.numel() == num_heads):
         heads = "1 (batch and heads are merged)" if merged else f"num_heads = {num_heads}"
         raise ValueError(f"a scale tensor must be of shape () or ({heads},), got {tuple(scale.shape)}")
     if scale.device != q.device:
@@ -589,18 +587,25 @@ def _as_vector_or_number(
 
 
 def _as_table(
-    distance_bias: Tensor | None, causal: bool, q: Tensor, lengths: tuple[tuple[str, int], tuple[str, int]]
+    distance_bias: Tensor | None,
+    causal: bool,
+    q: Tensor,
+    lengths: tuple[tuple[str, int], tuple[str, int]],
+    autocast: bool,
 ) -> tuple[Tensor | None, int]:
     """Return distance_bias in float32 (float64 for float64), and the distance of its first entry.
 
-    lengths are the names and numbers of queries and keys that decide how many distances there are.
+    lengths are the names and numbers of queries and keys that decide how many distances there are. Under autocast q is
+    no longer in the dtype that it was given in, and the table may be in any.
     """
     if distance_bias is None:
         return None, 0
     wide = compute_dtype(q.dtype)
-    if not isinstance(distance_bias, Tensor) or distance_bias.dtype not in (torch.float32, wide, q.dtype):
+    dtypes = DTYPES if autocast else (torch.float32, wide, q.dtype)
+    if not isinstance(distance_bias, Tensor) or distance_bias.dtype not in dtypes:
         got = distance_bias.dtype if isinstance(distance_bias, Tensor) else type(distance_bias).__name__
-        raise TypeError(f"distance_bias must be a float32 tensor, or in q's dtype {q.dtype}; got {got}")
+        accepted = "float32, float16 or bfloat16 tensor" if autocast else f"float32 tensor, or in q's dtype {q.dtype}"
+        raise TypeError(f"distance_bias must be a {accepted}; got {got}")
     (name_q, num_queries), (name_k, num_keys) = lengths
     shape, num_heads = tuple(distance_bias.shape), q.shape[1]
     if causal:
@@ -618,7 +623,7 @@ def _as_table(
     return distance_bias.to(wide).contiguous(), 0 if causal else 1 - num_queries
 
 
-def _as_slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
+def _as_slopes(alibi_slopes: Tensor | None, q: Tensor, packed: bool = False) -> Tensor | None:
     """Return alibi_slopes as (1 or batch, num_heads), in float32 (float64 for float64)."""
     if alibi_slopes is None:
         return None
@@ -627,11 +632,9 @@ def _as_slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
         raise TypeError(f"alibi_slopes must be a float32 tensor, got {got}")
     batch, num_heads = q.shape[:2]
     shape = tuple(alibi_slopes.shape)
-    if shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"alibi_slopes must be (num_heads,) = {(num_heads,)} or (batch, num_heads) = {(batch, num_heads)}; "
-            f"got {shape}"
-        )
+    if not (shape == (num_heads,) or shape == (batch, num_heads)):
+        or_batch = "" if packed else f" or (batch, num_heads) = {(batch, num_heads)}"
+        raise ValueError(f"alibi_slopes must be (num_heads,) = {(num_heads,)}{or_batch}; got {shape}")
     if alibi_slopes.device != q.device:
         raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {alibi_slopes.device}")
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
@@ -709,11 +712,11 @@ def _check_max_scale(max_scale: float, groups: int) -> None:
 def _check_range(scale: float, groups: int) -> None:
     if 0 < scale * groups <= MAX_LOGIT * (1 + ROUNDING):
         return
-    if scale <= 0:
+    if not scale > 0:  # NaN too
         raise ValueError(
             f"scale must be positive, got {shown(scale)}: 0 would forget the keys, less seek the least similar"
         )
-    raise ValueError(  # NaN too
+    raise ValueError(
         f"scale * groups bounds the logits and must be at most {MAX_LOGIT}, got {shown(scale)} * {groups}: "
         "softmax is all but argmax there; lower scale or groups (groups=8 with scale=1, for instance)"
     )

@@ -43,11 +43,16 @@ def cosine_scale(
 
     Raises:
         ValueError: the result is not above 0 and at most 60 (values of tensors are checked on the CPU alone, and not
-            under torch.compile), head_dim is not at least 1, or a shape is not as above.
-        TypeError: head_dim is no int, or something else neither a number nor a tensor of a floating dtype.
+            under torch.compile), head_dim or num_heads is not at least 1, or a shape is not as above.
+        TypeError: head_dim or num_heads is no int, or something else neither a number nor a tensor of a floating dtype.
     """
     if not isinstance(head_dim, (numbers.Integral, torch.SymInt)) or isinstance(head_dim, bool):
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
+    if num_heads is not None:
+        if not isinstance(num_heads, (numbers.Integral, torch.SymInt)) or isinstance(num_heads, bool):
+            raise TypeError(f"num_heads must be an int or None, got {type(num_heads).__name__}")
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
     return scale_by_names("softmax_scale", head_dim, softmax_scale, gain_q, gain_k, (num_heads, None), l2norm_qk)
 
 
@@ -85,7 +90,7 @@ def _checked(name: str, factor: float | Tensor, num_heads: int | None) -> float 
             raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {factor.dtype}")
         if factor.ndim > 1:
             raise ValueError(f"{name} must be a number or of shape () or (heads,), got {tuple(factor.shape)}")
-        if num_heads is not None and factor.numel() not in (1, num_heads):
+        if num_heads is not None and not (factor.numel() == 1 or factor.numel() == num_heads):
             raise ValueError(f"{name} must be a number or of shape () or ({num_heads},), got {tuple(factor.shape)}")
         return factor if factor.dtype == torch.float64 else factor.float()
     if isinstance(factor, bool) or not isinstance(factor, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -96,9 +101,9 @@ def _checked(name: str, factor: float | Tensor, num_heads: int | None) -> float 
 def _for_each_head(gain_k: Tensor, num_heads: int, num_kv_heads: int | None) -> Tensor:
     """gain_k of the key/value heads as (num_heads,)."""
     count = gain_k.numel()
-    if count in (1, num_heads):
+    if count == 1 or count == num_heads:  # see interface._as_2d_mask
         return gain_k
-    if count == 0 or num_heads % count or num_kv_heads not in (None, count):
+    if count == 0 or num_heads % count or (num_kv_heads is not None and num_kv_heads != count):
         of = "" if num_kv_heads is None else f" of {num_kv_heads}"
         raise ValueError(f"gain_k must have one entry a key/value head{of}, or a head of {num_heads}; got {count}")
     return gain_k.repeat_interleave(num_heads // count)
@@ -111,7 +116,7 @@ def _check_alike(factors: dict[str, float | Tensor]) -> None:
         size = factor.numel() if isinstance(factor, Tensor) else 1
         if count == 1:
             first, count = name, size
-        elif size not in (1, count):
+        elif size != 1 and size != count:
             raise ValueError(
                 f"{name} must be a number or of shape () or ({count},), as {first} is, got ({size},); gain_k may also "
                 "be (num_kv_heads,) where num_heads is given"
