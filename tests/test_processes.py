@@ -18,7 +18,7 @@ from models.training.started import RUN_VARIABLE
 pytestmark = pytest.mark.training
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
-         "SLURM_JOB_ID": "7", "SLURM_NODELIST": "a1"}  # fmt: skip
+         "SLURM_JOB_ID": "7", "SLURM_NODELIST": "a1", "SLURM_STEP_ID": "0"}  # fmt: skip
 
 
 @pytest.fixture
@@ -56,6 +56,16 @@ def test_srun_is_one_run_where_its_tasks_are_the_devices_and_several_runs_where_
     assert find_processes(devices=1, num_nodes=1).is_first
 
 
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEPID": "4294967290"}])
+def test_in_a_batch_script_without_srun_a_run_starts_its_own_processes(environment, step):
+    """Nobody else does: to wait for them would be for ever."""
+    environment(**{name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"} | step)
+    processes = find_processes(devices=2, num_nodes=1)
+    assert isinstance(processes.environment, LightningEnvironment) and processes.is_first
+    with pytest.raises(ValueError, match="trainer.num_nodes=2 needs torchrun or srun"):
+        find_processes(devices=1, num_nodes=2)
+
+
 @pytest.mark.usefixtures("environment")
 def test_several_machines_need_a_launcher():
     with pytest.raises(ValueError, match="trainer.num_nodes=2 needs torchrun or srun"):
@@ -87,6 +97,22 @@ def test_two_launched_processes_are_one_run(text, tmp_path, kind):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir() if (path / "run.json").exists()] == ["run"]
     assert read_results(tmp_path / "run").status == "finished" and weights(tmp_path / "run")["global_step"] == 4
     same(losses(tmp_path / "run"), losses(fit(text, tmp_path / "alone", *keys[1:-1])))
+
+
+def test_a_process_that_waits_for_the_others_says_so_and_hears_signals(text, tmp_path):  # noqa: F811
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+    alone = Popen(text, tmp_path, "name=run", "trainer.devices=2", variables={**where, **launched("torchrun", 0)})
+    while True:  # until it listens, and waits
+        with socket.socket() as other:
+            if other.connect_ex(("127.0.0.1", int(where["MASTER_PORT"]))) == 0:
+                break
+        assert alone.returncode is None
+        time.sleep(0.05)
+    os.kill(alone.pid, signal.SIGTERM)
+    out, errors = alone.communicate(timeout=60)
+    assert alone.returncode == 143, errors
+    assert f"waiting for 1 more processes of this run at 127.0.0.1:{where['MASTER_PORT']}" in out
+    assert not list(tmp_path.glob("*/run.json"))
 
 
 def test_a_run_of_its_own_logs_whatever_a_scheduler_says(text, tmp_path):  # noqa: F811

@@ -4,6 +4,8 @@ A run of several devices starts its own processes, or is started by torchrun or 
 scheduler's variables say otherwise is not believed: several runs may be packed into one job, each a run of its own.
 """
 
+import datetime
+import logging
 import os
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -19,8 +22,14 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 from models.training.started import RUN_VARIABLE
+
+log = logging.getLogger(__name__)
+
+PATIENCE = datetime.timedelta(minutes=10)  # for the other processes, which may still read their text
+STEPS = 2**32 - 16  # Slurm's steps have smaller numbers; the larger ones are a batch script, an interactive shell
 
 # What Lightning, at import or later, takes a process's place in a run from.
 PLACE_VARIABLES = (
@@ -90,7 +99,7 @@ def find_processes(*, devices: int, num_nodes: int) -> Processes:
                 f"trainer.num_nodes={environment.world_size() // local}"
             )
         return _place(environment, environment.global_rank(), expected)
-    if expected > 1 and SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS") == str(expected):
+    if expected > 1 and _is_srun_task() and os.environ.get("SLURM_NTASKS") == str(expected):
         try:
             environment = SLURMEnvironment(auto_requeue=False)
         except RuntimeError as error:  # Lightning wants --ntasks-per-node
@@ -105,6 +114,14 @@ def find_processes(*, devices: int, num_nodes: int) -> Processes:
     return _place(LightningEnvironment(), 0, expected)
 
 
+def _is_srun_task() -> bool:
+    """Whether srun started this process. In a batch script or a shell of salloc the same variables stand, but for the
+    number of a step, and no other process would ever come.
+    """
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    return SLURMEnvironment.detect() and step.isdigit() and int(step) < STEPS
+
+
 def _place(environment: ClusterEnvironment, rank: int, world_size: int) -> Processes:
     rank_zero_only.rank = rank  # Lightning took it from the variables above when it was imported
     return Processes(environment, rank, world_size)
@@ -114,6 +131,9 @@ def join(processes: Processes, *, cuda: bool) -> None:
     """Opens the process group of a run that torchrun or srun started, before Lightning does, which then takes it.
 
     The first process decides about the run's folder, and the others have to know before they can build a trainer.
+
+    Raises:
+        ValueError: they did not all come.
     """
     if processes.world_size == 1 or isinstance(processes.environment, LightningEnvironment):
         return
@@ -122,9 +142,38 @@ def join(processes: Processes, *, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(environment.local_rank())
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=processes.rank, world_size=processes.world_size
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=_meet(processes),
+        rank=processes.rank,
+        world_size=processes.world_size,
     )
     processes.joined = True
+
+
+def _meet(processes: Processes) -> torch.distributed.Store:
+    """Where the processes find each other, once all have come. Waits in a thread: PyTorch would hear no signal."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    log.info("waiting for %d more processes of this run at %s", processes.world_size - 1, where)
+    found: list[torch.distributed.Store | Exception] = []
+
+    def meet() -> None:
+        try:
+            met = torch.distributed.rendezvous("env://", processes.rank, processes.world_size, timeout=PATIENCE)
+            found.append(next(met)[0])
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    (store,) = found
+    if isinstance(store, Exception):
+        raise ValueError(
+            f"the {processes.world_size} processes of this run did not meet at {where}: {store}"
+        ) from store
+    store.set_timeout(default_pg_timeout)
+    return torch.distributed.PrefixStore("default_pg", store)
 
 
 def end_started(trainer: lightning.Trainer, *, patience_s: float) -> None:
