@@ -506,6 +506,26 @@ def test_a_step_is_cut_into_equal_micro_batches(arguments, expected):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected", "better"),
+    [
+        ((97 * 1024, 65536, 1024, 1), (1, 97), "tokens_per_step=98304 makes 2 of 48"),
+        ((2 * 1009 * 64, 8192, 64, 2), (1, 1009), "tokens_per_step=129024 makes 8 of 126"),
+        ((1008 * 64, 8192, 64, 1), (126, 8), None),
+        ((6 * 64, 5 * 64, 64, 1), (3, 2), None),
+        ((7 * 64, 64, 64, 1), (1, 7), None),
+        ((10 * 64, 6 * 64, 64, 1), (5, 2), None),
+    ],
+)
+def test_a_step_that_falls_into_many_small_micro_batches_is_warned_of(arguments, expected, better, caplog):
+    assert micro_batches(*arguments) == expected
+    assert [record.getMessage().split(": ")[-1] for record in caplog.records] == ([better] if better else [])
+    if better:
+        suggested = int(better.split("=")[1].split()[0])
+        size, number = micro_batches(suggested, *arguments[1:])
+        assert better.endswith(f"makes {number} of {size}") and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((1000, 16384, 1024, 1), "tokens_per_step must be at least seq_len = 1024, one sequence a step, got 1000"),

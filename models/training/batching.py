@@ -43,6 +43,14 @@ def micro_batches(
     per_device = sequences // processes
     largest = max(1, micro_batch_tokens // seq_len)
     size = next(size for size in range(min(largest, per_device), 0, -1) if per_device % size == 0)
+    fewest = -(-per_device // largest)
+    if size < per_device // fewest / 2:
+        log.warning(
+            "%d sequences a step make %d micro-batches of %d each on a device, which trains slowly: "
+            "tokens_per_step=%d makes %d of %d",
+            *(sequences, per_device // size, size),
+            *(per_device // fewest * fewest * processes * seq_len, fewest, per_device // fewest),
+        )
     return size, per_device // size
 
 
