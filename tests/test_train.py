@@ -12,6 +12,7 @@ import signal
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -24,7 +25,14 @@ from conf.registry import BUILDERS
 from conf.schema import validate
 from models.gpt import GPT
 from models.training import checkpoints, runs
-from models.training.callbacks import LearnedScales, LogitMetrics, PositionBiases, TextSample, TrainingMetrics
+from models.training.callbacks import (
+    LearnedScales,
+    LogitMetrics,
+    PositionBiases,
+    Profile,
+    TextSample,
+    TrainingMetrics,
+)
 from models.training.checkpoint_files import also_named, mend_best, read_checkpoint, write_text
 from models.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from models.training.devices import peak_flops
@@ -35,7 +43,7 @@ from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
 from models.training.run_files import is_owned, load_config, read_csv, read_samples
-from models.training.stopping import NOTED
+from models.training.stopping import NOTED, Interrupted
 from models.training.tables import decode
 from scripts import benchmark_training
 from train import build_module, train
@@ -1499,7 +1507,30 @@ def test_debug_profile_prints_a_table_and_writes_a_trace(tmp_path, capsys):
     assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 5
     assert read_results(folder).last("step") == 16
     shorter = debug("profile", tmp_path / "short", *small, "max_steps=3")
-    assert (shorter / "trace.json").is_file()
+    assert (shorter / "trace.json").is_file() and "profile of 3 steps" in capsys.readouterr().out
+
+
+def test_a_profile_of_a_run_that_ends_before_it_has_all_steps_is_written(tmp_path, capsys, caplog):
+    """By a budget of time, or a signal: nobody knew before."""
+    module, interrupted = SimpleNamespace(device=torch.device("cpu")), Interrupted(signal.SIGTERM, 12)
+    ends = {
+        "budget": lambda profile, trainer: profile.on_train_end(trainer, module),
+        "signal": lambda profile, trainer: profile.on_exception(trainer, module, interrupted),
+    }
+    for name, end in ends.items():
+        (tmp_path / name).mkdir()
+        profile, trainer = Profile(tmp_path / name, 5, 100), SimpleNamespace(global_step=0)
+        profile.on_train_start(trainer)
+        for trainer.global_step in (10, 11):
+            profile.on_train_batch_start(trainer, module)
+            torch.ones(2) + 1
+        trainer.global_step = 12
+        end(profile, trainer)
+        assert (tmp_path / name / "trace.json").is_file() and "profile of 2 steps" in capsys.readouterr().out
+    early = Profile(tmp_path, 5, 100)
+    early.on_train_start(SimpleNamespace(global_step=0))
+    early.on_train_end(SimpleNamespace(global_step=3), module)
+    assert "no step was profiled: training ended before step 11" in caplog.text
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -22,6 +22,7 @@ from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
 from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, csv_text, read_csv, read_samples
+from models.training.stopping import Interrupted
 from models.training.tables import decode
 
 log = logging.getLogger(__name__)
@@ -284,6 +285,8 @@ def _told_distances(seq_len: int) -> list[int]:
 class Profile(lightning.Callback):
     """Profiles some training steps: a table of what took longest on the console, ``trace.json`` in the run's folder.
 
+    Of fewer where training ends before, by a budget of time or a signal.
+
     Args:
         run_dir: the run's folder.
         num_steps: steps to profile, behind the first ten of this start where there are as many: those compile.
@@ -295,6 +298,7 @@ class Profile(lightning.Callback):
         self.num_steps = num_steps
         self.max_steps = max_steps
         self._profiler: torch.profiler.profile | None = None
+        self._written = False
 
     @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -303,7 +307,7 @@ class Profile(lightning.Callback):
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
-        if self._profiler is None and trainer.global_step == self._first:
+        if self._profiler is None and not self._written and trainer.global_step == self._first:
             _wait_for(module.device)
             activities = [torch.profiler.ProfilerActivity.CPU]
             if module.device.type == "cuda":
@@ -313,15 +317,29 @@ class Profile(lightning.Callback):
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
-        if self._profiler is None or trainer.global_step < min(self._first + self.num_steps, self.max_steps):
-            return
+        if self._profiler is not None and trainer.global_step >= self._first + self.num_steps:
+            self._write(trainer, module)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
+        if self._profiler is not None:
+            self._write(trainer, module)
+        if not self._written:
+            log.warning("no step was profiled: training ended before step %d", self._first + 1)
+
+    @rank_zero_only
+    def on_exception(self, trainer: lightning.Trainer, module: GPTModule, exception: BaseException) -> None:
+        if self._profiler is not None and isinstance(exception, Interrupted):
+            self._write(trainer, module)
+
+    def _write(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         _wait_for(module.device)
         self._profiler.stop()
         by = "self_cuda_time_total" if module.device.type == "cuda" else "self_cpu_time_total"
         print(self._profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
         self._profiler.export_chrome_trace(str(self.path))
-        print(f"profile of {self.num_steps} steps: {self.path}")
-        self._profiler, self._first = None, -1  # once a run
+        print(f"profile of {trainer.global_step - self._first} steps: {self.path}")
+        self._profiler, self._written = None, True  # once a run
 
 
 class TextSample(lightning.Callback):
