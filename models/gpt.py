@@ -13,6 +13,7 @@ from models.rotary import Rotary
 from models.windows import mean_visible_keys
 
 VOCABULARY = 256  # one token a byte
+LEAST_TEMPERATURE = 1e-20  # below it logits / temperature may overflow; only the likeliest byte is left by then
 
 
 class GPT(nn.Module):
@@ -200,12 +201,12 @@ def _sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """One byte a row of logits (batch, 256) -> (batch, 1)."""
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k is not None:
-        kth_best = logits.topk(min(top_k, VOCABULARY)).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, float("-inf"))
+        best = logits.topk(min(top_k, VOCABULARY))  # so many, also of equal ones
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, best.indices, best.values)
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         probabilities = nucleus(probabilities, top_p)

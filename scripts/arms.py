@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.schema import COPIES, GROUPS
+from conf.schema import COPIES, GROUPS, shown
 from models.training import metrics
 from models.training.identity import INCIDENTAL, RESUMED_WITH, flat, is_one_of, is_said_above, resumed_with
 from models.training.report import Results
@@ -170,10 +170,10 @@ def _is_number(cell: str) -> bool:
 
 
 def setting(arm: Arm, key: str) -> str:
-    """The arm's value of a setting as it is shown and given on a command line, - where it has none."""
+    """The arm's value of a setting as it is shown, - where it has none: true, false and null as train.py takes them."""
     value = arm.settings.get(key, "-")
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return shown(value)
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 

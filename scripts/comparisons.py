@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conf.schema import shown
 from models.training.identity import resumed_with
 from models.training.report import Results
 from scripts.arms import Arm, arms_of, differing, label, setting
@@ -213,6 +214,8 @@ class Baseline:
 
 
 def _same(value: Any, text: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return text in (shown(value), str(value))
     if not is_number(value):
         return str(value) == text
     try:

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(arguments: argparse.Namespace) -> None:
     """Loads the run's model, samples, and prints prompt and continuation as text, one text a seed."""
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
+    if arguments.seed + arguments.num_samples > 2**63:
+        raise ValueError(f"--seed + --num-samples must be at most 2^63, got {arguments.seed} + {arguments.num_samples}")
     device = choose_device(arguments.device)
     gpt, config = load_model(arguments.run, arguments.checkpoint, device)
     tokens = torch.tensor(list(prompt), device=device)[None]  # (1, n)

@@ -391,6 +391,17 @@ def test_a_baseline_that_is_not_there_is_refused(make, tmp_path, capsys, baselin
     assert said in refused(capsys, tmp_path / "runs", "--baseline", baseline)
 
 
+@pytest.mark.parametrize("value", ["true", "null", "False"])
+@pytest.mark.usefixtures("undrawn")
+def test_true_false_and_null_are_shown_and_taken_as_train_py_takes_them(make, tmp_path, capsys, value):
+    for name, option in (("a", True), ("b", False), ("c", None)):
+        make(name, config={"compile_it": option})
+    out = compared(capsys, tmp_path / "runs", "--baseline", f"compile_it={value}").out
+    assert {row[0] for row in cells_of(out)[:3]} == {"true", "false", "null"}
+    error = refused(capsys, tmp_path / "runs", "--baseline", "compile_it=yes")
+    assert "of compile_it these runs have" in error and "True" not in error and "None" not in error
+
+
 def test_numbers_name_a_baseline_however_they_are_written(make):
     one = comparison(make(lr=0.001), make(lr=0.002))
     baseline = baseline_of("lr=1e-3", [one])

@@ -139,6 +139,20 @@ def test_top_p_draws_from_the_nucleus_alone():
     assert set(drawn.flatten().tolist()) == set(best.indices[:nucleus_size].tolist())
 
 
+def test_top_k_draws_from_so_many_bytes_also_where_they_are_equally_likely():
+    gpt = build()  # whose head is zero
+    drawn = gpt.generate(torch.zeros(200, 1, dtype=torch.long), 1, top_k=3, generator=torch.Generator().manual_seed(0))
+    assert len(set(drawn.flatten().tolist())) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-19, 1e-40, 1e-320])
+def test_a_temperature_near_0_takes_the_likeliest(temperature):
+    gpt = randomise_head(build())
+    prompt = torch.randint(0, 256, (4, 5))
+    greedy = gpt.generate(prompt, 12, temperature=0)
+    assert torch.equal(gpt.generate(prompt, 12, temperature=temperature), greedy)
+
+
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_cached_logits_equal_the_whole_context_at_every_position(kind, window):

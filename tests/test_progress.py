@@ -17,6 +17,7 @@ from support.training import fit, overrides
 from models.training import progress
 from models.training.length import Length
 from models.training.progress import ProgressReport, duration
+from models.training.run_files import read_samples, sample_section
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,33 @@ def test_a_run_says_what_it_is_how_it_goes_and_where_it_is(text, tmp_path, monke
     for name in ("loss_and_memory.png", "metrics.csv", "samples.txt", "checkpoints", "train.log", "run.json"):
         assert f" {folder / name}\n" in out
     assert f"python -m scripts.generate {folder}\n" in out
+
+
+@pytest.mark.training
+def test_a_sample_and_a_files_name_are_shown_as_they_are(text, tmp_path, capsys):  # noqa: F811
+    """Rich would make pictures of :names: and drop [brackets]; and a line may look like a sample's heading."""
+    line = "d[:x:] k=:key: [bold]a[/bold]\n--- step 7 ---\n\\--- step 8 ---\n"
+    named = tmp_path / "text[final].txt"
+    named.write_text(line * 400)
+    keys = "max_steps=2", "trainer.val_every=2", "trainer.sample_bytes=1", "seq_len=32", f"data.path='{named}'"
+    folder = fit(text, tmp_path, *keys)
+    out = capsys.readouterr().out
+    (sample,) = read_samples(folder / "samples.txt")
+    assert sample[0] == 2 and len(sample[1]) > 20
+    assert "a sample after step 2" in out and sample[1].splitlines()[0] in out
+    assert "text[final].txt" in " ".join(out.split())
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    samples = [
+        (2, "a\n--- step 7 ---\nb\n"),
+        (4, "--- step 9 ---"),
+        (6, "\\--- step 1 ---\n\n--- step x ---\n"),
+        (8, ""),
+    ]
+    path = tmp_path / "samples.txt"
+    path.write_text("".join(sample_section(*sample) for sample in samples))
+    assert read_samples(path) == samples
 
 
 def in_a_terminal(command, environment, seconds=240):

@@ -286,6 +286,7 @@ def test_generate_reads_any_prompt(trained, tmp_path, capsys):
         (["--top-p", "nan"], "argument --top-p: must be a number above 0 and at most 1, got 'nan'"),
         (["--num-samples", "0"], "argument --num-samples: must be an integer of at least 1, got '0'"),
         (["--seed", "x"], "argument --seed: must be an integer of at least 0, got 'x'"),
+        (["--seed", str(2**63)], "--seed + --num-samples must be at most 2^63, got 9223372036854775808 + 1"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--checkpoint", "new"], "checkpoint must be best, last or the path of a checkpoint, got 'new'"),
     ],

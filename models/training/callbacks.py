@@ -21,7 +21,7 @@ from models.training.devices import peak_flops
 from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
-from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, csv_text, read_csv, read_samples
+from models.training.run_files import POSITION_BIAS_FILE, SAMPLES_FILE, csv_text, read_csv, read_samples, sample_section
 from models.training.stopping import Interrupted
 from models.training.tables import decode
 
@@ -360,7 +360,7 @@ class TextSample(lightning.Callback):
     @rank_zero_only
     def _drop_after(self, step: int) -> None:
         # a run killed between a sample and its checkpoint draws that sample again
-        kept = [_section(*sample) for sample in read_samples(self.path) if sample[0] <= step]
+        kept = [sample_section(*sample) for sample in read_samples(self.path) if sample[0] <= step]
         write_text(self.path, "".join(kept))
 
     @rank_zero_only
@@ -369,7 +369,7 @@ class TextSample(lightning.Callback):
             return
         text = self.sample(trainer, module)
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(_section(trainer.global_step, text))
+            file.write(sample_section(trainer.global_step, text))
         for logger in trainer.loggers:
             log_sample(logger, trainer.global_step, text)
 
@@ -381,7 +381,3 @@ class TextSample(lightning.Callback):
         with trainer.precision_plugin.forward_context():
             new = module.gpt.generate(prompt, self.num_bytes, temperature=0.8, generator=generator)
         return decode(self.prompt + bytes(new[0].tolist()))
-
-
-def _section(step: int, text: str) -> str:
-    return f"--- step {step} ---\n{text}\n"

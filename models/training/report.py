@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from models.training import metrics
 from models.training.identity import flat
@@ -19,10 +20,12 @@ from models.training.run_files import (
     METRICS_FILE,
     POSITION_BIAS_FILE,
     RECORD_FILE,
+    SAMPLES_FILE,
     is_owned,
     load_config,
     read_csv,
     read_record,
+    read_samples,
 )
 from models.training.tables import console, print_line, show
 
@@ -235,18 +238,19 @@ def conclude(run: "Run", config: DictConfig, corpus: "Corpus") -> None:
     if (run.folder / POSITION_BIAS_FILE).is_file():
         plot_position_bias(results, run.folder / POSITION_BIAS_PLOT)
     out = console()
-    sample = run.folder / "samples.txt"
-    if sample.is_file():
-        last = sample.read_text(encoding="utf-8").rsplit("--- step ", 1)[-1]
-        out.rule("a sample after step " + last.split(" ", 1)[0])
-        out.print(last.split("\n", 1)[-1], markup=False, highlight=False)
+    samples = read_samples(run.folder / SAMPLES_FILE)
+    if samples:
+        step, text = samples[-1]
+        out.rule(f"a sample after step {step}")
+        out.print(Text(text + "\n"))  # as it is: in a str rich replaces :names: of emoji, too
         out.rule()
     show(table([results], title="summary"))
     record = run.record["corpus"]
     out.print(
-        f"val bpc: bits per byte of {record['val_scored']:,} bytes of {corpus.name}, non-overlapping windows of "
-        f"{config.seq_len}; data SHA-256 {record['sha256'][:16]}",
-        highlight=False,
+        Text(
+            f"val bpc: bits per byte of {record['val_scored']:,} bytes of {corpus.name}, non-overlapping windows of "
+            f"{config.seq_len}; data SHA-256 {record['sha256'][:16]}"
+        )
     )
     if config.compressors:
         sizes = run.record["compressors_val_bpc"]
@@ -266,7 +270,7 @@ def print_places(run: "Run") -> None:
         "plot": folder / PLOT_FILE,
         "positions": folder / POSITION_BIAS_PLOT,
         "metrics": folder / METRICS_FILE,
-        "samples": folder / "samples.txt",
+        "samples": folder / SAMPLES_FILE,
         "checkpoints": folder / "checkpoints",
         "log": folder / "train.log",
         "record": folder / RECORD_FILE,

@@ -82,10 +82,16 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def sample_section(step: int, text: str) -> str:
+    """A sample as samples.txt has it. A line of the text that looks like a heading gets a backslash before it."""
+    text = re.sub(r"^(\\*--- step \d+ ---)$", r"\\\1", text, flags=re.MULTILINE)
+    return f"--- step {step} ---\n{text}\n"
+
+
 def read_samples(path: str | Path) -> list[tuple[int, str]]:
     """The samples of a run, each the optimizer step and the text; none if there is no such file."""
     if not Path(path).is_file():
         return []
     sections = re.split(r"^--- step (\d+) ---\n", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    steps, texts = sections[1::2], sections[2::2]
-    return [(int(step), text.removesuffix("\n")) for step, text in zip(steps, texts, strict=True)]
+    texts = [re.sub(r"^\\(\\*--- step \d+ ---)$", r"\1", text, flags=re.MULTILINE) for text in sections[2::2]]
+    return [(int(step), text.removesuffix("\n")) for step, text in zip(sections[1::2], texts, strict=True)]

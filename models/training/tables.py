@@ -61,7 +61,8 @@ def show(table: Table, *, names: int = 1) -> None:
     justify = {heading: column.justify for heading, column in zip(headings, table.columns, strict=True)}
     title = table.title or ""
     for index, part in enumerate(layout.parts):
-        shown = Table(title=title if index == 0 else f"{title} (continued)")
+        # As it is: a title may hold the name of somebody's file.
+        shown = Table(title=Text(title if index == 0 else f"{title} (continued)", style="table.title"))
         for heading in part.headings:
             shown.add_column(Text(heading), justify=justify.get(heading.replace("\n", " "), "right"), no_wrap=True)
         for cells in part.rows:
