@@ -10,10 +10,11 @@ from pathlib import Path
 
 from conf.legacy import answer_flags
 from models.training.started import follow_the_first
-from models.training.tables import show_any_character
+from models.training.tables import outlive_the_reader, show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
     follow_the_first()
+    outlive_the_reader()
     show_any_character()
     answer_flags(sys.argv[1:])
 

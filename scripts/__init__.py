@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,13 +35,18 @@ def run_script(parser: Parser, action: Callable[[argparse.Namespace], None], arg
     """Parses argv (None: the command line), runs action, and returns the exit code.
 
     An error that the user can mend (a ValueError, an OSError, a key that config.yaml lacks) is written to
-    stderr without its traceback, and the code is 2. Ctrl-C ends without one, too, and with 130.
+    stderr without its traceback, and the code is 2. Ctrl-C ends without one, too, and with 130; a pipe that nobody
+    reads any more ends with 141, as a signal would.
     """
     show_any_character()
     try:
         action(parser.parse_args(argv))
+        sys.stdout.flush()
     except SystemExit as stopped:  # --help or a refused argument
         return int(stopped.code or 0)
+    except BrokenPipeError:  # the reader has seen enough; what is left in the buffer would raise again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from support.training import fit, overrides
 from models.training import progress
 from models.training.length import Length
 from models.training.progress import ProgressReport, duration
+from models.training.report import read_results
 from models.training.run_files import read_samples, sample_section
 
 
@@ -221,6 +222,29 @@ def in_a_terminal(command, environment, seconds=240):
     os.close(main)
     assert process.returncode == 0, out.decode()
     return out.decode()
+
+
+@pytest.mark.training
+def test_a_run_outlives_the_reader_of_its_output(text, tmp_path):  # noqa: F811
+    """As `python train.py ... | head -n 1`: the run goes on, and says once that nobody reads it."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "train.py", *overrides(text, tmp_path, "name=run", "max_steps=4", "trainer.log_every=1")]
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+    said = "the reader of this program's output has gone: what follows is not shown\n"
+    assert run.returncode == 0 and errors.count(said) == 1, errors
+    assert "Traceback" not in errors and "Logging error" not in errors, errors
+    assert read_results(tmp_path / "run").status == "finished"
+    line = [sys.executable, "-m", "scripts.generate", str(tmp_path / "run"), "--num-bytes", "3"]
+    with subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as generated:
+        generated.stdout.close()
+        assert not generated.stderr.read()
+    assert generated.returncode == 141
 
 
 @pytest.mark.training

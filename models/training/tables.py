@@ -1,9 +1,12 @@
 """What people read on a terminal: tables that lose nothing at any width, and output that no character can stop."""
 
 import codecs
+import io
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -29,6 +32,44 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(PLAIN.get(character, "?") for character in text), error.end
+
+
+def outlive_the_reader() -> None:
+    """From here on a pipe whose reader has gone, as `| head` does, ends no program: what follows is dropped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # with python -u the buffer itself
+        if isinstance(raw, io.FileIO):
+            stream.flush()
+            settings = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+            sink = _ToAReader(raw)
+            setattr(sys, name, io.TextIOWrapper(sink if raw is buffer else io.BufferedWriter(sink), **settings))
+
+
+class _ToAReader(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase):
+        self._raw = raw
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def write(self, data: memoryview) -> int | None:
+        try:
+            return self._raw.write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            with suppress(OSError):
+                os.write(2, b"the reader of this program's output has gone: what follows is not shown\n")
+            return len(data)
 
 
 def console() -> Console:
