@@ -43,6 +43,10 @@ def file(path: str, val_fraction: float = 0.05, test_fraction: float = 0.05, pat
             "nothing would be left to train on"
         )
     source = existing_path(path)
+    if pattern != "*" and not source.is_dir():
+        raise ValueError(
+            f"data.pattern chooses among the files of a folder, and data.path={path!r} is a file: give one"
+        )
     try:
         data, num_files = _read_folder(source, pattern) if source.is_dir() else (read_file(source), 1)
         return ByteCorpus.cut(
@@ -75,17 +79,18 @@ def read_file(path: Path) -> np.ndarray:
     """
     limit = _half_of_free_memory()
     try:
-        return _read(path, limit)
+        data = _read(path, limit)
     except _TooLargeError as error:
         free = f"{limit:,} bytes, half of the memory that is free"
         raise ValueError(f"{path} {error}, and {free}, is the limit") from error
+    if not len(data):
+        raise ValueError(f"{path} {'holds no bytes once decompressed' if path.stat().st_size else 'is empty'}")
+    return data
 
 
 def _read(path: Path, limit: int) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
     suffix = path.suffix.lower()
     if suffix not in (".gz", ".zip"):
         if path.stat().st_size > limit:
@@ -93,11 +98,15 @@ def _read(path: Path, limit: int) -> np.ndarray:
         return np.fromfile(path, dtype=np.uint8)
     try:
         content = _unzip(path, limit) if suffix == ".zip" else _gunzip(path, limit)
+    except _MembersError as error:
+        raise ValueError(f"{path} must hold exactly one file, got {error}") from error
     except DECOMPRESSION_ERRORS as error:
         raise ValueError(f"{path} is not a sound {suffix} file (cut short or corrupted?): {error}") from error
-    if not content:
-        raise ValueError(f"{path} holds no bytes once decompressed")
     return np.frombuffer(content, dtype=np.uint8)
+
+
+class _MembersError(Exception):
+    """An archive has another number of files than one; the text says how many, and which."""
 
 
 class _TooLargeError(Exception):
@@ -143,20 +152,21 @@ def _read_folder(root: Path, pattern: str) -> tuple[np.ndarray, int]:
         keep_folder=lambda name: not name.startswith("."),
         keep_file=lambda name: not name.startswith(".") and fnmatchcase(name, pattern),
     )
-    filled = [root / path for path in paths if (root / path).stat().st_size > 0]
-    if not filled:
-        raise ValueError(f"folder {root} holds no file with content that matches data.pattern={pattern!r}")
     # The limit is for all of them, and each is added to the others as it is read: never are all there twice.
-    limit, content = _half_of_free_memory(), bytearray()
-    for path in filled:
+    limit, content, num_filled = _half_of_free_memory(), bytearray(), 0
+    for path in (root / path for path in paths):
         try:
-            content += memoryview(_read(path, limit - len(content)))
+            data = _read(path, limit - len(content))
+            content += memoryview(data)
+            num_filled += len(data) > 0
         except _TooLargeError as error:
             raise ValueError(
                 f"the files of folder {root} that match data.pattern={pattern!r} do not fit {limit:,} bytes, half of "
                 f"the memory that is free: {len(content):,} are read, and {path} {error}"
             ) from error
-    return np.frombuffer(content, dtype=np.uint8), len(filled)
+    if not content:
+        raise ValueError(f"folder {root} holds no file with content that matches data.pattern={pattern!r}")
+    return np.frombuffer(content, dtype=np.uint8), num_filled
 
 
 def _unzip(path: Path, limit: int) -> bytearray:
@@ -164,7 +174,7 @@ def _unzip(path: Path, limit: int) -> bytearray:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if len(members) != 1:
             names = [member.filename for member in members[:5]]
-            raise ValueError(f"it must hold exactly one file, got {len(members)}: {names}")
+            raise _MembersError(f"{len(members)}: {names}")
         with archive.open(members[0]) as stream:
             return _inflate(stream, limit)
 

@@ -40,7 +40,8 @@ def window_of_layer(window: int | None, pattern: str | None, *, layer: int, num_
         num_layers: of the model.
 
     Raises:
-        ValueError: window is below 1, pattern has other letters or none, or there is a pattern without a window.
+        ValueError: window is below 1, pattern has other letters or none, or there is a pattern without a window, or a
+            window that no layer of the pattern has.
     """
     if pattern is not None and not re.fullmatch("[SL]+", pattern):
         raise ValueError(f"attention.window_pattern must be null or letters S and L, e.g. SSSL, got {pattern!r}")
@@ -53,6 +54,8 @@ def window_of_layer(window: int | None, pattern: str | None, *, layer: int, num_
         return None
     if window < 1:
         raise ValueError(f"attention.window must be null or at least 1, got {window}")
+    if pattern is not None and "S" not in pattern:
+        raise ValueError(f"attention.window={window} is for the layers S of attention.window_pattern, got {pattern!r}")
     if layer == num_layers - 1 or (pattern is not None and pattern[layer % len(pattern)] == "L"):
         return None
     return window

@@ -116,7 +116,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     seq_len, strides = windows(arguments.mode, arguments.seq_len, arguments.stride, config.seq_len)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
-    data, source, train = text_of(arguments, run, config)
+    whole, source, train = text_of(arguments, run, config)
+    data = whole[: arguments.max_bytes]
     folder, on_test = run / FOLDER, source["split"] == "test"
     kept = can_keep(folder, arguments, on_test=on_test)
     tokens = config.micro_batch_tokens or default_micro_batch_tokens(cuda=device.type == "cuda")
@@ -139,7 +140,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if on_test:
         remind(folder / TEST_LOG)
         append_line(folder / TEST_LOG, json.dumps({"time": time, **setting, "modes": list(modes)}))
-    unseen = None if train is None or arguments.unseen is None else unseen_bytes(train, data, arguments.unseen)
+    unseen = None
+    if train is not None and arguments.unseen is not None:
+        unseen = unseen_bytes(train, whole, arguments.unseen, arguments.max_bytes)
     of_unseen = "" if unseen is None else f"-unseen{arguments.unseen}"
     name, results = name_of(setting, run, checkpoint, trained_precision(run, config)), []
     try:
@@ -166,13 +169,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print_line(f"plot: {path}")
 
 
-def unseen_bytes(train: np.ndarray, data: np.ndarray, string_bytes: int) -> np.ndarray:
-    """A 1 for each byte of the data that is in no string of so many bytes which the training split has, else a 0.
+def unseen_bytes(train: np.ndarray, whole: np.ndarray, string_bytes: int, max_bytes: int | None) -> np.ndarray:
+    """A 1 for each byte that is in no string of so many bytes which the training split has, else a 0.
+
+    Of the first max_bytes bytes; the strings are those of the whole split.
 
     Raises:
         ValueError: there is none that can be scored.
     """
-    unseen = (~seen(train, data, string_bytes)).astype(np.uint8)
+    unseen = (~seen(train, whole, string_bytes)).astype(np.uint8)[:max_bytes]
     if not unseen[1:].any():
         raise ValueError(
             f"--unseen must leave bytes to score, got {string_bytes}: every byte is in a string of that length "
@@ -231,7 +236,7 @@ def _cut(data: np.ndarray, *, seq_len: int, stride: int | None, batch_size: int)
 def text_of(
     arguments: argparse.Namespace, run: Path, config: DictConfig
 ) -> tuple[np.ndarray, dict[str, str], np.ndarray | None]:
-    """The bytes to score, what they are, and the training split: of the run's corpus, or a file and None.
+    """The split or text, what it is, and the training split: of the run's corpus, or a file and None.
 
     Raises:
         ValueError: they cannot be had, or are fewer than the two that it takes to predict one.
@@ -239,14 +244,14 @@ def text_of(
     if arguments.text is None:
         corpus = rebuild_corpus(run, config)
         source = {"corpus": corpus.name, "sha256": corpus.provenance["sha256"], "split": arguments.split}
-        return getattr(corpus, arguments.split)[: arguments.max_bytes], source, corpus.train
+        return getattr(corpus, arguments.split), source, corpus.train
     if not arguments.text.is_file():
         raise ValueError(f"--text must be a file, raw, .gz or .zip, got {str(arguments.text)!r}")
     data = read_file(arguments.text)
     if len(data) < 2:
         raise ValueError(f"--text must have at least 2 bytes, got {len(data)} in {str(arguments.text)!r}")
     source = {"corpus": arguments.text.name, "sha256": hashlib.sha256(data).hexdigest(), "split": "text"}
-    return data[: arguments.max_bytes], source, None
+    return data, source, None
 
 
 def can_keep(folder: Path, arguments: argparse.Namespace, *, on_test: bool) -> bool:

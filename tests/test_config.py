@@ -263,6 +263,7 @@ def test_wrong_values_name_the_key_and_what_is_accepted(override, message):
         (["attention.backend=gpu"], "attention.backend must be auto, cuda, sdpa or reference, got 'gpu'"),
         (["attention.window=0"], "attention.window must be null or at least 1, got 0"),
         (["attention=regular", "attention.window=8", "attention.window_pattern=SX"], "letters S and L, .* got 'SX'"),
+        (["attention.window=8", "attention.window_pattern=LL"], "attention.window=8 is for the layers S .* got 'LL'"),
         (["attention=cosine_fixed", "attention.window_pattern=SL"], "_pattern needs attention.window, .* got 'SL'"),
         (["model.positions=t5"], "model.positions must be rotary, learned, alibi or dynamic, got 't5'"),
         (

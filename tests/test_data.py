@@ -245,7 +245,8 @@ def test_packed_and_raw_files_are_the_same_corpus(tmp_path, name):
 def test_folder_is_read_in_byte_order_without_hidden_files_and_links(tmp_path):
     a, b, c = b"1" * 20, b"2" * 20, b"3" * 20
     files = {"b.txt": b, "B.txt": a, "c/a.txt.gz": gzip.compress(c), "c/é.txt": a}
-    skipped = {"empty.txt": b"", ".hidden.txt": b"x", ".git/a.txt": b"x", "a.bin": b"x"}
+    skipped = {"empty.txt": b"", "empty.txt.gz": gzip.compress(b"")}
+    skipped |= {".hidden.txt": b"x", ".git/a.txt": b"x", "a.bin": b"x"}
     for name, content in {**files, **skipped}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -263,7 +264,8 @@ def test_folder_is_read_in_byte_order_without_hidden_files_and_links(tmp_path):
         ({"path": "void"}, "^data.path: void is empty"),
         ({"path": "void.gz"}, "void.gz holds no bytes once decompressed"),
         ({"path": "short"}, "^data.path: short: the val split must have at least 2 bytes.*got 1 of 20"),
-        ({"path": "two.zip"}, r"two\.zip .*exactly one file, got 2: \['a', 'b'\]"),
+        ({"path": "two.zip"}, r"two\.zip must hold exactly one file, got 2: \['a', 'b'\]"),
+        ({"path": "short", "pattern": "*.txt"}, "^data.pattern chooses among the files of a folder.*'short' is a file"),
         ({"path": ".", "pattern": "*.md"}, r"no file with content that matches data.pattern='\*\.md'"),
         ({"path": ".", "pattern": ""}, "^data.pattern must be a file name pattern"),
         ({"path": "short", "val_fraction": 0.0}, "^data.val_fraction must be a number between 0 and 1, got 0.0"),

@@ -502,6 +502,9 @@ def test_bytes_that_the_training_text_has_can_be_left_out(trained, tmp_path, mod
     assert result["unseen"]["bits_per_byte"] == pytest.approx(expected, abs=1e-5)
     assert list((trained / "evaluations").glob(f"*{mode}*-unseen5.json"))
     assert result["scored_bytes"] == 199 and "unseen" not in evaluated(tmp_path, trained, "--mode", mode)
+    for first in range(20, 60, 3):  # strings of the whole split, however little of it is scored
+        result = evaluated(tmp_path, trained, "--mode", mode, "--unseen", 5, "--max-bytes", first)
+        assert result["unseen"]["scored_bytes"] == sum(new[: first - 1])
 
 
 def test_every_look_at_the_test_split_is_logged_in_the_run(run, capsys, monkeypatch):

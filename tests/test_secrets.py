@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from support.configuration import configure
 
 import train
@@ -88,6 +89,13 @@ def test_a_command_is_one_that_a_shell_takes(monkeypatch):
     assert environment()["command"] == "python -m scripts.benchmark --contenders ours 'SDPA cudnn, no norm'"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "a b"])
     assert environment()["command"] == "/usr/bin/pytest 'a b'"
+
+
+def test_a_run_on_the_cpu_is_of_the_cpu_also_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert environment()["device"] == environment(cuda=True)["device"] == "a GPU"
+    assert environment(cuda=False)["device"].endswith("cores")
 
 
 def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):

@@ -18,8 +18,13 @@ from flash_cosine_sim_attention.identity import DISTRIBUTION, __version__
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beyond the configuration."""
+def environment(*, cuda: bool | None = None) -> dict[str, Any]:
+    """What a result depends on beyond the configuration.
+
+    Args:
+        cuda: whether it is a GPU's; None: wherever there is one.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     packages = ("torch", "lightning", "hydra-core", "wandb", "einops", "numpy")
     return {
         "command": command(),
@@ -28,7 +33,7 @@ def environment() -> dict[str, Any]:
         "git_dirty": None
         if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None
         else bool(changes),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         # torch's own word says which CUDA it was built for, its metadata may not; ours is what was imported

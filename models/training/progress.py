@@ -148,7 +148,7 @@ class ProgressReport(lightning.Callback):
                 "model=tiny seq_len=256 tokens_per_step=2048, as in experiment=quickstart, which takes minutes",
                 f"{steps:,}", seconds / 3600,
             )  # fmt: skip
-        else:
+        elif steps:
             log.info("about %s for %s steps, at %s tokens/s", duration(seconds), f"{steps:,}", self._rate(trainer))
 
     def _rate(self, trainer: lightning.Trainer) -> str:

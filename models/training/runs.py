@@ -31,6 +31,7 @@ from models.training.checkpoint_files import (
     steps_in,
     write_text,
 )
+from models.training.devices import uses_cuda
 from models.training.environment import command, environment, utc_now
 from models.training.identity import (
     LENGTH_KEYS,
@@ -410,7 +411,8 @@ class Run:
         elif self.checkpoint:
             self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
         self.started, self._began = True, time.monotonic()
-        self.update(choices=choices, **environment(), **entries, status="running", error=None, ended=None)
+        cuda = uses_cuda(self.config.trainer.accelerator)
+        self.update(choices=choices, **environment(cuda=cuda), **entries, status="running", error=None, ended=None)
 
     def _say(self, changes: dict[str, tuple[Any, Any]]) -> None:
         for key, (before, now) in changes.items():
