@@ -379,7 +379,7 @@ def test_a_run_from_before_there_were_windows_is_the_same_run(text, tmp_path):
     assert [block.attention.inner.window for block in gpt.blocks] == [None, None]
     for change, said in {
         "attention.window=8": "attention.window was None, is 8",
-        "attention.window=8 attention.window_pattern=L": "attention.window was None, is 8",
+        "attention.window=8 attention.window_pattern=LS": "attention.window was None, is 8",
         "model.activation=relu2": "model.activation was 'gelu', is 'relu2'",
     }.items():
         with pytest.raises(ValueError, match=f"has another model: {said}"):
