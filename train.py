@@ -41,15 +41,15 @@ from models.training.callbacks import LogitMetrics, PositionBiases, Profile, Tex
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
 from models.training.devices import choose_precision, compiles_by_default, is_of_compiling, uses_cuda
 from models.training.identity import default_name, plain_name
-from models.training.jobs import Job, job_here
+from models.training.jobs import Job, job_here, one_line
 from models.training.length import Length
 from models.training.load import build_gpt, load_weights, meant_otherwise
-from models.training.loggers import finish, group_here, offline_folder, wandb_mode
+from models.training.loggers import finish, group_here, offline_folder, wandb_id_of, wandb_mode
 from models.training.module import DivergedError, GPTModule
 from models.training.optimizer import OptimizerBuilder
 from models.training.processes import end_started, find_processes, join
 from models.training.progress import ProgressReport
-from models.training.report import conclude, read_results
+from models.training.report import conclude, print_upload, read_results
 from models.training.runs import Run, open_run
 from models.training.stopping import Interrupted, Stopping, stopping
 from models.training.sweeps import Sweep, is_sweep
@@ -146,6 +146,10 @@ def train(config: DictConfig, choices: dict[str, str], overrides: Sequence[str] 
             job.training = run
         try:
             bits_per_byte, corpus = fit(config, choices, run, stop, job)
+        except (Interrupted, DivergedError):
+            if processes.is_first:
+                print_upload(run)
+            raise
         finally:
             processes.leave()
     if processes.is_first:
@@ -397,15 +401,22 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
     """The loggers of conf/logger/, told where the run is and what it is, and closed at the end."""
     with redacted_command_line():
         loggers = _open_loggers(config, run)
-    run.update(wandb_folder=offline_folder(loggers))
+    run.update(wandb_folder=offline_folder(loggers), wandb_id=wandb_id_of(loggers) or run.record["wandb_id"])
+    # what the record will say of the run's end is in wandb's summary
+    record = {key: value for key, value in run.record.items() if key not in ("status", "error", "ended")}
     for logger in loggers:
-        logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": run.record}))
-    failed = True
+        logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": record}))
+    status, error = "finished", None
     try:
         yield loggers
-        failed = False
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        status = "interrupted"
+        raise
+    except BaseException as stopped:
+        status, error = "diverged" if isinstance(stopped, DivergedError) else "failed", one_line(str(stopped))
+        raise
     finally:
-        finish(loggers, failed=failed)
+        finish(loggers, status=status, error=error)
 
 
 def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
@@ -413,6 +424,7 @@ def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
     if "group" in config.logger:
         run.record.setdefault("wandb_group", group_here())  # the same when it is resumed
         options["group"] = config.logger.group or run.record["wandb_group"]
+    options |= {key: redact_tree(config.logger[key]) for key in ("notes",) if config.logger.get(key)}
     try:
         return open_loggers(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
     except Exception as error:  # a service's own errors: no account, no network

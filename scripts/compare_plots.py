@@ -48,6 +48,7 @@ MOST_POINTS = 300  # of a line
 NEAR = 1.25  # times the best loss: what a closer look shows
 FAR = 1.5  # times the best loss: what a plot of learning rates has too little room for
 UNIFORM = 8.0  # bits a byte of a model that knows nothing
+LEAST_WIDTH = 1e-3  # bits a byte that an axis of losses shows: of runs that are closer the rounding would be drawn
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,13 @@ def _time_unit(shown: Sequence[Shown]) -> tuple[str, float]:
 
 
 def limit(axes: Axes, shown: Sequence[Shown]) -> None:
-    """From what is finite, and below what a model that knows nothing has."""
-    found = [loss for one in shown for run in one.arm.runs for loss in run.series("train/bpc")[1] if loss < UNIFORM]
+    """From what is finite, and below what a model that knows nothing has; the end of every arm is to be seen."""
+    curves = [run.series("train/bpc")[1] for one in shown for run in one.arm.runs]
+    validated = [loss for one in shown for loss in validations_of(one.arm.finished).values()]
+    found = [loss for losses in (*curves, validated) for loss in losses if loss < UNIFORM]
     if found:
-        low, high = min(found), min(max(found), 4 * min(found))
+        ends = [loss for losses in (*curves, validated) for loss in losses[-1:] if loss < UNIFORM]
+        low, high = min(found), min(max(found), max([4 * min(found), *(1.5 * end for end in ends)]))
         axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
 
 
@@ -211,9 +215,9 @@ def limit_to_end(axes: Axes, shown: Sequence[Shown]) -> None:
     for one in shown:
         curve = curve_of(one.arm.finished)
         losses = [loss for token, loss in zip(curve.tokens, curve.mean, strict=True) if token >= last * 2 / 3]
-        validated = one.arm.mean(LOSS)
         if losses:
-            ranges.append((max([*losses, *([validated] if validated else [])]), min(losses)))
+            losses += [loss for token, loss in validations_of(one.arm.finished).items() if token >= last * 2 / 3]
+            ranges.append((max(losses), min(losses)))
     if ranges:
         ranges.sort()
         near = [ends for ends in ranges if ends[0] <= NEAR * ranges[0][0]]
@@ -236,6 +240,11 @@ def draw_number(axes: Axes, shown: Sequence[Shown], heading: str, *, names: bool
         else:
             deviation = statistics.stdev(values) if len(values) > 1 else 0
             axes.barh(index, statistics.mean(values), xerr=deviation, color=[one.color], height=0.65, ecolor=INK)
+    if heading == LOSS:
+        low, high = axes.get_xlim()
+        middle, half = (low + high) / 2, max(high - low, LEAST_WIDTH) / 2
+        axes.set_xlim(middle - half, middle + half)
+        axes.ticklabel_format(axis="x", useOffset=False)
     axes.set(title=heading, ylim=(len(shown) - 0.4, -0.6))
     axes.set_yticks(range(len(shown)), [one.name for one in shown] if names else [""] * len(shown))
     axes.grid(False, axis="y")
@@ -473,7 +482,11 @@ def single_panels(comparison: Comparison, shown: Sequence[Shown]) -> dict[str, F
         draw(panels[name].subplots())
 
     add("training loss over bytes", 3.3, lambda axes: (draw_losses(axes, shown, "tokens"), limit(axes, shown)))
-    add("the end of it", 3.3, lambda axes: (draw_losses(axes, shown, "tokens"), limit_to_end(axes, shown)))
+    add(
+        "the last third of training loss; points: validation",
+        3.3,
+        lambda axes: (draw_losses(axes, shown, "tokens"), limit_to_end(axes, shown)),
+    )
     add("training loss over time", 3.3, lambda axes: (draw_losses(axes, shown, "seconds"), limit(axes, shown)))
     for heading in (LOSS, *FURTHER):
         height = 0.24 * len(shown) + 0.9

@@ -552,6 +552,39 @@ def test_limits_come_from_what_is_finite_and_near_the_best(make):
     assert 0.9 < end.get_ylim()[0] < 1.0 and 1.3 < end.get_ylim()[1] < 1.5 and end.get_xlim()[0] == pytest.approx(4)
 
 
+def test_limits_leave_out_neither_a_validation_nor_an_arm_beside_one_that_overfits(make):
+    overfits, other = make(loss=0.02), make(loss=2.0, lr=0.002)
+    lines = (overfits / "metrics.csv").read_text().splitlines()
+    (overfits / "metrics.csv").write_text("\n".join([*lines[:-1], lines[-1].rpartition(",")[0] + ",1.75"]) + "\n")
+    for one in (comparison(overfits, other), comparison(overfits)):
+        whole, _ = axes_of(one, compare_plots.limit)
+        assert whole.get_ylim()[0] < 0.02 and whole.get_ylim()[1] > (2.4 if len(one.arms) == 2 else 1.75)
+        end, _ = axes_of(one, compare_plots.limit_to_end)
+        assert end.get_ylim()[1] > 1.75
+    below = make("below", loss=1.6, lr=0.003)  # with dropout validation is below training
+    lines = (below / "metrics.csv").read_text().splitlines()
+    (below / "metrics.csv").write_text("\n".join([*lines[:-1], lines[-1].rpartition(",")[0] + ",1.25"]) + "\n")
+    for limits in (compare_plots.limit, compare_plots.limit_to_end):
+        axes, _ = axes_of(comparison(below), limits)
+        assert axes.get_ylim()[0] < 1.25
+
+
+def test_losses_that_are_all_but_equal_are_drawn_so(make):
+    one = comparison(make(loss=1.5), make(loss=1.5 + 5e-8, lr=0.002))
+    axes, _ = axes_of(one, lambda axes, shown: compare_plots.draw_number(axes, shown, "val bpc", names=False))
+    low, high = axes.get_xlim()
+    assert low < 1.5 < high and high - low >= 0.999e-3
+
+
+def test_a_run_that_ends_while_it_is_read_is_what_it_became(make):
+    read = read_results(make(status="running"))
+    assert read.status == "killed"
+    read = read_results(make("ends", lr=0.002, status="running"))
+    path = read.folder / "run.json"
+    path.write_text(path.read_text().replace('"running"', '"diverged"'))
+    assert read.status == "diverged"
+
+
 def test_long_runs_are_averaged_and_not_thinned_out(tmp_path):
     rows = [{"step": step, "train/bpc": 2.0 + step % 2, "throughput/tokens_per_s": 1.0} for step in range(1, 1201)]
     curve = compare_plots.curve_of([Results(tmp_path, {"tokens_per_step": 1}, rows)])

@@ -11,8 +11,10 @@ from conf.registry import BUILDERS
 from conf.schema import validate
 from conf.secrets import redact, redact_tree, redact_words, redacted_command_line
 from models.training.environment import environment
+from models.training.module import DivergedError
 from models.training.processes import find_processes
 from models.training.runs import Run
+from models.training.stopping import Interrupted
 from scripts import benchmark
 
 SECRET = "hunter2"
@@ -113,6 +115,27 @@ def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
     with redacted_command_line():
         assert sys.argv[1] == "lr=1e-3" and sys.argv[2].endswith("=***")
     assert sys.argv is words
+
+
+@pytest.mark.parametrize(
+    ("stopped", "ends"),
+    [
+        (DivergedError("the loss is nan"), {"status": "diverged", "error": "the loss is nan"}),
+        (OSError("a disk\nis full"), {"status": "failed", "error": "a disk"}),
+        (Interrupted(15, 3), {"status": "interrupted", "error": None}),
+        (KeyboardInterrupt(), {"status": "interrupted", "error": None}),
+    ],
+    ids=str,
+)
+def test_a_logger_hears_how_the_run_ended_and_not_that_it_runs(tmp_path, monkeypatch, stopped, ends):
+    monkeypatch.setitem(BUILDERS["logger"], "csv", "test_secrets.recording")
+    heard = []
+    monkeypatch.setattr(train, "finish", lambda _, **how: heard.append(how))
+    run = begun(validate(configure("logger=csv")), tmp_path, status="running", error=None, ended=None)
+    with pytest.raises(type(stopped)), train.loggers_of(run.config, run) as (logger,):
+        assert not {"status", "error", "ended"} & {*logger.values["run"]}
+        raise stopped
+    assert heard == [ends]
 
 
 def test_a_logger_that_does_not_start_says_so_in_one_line(tmp_path, monkeypatch):

@@ -1666,6 +1666,7 @@ def test_wandb_writes_offline_without_an_account_and_resumes_under_its_id(resume
     for expected in ("wandb sync", "gzip -9", "xz -9e", "loss_and_memory.png", "a sample after step 8", "finished"):
         assert expected in second.stdout, expected
     assert "WARNING" not in first.stdout + first.stderr
+    assert summary_of(newest)["status"] == '"finished"' and "error" not in summary_of(newest)
     lines = " ".join(second.stdout.split())  # the folder of this start, though the other's name is a later one
     assert f"wandb sync {run}/wandb/{newest.name}" in lines and before.name not in lines
 
@@ -1760,6 +1761,9 @@ def test_tensorboard_has_every_step_once_however_the_run_ended(text, tmp_path):
     samples = events.Tensors("sample/text_summary")
     assert [event.step for event in samples] == [step for step, _ in read_samples(tmp_path / "run/samples.txt")]
     assert [event.step for event in samples] == [4, 8, 12]
+    (config,) = events.Tensors("config/text_summary")
+    assert b"    max_steps: 12\n" in config.tensor_proto.string_val[0]
+    assert not list((tmp_path / "run/tensorboard").glob("hparams.yaml"))
 
 
 def run_record(folder):
@@ -1768,6 +1772,14 @@ def run_record(folder):
 
     read = map(wandb_internal_pb2.Record.FromString, records(next(folder.glob("*.wandb")).read_bytes()))
     return next(record.run for record in read if record.WhichOneof("record_type") == "run")
+
+
+def summary_of(folder):
+    """What an offline run's own file has in its summary, as JSON by key; of later records the last."""
+    from wandb.proto import wandb_internal_pb2
+
+    read = map(wandb_internal_pb2.Record.FromString, records(next(folder.glob("*.wandb")).read_bytes()))
+    return {item.key: item.value_json for record in read for item in record.summary.update}
 
 
 def logged_steps(folder):

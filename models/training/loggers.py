@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.types import RunMode
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.training.checkpoint_files import write_text, writing
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 WANDB_MODES = {
     "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",
 }  # fmt: skip
+
+
+PROJECT = "flash-cosine-sim-attention"
+EXIT_CODES = {"finished": 0, "interrupted": 255}  # as wandb itself says it; anything else is 1, a failure
 
 
 class CSVLogger(Logger):
@@ -119,14 +125,27 @@ def csv_only(*, run_dir: Path, resume_step: int | None, wandb_id: str) -> list[L
 
 
 class TextBoardLogger(TensorBoardLogger):
-    """TensorBoard's event files, with the samples of text."""
+    """TensorBoard's event files, with the configuration and the samples of text."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any], *_: Any, **__: Any) -> None:
+        """The configuration as text: TensorBoard shows hyperparameters only beside numbers that one run has once."""
+        self._add_text("config", OmegaConf.to_yaml(OmegaConf.create(params)), 0)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """What was logged goes to disk; no file beside it, which a resumed run would leave as it was."""
+        self.experiment.flush()
 
     @rank_zero_only
     def log_text(self, key: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
         """The last column of each row, as it is: TensorBoard would render Markdown, so it is indented as code."""
         del columns
         for *_, text in data:
-            self.experiment.add_text(key, re.sub("^", "    ", text, flags=re.MULTILINE), step)
+            self._add_text(key, text, step)
+
+    def _add_text(self, key: str, text: str, step: int) -> None:
+        self.experiment.add_text(key, re.sub("^", "    ", text, flags=re.MULTILINE), step)
 
 
 def tensorboard_and_csv(*, run_dir: Path, resume_step: int | None, wandb_id: str) -> list[Logger]:  # noqa: ARG001
@@ -143,7 +162,7 @@ def tensorboard_and_csv(*, run_dir: Path, resume_step: int | None, wandb_id: str
 
 @rank_zero_only
 def _remove_events(folder: Path) -> None:
-    for path in folder.glob("events.out.tfevents.*"):
+    for path in (*folder.glob("events.out.tfevents.*"), *folder.glob("hparams.yaml")):  # the latter of earlier versions
         path.unlink()
 
 
@@ -152,7 +171,7 @@ def wandb_and_csv(
     run_dir: Path,
     resume_step: int | None,
     wandb_id: str,
-    project: str,
+    project: str | None,
     entity: str | None,
     offline: bool,
     group: str | None,
@@ -166,13 +185,13 @@ def wandb_and_csv(
         run_dir: the run's folder; wandb writes below it.
         resume_step: the optimizer step that the run continues from, or None for a new run.
         wandb_id: the run's id, the same when it is resumed.
-        project: wandb's project.
+        project: wandb's project; None: the variable WANDB_PROJECT, or flash-cosine-sim-attention.
         entity: wandb's user or team, None for the account's own.
         offline: write to disk only, no account and no network needed; ``wandb sync`` uploads it later. Where the
             variable WANDB_MODE is set, it counts instead.
         group: wandb's group.
         job_type: wandb's job type.
-        tags: wandb's tags.
+        tags: wandb's tags; none: the variable WANDB_TAGS.
         notes: wandb's notes.
     """
     mode = wandb_mode(offline=offline)
@@ -186,21 +205,23 @@ def wandb_and_csv(
         name=run_dir.name,
         id=wandb_id,
         save_dir=run_dir,
-        project=project,
+        project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=entity,
         mode=mode,  # not Lightning's offline, which would set WANDB_MODE for all that follows in this process
         group=group,
         job_type=job_type,
-        tags=tags,
+        tags=tags or None,
         notes=notes,
         resume="allow",
         log_model=False,
-        settings=wandb.Settings(silent=mode == "offline"),  # offline it would only repeat what the summary says
+        # Offline it would only repeat what the summary says. A terminal has the progress bar, every state of which
+        # wandb would keep.
+        settings=wandb.Settings(silent=mode == "offline", console="off" if sys.stdout.isatty() else "auto"),
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and wandb warns of it each time
     # wandb's table of runs shows the last value of a metric unless told otherwise; on the first process only
     for name in (name for name, metric in METRICS.items() if any(number.of == "best" for number in metric.numbers)):
-        logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="min")
+        logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="min,last")
     if mode == "offline":
         # wandb sync replaces what the server has of this id: the newest offline folder must hold the whole run
         csv_logger.replay(logger)
@@ -232,13 +253,33 @@ def offline_folder(loggers: list[Logger]) -> str | None:
     return None
 
 
-def finish(loggers: list[Logger], *, failed: bool) -> None:
-    """Closes wandb's run, so that the next job of a sweep gets its own, and TensorBoard's file."""
+@rank_zero_only
+def wandb_id_of(loggers: list[Logger]) -> str | None:
+    """The id that wandb's run has; under `wandb agent` it is the agent's choice. None without wandb."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(failed))
+            return logger.experiment.id
+    return None
+
+
+def finish(loggers: list[Logger], *, status: str, error: str | None = None) -> None:
+    """Closes wandb's run, so that the next job of a sweep gets its own, and TensorBoard's file.
+
+    Args:
+        status: how the run ended, as run.json has it; with the error it stands in wandb's summary.
+        error: why, of one that failed or diverged.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            _summarise(logger, {"status": status, **({"error": error} if error else {})})
+            logger.experiment.finish(exit_code=EXIT_CODES.get(status, 1))
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.close()
+
+
+@rank_zero_only
+def _summarise(logger: WandbLogger, ends: dict[str, str]) -> None:
+    logger.experiment.summary.update(ends)
 
 
 def log_sample(logger: Logger, step: int, text: str) -> None:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,15 @@ class Results:
         """The label, or else the folder's name."""
         return self.label or self.folder.name
 
-    @property
+    @functools.cached_property
     def status(self) -> str:
         """running, finished, failed, diverged, interrupted, or killed: running by its record, and owned by nobody."""
         status = self.record.get("status", "unknown")
-        return "killed" if status == "running" and not is_owned(self.folder) else status
+        if status != "running" or is_owned(self.folder):
+            return status
+        with suppress(ValueError, OSError):  # it may have ended since its record was read
+            status = read_record(self.folder).get("status", status)
+        return "killed" if status == "running" else status
 
     @functools.cached_property
     def configuration(self) -> dict[str, Any] | None:
@@ -280,5 +285,10 @@ def print_places(run: "Run") -> None:
             print_line(f"  {name:<12} {path}")
     print_line(f"  text         python -m scripts.generate {quoted}")
     print_line(f"  evaluation   python -m scripts.evaluate {quoted}")
+    print_upload(run)
+
+
+def print_upload(run: "Run") -> None:
+    """How an offline run of wandb is uploaded, where there is one."""
     if run.record.get("wandb_folder"):  # of this start: the clock may have stepped back since the last one
-        print_line(f"  upload       wandb sync {shlex.quote(str(folder / 'wandb' / run.record['wandb_folder']))}")
+        print_line(f"  upload       wandb sync {shlex.quote(str(run.folder / 'wandb' / run.record['wandb_folder']))}")

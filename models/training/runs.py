@@ -495,6 +495,12 @@ class Run:
         if not self.processes.is_started_by_first:
             os.environ.pop(RUN_VARIABLE, None)
 
+    def keep_reason(self, error: BaseException) -> None:
+        """Writes it into the run's log in one line; the console shows what the caller makes of it."""
+        if self._handler is not None:
+            with suppress(OSError):
+                self._handler.emit(logging.makeLogRecord({"msg": str(error), "levelname": "ERROR"}))
+
     def keep_traceback(self, error: BaseException) -> None:
         """Writes it into the run's log; the console shows what the caller makes of it."""
         if self._handler is not None:
@@ -540,6 +546,7 @@ def open_run(
         raise
     except DivergedError as error:
         run.end("diverged", error)
+        run.keep_reason(error)
         raise
     except Interrupted as stopped:
         run.end("interrupted")

@@ -107,6 +107,7 @@ def _silence_known_lines() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # the loader only counts
+        r".*It is recommended to use `self\.log\(.*sync_dist=True.*",  # bits per byte are summed over ranks before
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         r".*ended before the epoch ended and your dataloader is not resumable.*",  # nothing to resume: see GPTModule
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 against torch 2.13
