@@ -240,6 +240,27 @@ def test_bytes_of_steps_before_a_change_are_counted_by_the_steps_of_then(make):
     assert one.terms["bytes trained on"] == 2 * 100 + 2 * 300 + 2 * PER_STEP
 
 
+def test_a_run_that_could_belong_to_two_comparisons_joins_neither(make):
+    folders = [make(), make("other", corpus=BOOK | {"sha256": "0" * 64})]
+    folders.append(make(loss=None, seed=1, status="failed", corpus=None))
+    found = comparisons_of([read_results(folder) for folder in folders])
+    assert [len(one.runs) for one in found] == [1, 1, 1]
+
+
+def test_rates_of_two_weight_decays_are_two_groups(make):
+    runs = [
+        make(f"{lr}-{decay}", lr=lr, config={"optimizer": {"kind": "adamw", "weight_decay": decay}})
+        for lr in (1e-3, 2e-3)
+        for decay in (0.1, 0.2)
+    ]
+    assert [n for _, n in at_best_rates(comparison(*runs).arms)] == [2, 2]
+
+
+def test_what_is_no_number_is_in_no_mean(make):
+    (arm,) = comparison(make(), make(loss=math.nan, seed=1)).arms
+    assert arm.values("val bpc") == [1.5]
+
+
 def test_a_run_that_ended_early_joins_the_comparison_that_it_can_belong_to(make):
     folders = [make(), make(loss=None, seed=1, status="failed", corpus=None, tokens_per_step=None)]
     (one,) = comparisons_of([read_results(folder) for folder in folders])

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
 import threading
 import weakref
 import zipfile
@@ -254,6 +255,20 @@ def test_folder_is_read_in_byte_order_without_hidden_files_and_links(tmp_path):
     (tmp_path / "d").symlink_to(tmp_path / "c")
     corpus = file(str(tmp_path), pattern="*.txt*")
     assert joined(corpus) == a + b + c + a and corpus.provenance["files"] == 4
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    with pytest.raises(OSError, match="closed"):
+        files.list_files(tmp_path, lambda _: True, lambda _: True)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ BAND = torch.ones(7, 7, dtype=torch.bool).tril(2).triu(-1)
         BAND[None],
         BAND & KEYS[:, None, None],
         torch.stack([BAND, ~BAND, BAND.T, KEYS[:1].expand(7, 7)]),
+        torch.stack([KEYS[:1], ~KEYS[:1], KEYS[1:], torch.ones_like(KEYS[:1])]),  # (heads, 1, keys)
     ],
     ids=lambda mask: "x".join(map(str, mask.shape)),
 )

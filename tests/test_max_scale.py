@@ -150,3 +150,29 @@ def test_on_a_gpu_a_learned_scale_counts_as_its_bound(dtype, max_scale):
     for one, other in zip(gradients, limited, strict=True):  # added up in no fixed order
         assert one.isfinite().all() and (one - other).norm() <= 1e-2 * other.norm()
     assert (dscale[[1, 3]] == 0).all() and (dscale[[0, 2]] != 0).all() and (limited_dscale != 0).all()
+
+
+def test_a_tensor_beyond_the_range_counts_as_max_scale(backend):
+    *ours, dscale = results(backend, torch.tensor(100.0, requires_grad=True), max_scale=12)
+    torch.testing.assert_close(ours, [*results("reference", 12)])
+    assert dscale == 0
+
+
+def test_the_bound_of_values_that_are_not_read_is_that_of_the_groups():
+    q = torch.randn(1, 1, 5, 16)
+    assert interface._as_vector_or_number(torch.tensor([8.0]), None, 4, q, False)[1] == pytest.approx(15)
+
+
+@pytest.mark.parametrize("named", ["sdpa", "reference"])
+def test_a_scale_tensor_is_not_rounded_to_the_dtype_of_q(named):
+    q, k, v = torch.randn(3, 1, 2, 40, 16).bfloat16().unbind(0)
+    scale = torch.tensor(50.1)  # no bfloat16
+    found = flash_cosine_sim_attention(q, k, v, scale=scale, backend=named)
+    assert torch.equal(found, flash_cosine_sim_attention(q, k, v, scale=scale.item(), backend=named))
+
+
+def test_a_bias_is_rounded_to_the_dtype_of_q(backend):
+    q, k, v = torch.randn(3, 1, 2, 9, 16).bfloat16().unbind(0)
+    bias = torch.randn(2, 9, 9)
+    found = flash_cosine_sim_attention(q, k, v, attn_bias=bias, backend=backend)
+    assert torch.equal(found, flash_cosine_sim_attention(q, k, v, attn_bias=bias.bfloat16(), backend=backend))

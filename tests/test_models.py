@@ -139,6 +139,19 @@ def test_top_p_draws_from_the_nucleus_alone():
     assert set(drawn.flatten().tolist()) == set(best.indices[:nucleus_size].tolist())
 
 
+def test_logits_and_loss_are_float32_whatever_the_weights_are():
+    gpt = randomise_head(build()).bfloat16()
+    tokens = torch.randint(0, 256, (1, 9))
+    assert gpt(tokens).dtype == gpt(tokens[:, :-1], tokens[:, 1:]).dtype == torch.float32
+
+
+def test_the_stream_of_a_tied_head_starts_with_variance_1():
+    gpt, seen = build(tied_head=True), []
+    gpt.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    gpt(torch.arange(256)[None, :16])
+    assert seen[0].var().item() == pytest.approx(1, rel=0.2)
+
+
 def test_top_k_draws_from_so_many_bytes_also_where_they_are_equally_likely():
     gpt = build()  # whose head is zero
     drawn = gpt.generate(torch.zeros(200, 1, dtype=torch.long), 1, top_k=3, generator=torch.Generator().manual_seed(0))

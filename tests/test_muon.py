@@ -31,6 +31,23 @@ def give_gradients(gpt, step):
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
+def test_adamw_has_what_is_configured():
+    config = validate(configure(*TINY, "optimizer=adamw", "optimizer.eps=1e-3", "optimizer.betas=[0.8,0.9]"))
+    optimizer, _ = builder(config, "optimizer")().build(build_gpt(config))
+    assert {(group["eps"], tuple(group["betas"])) for group in optimizer.param_groups} == {(1e-3, (0.8, 0.9))}
+
+
+def test_muon_has_what_is_configured():
+    _, optimizer, _ = built("optimizer.momentum=0.5", "optimizer.eps=1e-3")
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+    assert {group["eps"] for group in optimizer.param_groups[1:]} == {1e-3}
+
+
+def test_on_a_cpu_the_iteration_is_in_float32():
+    matrix = torch.randn(24, 40)
+    assert torch.equal(orthogonalized_alike([matrix])[0], orthogonalized(matrix[None])[0])
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_fused_kernel_finds_its_counts_of_steps_beside_the_parameters(kind):
     """A checkpoint of a run on a CPU has them there, where the kernel of a GPU would read outside of its memory."""

@@ -39,9 +39,9 @@ def test_texts_shorter_than_a_string_share_none():
 
 def test_command(tmp_path, capsys):
     text = bytes(np.random.default_rng(0).integers(0, 256, size=2000, dtype=np.uint8))
-    text = text[:1900] + text[:50] + text[1950:]  # of test, the last 100 bytes, the first half
+    text = text[:1900] + text[:30] + text[1930:]  # of test, the last 100 bytes, the first 30: 48 is the default length
     (tmp_path / "text").write_bytes(text)
     assert overlap.main([str(tmp_path / "text"), "--length", "20"]) == 0
     found = dict(re.findall(r"(\w+): ([\d.]+)% of 100 bytes, by strings of 20\n", capsys.readouterr().out))
-    assert found == {"val": "0.0", "test": "50.0"}
+    assert found == {"val": "0.0", "test": "30.0"}
     assert overlap.main([str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err

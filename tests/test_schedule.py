@@ -19,6 +19,11 @@ def schedule(**changes):
     return Schedule(**{**SHAPE, "max_steps": 1000, "rates": None, **changes})
 
 
+def test_a_short_run_warms_up_for_a_tenth_of_its_steps():
+    short = schedule(warmup_steps=100, max_steps=40)
+    assert short.warmup_steps == 4 and short.fraction(4) == 1.0
+
+
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_a_cooldown_over_everything_is_the_plain_decay(decay):
     whole = schedule(decay=decay)
@@ -84,6 +89,7 @@ def test_rates_are_repeated_from_a_file_or_its_folder(tmp_path):
         ("step,lr_fraction\n", "must have the steps 1, 2, 3"),
         ("step,lr_fraction\n1,0.5\n3,0.5\n", "must have the steps 1, 2, 3"),
         ("step,lr_fraction\n1,0.5\n2,nan\n", r"has an lr_fraction outside \[0, 1\]"),
+        ("step,lr_fraction\n1,0.5\n2,1.5\n", r"has an lr_fraction outside \[0, 1\]"),
     ],
 )
 def test_files_without_whole_rates_are_refused(tmp_path, content, message):

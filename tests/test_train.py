@@ -3,6 +3,7 @@
 import datetime
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning
 import pytest
@@ -1436,6 +1438,19 @@ def test_profile_sums_kernels_and_finds_the_idle_time():
     ]
 
 
+def test_dropout_is_another_in_every_step_micro_batch_and_rank(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for step, micro_step, rank in itertools.product((0, 1), repeat=3):
+        data = SimpleNamespace(train_batch=lambda *_: torch.zeros(1, 3, dtype=torch.long))
+        trainer = SimpleNamespace(accumulate_grad_batches=2, datamodule=data, world_size=2)
+        gpt = Mock(return_value=torch.zeros(()), blocks=[])
+        state = {"trainer": trainer, "global_step": step, "global_rank": rank, "seed": 0, "device": "cpu"}
+        module = SimpleNamespace(**state, tokens=0, gpt=gpt, _add_loss=lambda _: None)
+        GPTModule.training_step(module, None, micro_step)
+    assert len(set(seeds)) == 8
+
+
 def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
     changes = ["name=run", "model.dropout=0", "max_steps=4"]
     done = command(text, tmp_path, *changes, "trainer.devices=2")
@@ -1447,6 +1462,7 @@ def test_two_processes_share_the_step_and_score_every_byte_once(text, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert (record["micro_batch_size"], record["accumulate"], record["tokens_per_step"]) == (4, 1, 256)
     assert [row["step"] for row in metrics(folder)] == ["2", "4"]
+    assert [row["train/tokens"] for row in metrics(folder)] == ["512", "1024"]  # of both
     module = build_module(validate(configure(*overrides(text, tmp_path))))
     module.load_state_dict(weights(folder)["state_dict"])
     alone = fit(text, tmp_path / "alone", "model.dropout=0", "max_steps=4")
