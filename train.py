@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command_line import of_options
 from conf.schema import builder, check_mode, validate
-from conf.secrets import redact_file, redact_tree, redacted_command_line
+from conf.secrets import redact, redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteDataModule, Corpus
 from flash_cosine_sim_attention import flash_cosine_sim_attention
 from models.attention import check_parts
@@ -229,7 +229,7 @@ def repeat(
     if bits_per_byte is None:
         raise ValueError(f"{run.folder} has no val/bpc, although its checkpoint has all {run.resume_step} steps")
     log.info("run folder %s has all of its %d steps: nothing is left to train", run.folder, run.resume_step)
-    run.started = True  # its end is recorded, as before
+    run.begin()
     run.mend()
     if config.test:
         with loggers_of(config, run) as loggers:
@@ -403,7 +403,8 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
         loggers = _open_loggers(config, run)
     run.update(wandb_folder=offline_folder(loggers), wandb_id=wandb_id_of(loggers) or run.record["wandb_id"])
     # what the record will say of the run's end is in wandb's summary
-    record = {key: value for key, value in run.record.items() if key not in ("status", "error", "ended")}
+    ends = ("status", "error", "ended", "wall_seconds")
+    record = {key: value for key, value in run.record.items() if key not in ends}
     for logger in loggers:
         logger.log_hyperparams(redact_tree({**OmegaConf.to_container(config), "run": record}))
     status, error = "finished", None
@@ -413,7 +414,7 @@ def loggers_of(config: DictConfig, run: Run) -> Iterator[list[Logger]]:
         status = "interrupted"
         raise
     except BaseException as stopped:
-        status, error = "diverged" if isinstance(stopped, DivergedError) else "failed", one_line(str(stopped))
+        status, error = "diverged" if isinstance(stopped, DivergedError) else "failed", redact(one_line(str(stopped)))
         raise
     finally:
         finish(loggers, status=status, error=error)
@@ -424,7 +425,9 @@ def _open_loggers(config: DictConfig, run: Run) -> list[Logger]:
     if "group" in config.logger:
         run.record.setdefault("wandb_group", group_here())  # the same when it is resumed
         options["group"] = config.logger.group or run.record["wandb_group"]
-    options |= {key: redact_tree(config.logger[key]) for key in ("notes",) if config.logger.get(key)}
+    for key in ("notes", "tags", "job_type"):
+        if config.logger.get(key):
+            options[key] = redact_tree(OmegaConf.to_container(config.logger)[key])
     try:
         return open_loggers(run_dir=run.folder, resume_step=run.resume_step, wandb_id=run.record["wandb_id"], **options)
     except Exception as error:  # a service's own errors: no account, no network

@@ -21,7 +21,7 @@ from models.windows import window_of_layer, windowed_attention
 
 MAX_HEAD_DIM = 256
 PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
-LEAST_SCALE = 1e-4  # of a learned one: at a rate that nothing survives exp would give 0, which the library refuses
+LEAST_SCALE = 1e-37  # of a learned one: at a rate that nothing survives exp would give 0, which the library refuses
 # Of a learned scale's bound, what is left free: in float32, the logarithm's rounding and exp's are at most 1e-6 of it.
 BELOW_BOUND = 1e-5
 

@@ -122,6 +122,7 @@ def test_neither_the_record_nor_a_logger_sees_a_secret(tmp_path, monkeypatch):
     [
         (DivergedError("the loss is nan"), {"status": "diverged", "error": "the loss is nan"}),
         (OSError("a disk\nis full"), {"status": "failed", "error": "a disk"}),
+        (OSError(f"no https://me:{SECRET}@host"), {"status": "failed", "error": "no https://***@host"}),
         (Interrupted(15, 3), {"status": "interrupted", "error": None}),
         (KeyboardInterrupt(), {"status": "interrupted", "error": None}),
     ],
@@ -131,9 +132,10 @@ def test_a_logger_hears_how_the_run_ended_and_not_that_it_runs(tmp_path, monkeyp
     monkeypatch.setitem(BUILDERS["logger"], "csv", "test_secrets.recording")
     heard = []
     monkeypatch.setattr(train, "finish", lambda _, **how: heard.append(how))
-    run = begun(validate(configure("logger=csv")), tmp_path, status="running", error=None, ended=None)
+    ends_before = {"status": "running", "error": None, "ended": None, "wall_seconds": 9.5}
+    run = begun(validate(configure("logger=csv")), tmp_path, **ends_before)
     with pytest.raises(type(stopped)), train.loggers_of(run.config, run) as (logger,):
-        assert not {"status", "error", "ended"} & {*logger.values["run"]}
+        assert not {*ends_before} & {*logger.values["run"]}
         raise stopped
     assert heard == [ends]
 

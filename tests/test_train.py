@@ -251,6 +251,10 @@ def test_the_record_says_how_long_all_starts_took_together(text, tmp_path):
     fit(text, tmp_path, f"resume={folder}", "max_steps=12")
     both, by_the_clock = record()
     assert first < both <= first + time.monotonic() - began + 0.1 and abs(both - first - by_the_clock) <= 2
+    began = time.monotonic()
+    fit(text, tmp_path, f"resume={folder}", "max_steps=12", "test=true")  # nothing is left to train
+    tested, _ = record()
+    assert both <= tested <= both + time.monotonic() - began + 0.1
 
 
 def test_fewer_steps_than_there_are_is_refused(text, tmp_path):

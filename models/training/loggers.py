@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from flash_cosine_sim_attention.identity import DISTRIBUTION
 from models.training.checkpoint_files import write_text, writing
 from models.training.jobs import sweep_group
 from models.training.metrics import METRICS
@@ -28,9 +29,6 @@ log = logging.getLogger(__name__)
 WANDB_MODES = {
     "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",
 }  # fmt: skip
-
-
-PROJECT = "flash-cosine-sim-attention"
 EXIT_CODES = {"finished": 0, "interrupted": 255}  # as wandb itself says it; anything else is 1, a failure
 
 
@@ -205,7 +203,7 @@ def wandb_and_csv(
         name=run_dir.name,
         id=wandb_id,
         save_dir=run_dir,
-        project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
+        project=project or os.environ.get("WANDB_PROJECT") or DISTRIBUTION,
         entity=entity,
         mode=mode,  # not Lightning's offline, which would set WANDB_MODE for all that follows in this process
         group=group,

@@ -29,7 +29,7 @@ from models.training.started import RUN_VARIABLE
 log = logging.getLogger(__name__)
 
 PATIENCE = datetime.timedelta(minutes=10)  # for the other processes, which may still read their text
-STEPS = 2**32 - 16  # Slurm's steps have smaller numbers; the larger ones are a batch script, an interactive shell
+SPECIAL_STEPS = 2**32 - 16  # from here on Slurm's numbers are not srun's: a batch script's, an interactive shell's
 
 # What Lightning, at import or later, takes a process's place in a run from.
 PLACE_VARIABLES = (
@@ -119,7 +119,7 @@ def _is_srun_task() -> bool:
     number of a step, and no other process would ever come.
     """
     step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
-    return SLURMEnvironment.detect() and step.isdigit() and int(step) < STEPS
+    return SLURMEnvironment.detect() and step.isdigit() and int(step) < SPECIAL_STEPS
 
 
 def _place(environment: ClusterEnvironment, rank: int, world_size: int) -> Processes:

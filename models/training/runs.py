@@ -115,7 +115,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     started: bool = False
-    _began: float = 0.0  # by the monotonic clock, when it was started
+    _began: float | None = None  # by the monotonic clock, when its time began to count
     _made: bool = False  # the folder is this process's own doing, and holds nothing that was there before
     _lock: IO[str] | None = None
     _devices: list[Lock] = field(default_factory=list)
@@ -410,9 +410,13 @@ class Run:
             self._store(lasting)
         elif self.checkpoint:
             self.checkpoint = self.checkpoint.with_name(LAST_CHECKPOINT)
-        self.started, self._began = True, time.monotonic()
+        self.begin()
         cuda = uses_cuda(self.config.trainer.accelerator)
         self.update(choices=choices, **environment(cuda=cuda), **entries, status="running", error=None, ended=None)
+
+    def begin(self) -> None:
+        """From here on the run's end is recorded, and its time counts."""
+        self.started, self._began = True, time.monotonic()
 
     def _say(self, changes: dict[str, tuple[Any, Any]]) -> None:
         for key, (before, now) in changes.items():
@@ -470,7 +474,7 @@ class Run:
         if self.folder is None:
             return
         if self.started or (self._made and self.in_sweep):
-            if self.started:  # of all starts but those that were killed, each from where training could begin
+            if self._began is not None:  # of all starts but those that were killed
                 until_then = self.record.get("wall_seconds") or 0.0
                 self.record["wall_seconds"] = round(until_then + time.monotonic() - self._began, 1)
             else:

@@ -48,6 +48,8 @@ def outlive_the_reader() -> None:
 
 
 class _ToAReader(io.RawIOBase):
+    """A file whose place nothing takes once it is a pipe that nobody reads."""
+
     def __init__(self, raw: io.RawIOBase):
         self._raw = raw
 
