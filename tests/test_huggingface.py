@@ -67,6 +67,13 @@ def qwen3(**changes):
     return model
 
 
+def modernbert(**changes):
+    """It sees both ways, by windows in all layers but one, of one key less than it passes to its attention."""
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 3, "local_attention": 8}
+    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**SHARED | sizes | changes))
+
+
 MODELS = [nanochat, llama4]
 # What the newest transformers calls a cache, and older ones do.
 CACHE = (
@@ -616,6 +623,7 @@ def test_arguments_that_are_not_understood_raise_and_are_named():
         ({"softcap": 30.0}, "layer 7 .* passes softcap"),
         ({"s_aux": v, "position_bias": v}, "passes position_bias, s_aux"),
         ({"output_attentions": True}, "output_attentions must be false"),
+        ({"deterministic": True}, r"deterministic=True needs torch\.use_deterministic_algorithms"),
         ({"is_causal": False}, "passes is_causal=False, but its mask is for True"),
         ({"sliding_window": 3}, "passes sliding_window=3, but its mask"),
         ({"scaling": 2.0}, "at most 60, got 92"),
@@ -627,6 +635,7 @@ def test_arguments_that_are_not_understood_raise_and_are_named():
         with pytest.raises(ValueError, match=message):
             cosine_sim_attention(Layer(), **{"query": q, "key": k, "value": v, "attention_mask": visible} | arguments)
     harmless = {"use_cache": True, "softcap": None, "output_attentions": False, "sliding_window": 6, "is_causal": True}
+    harmless["deterministic"] = False
     cosine_sim_attention(Layer(), q, k, v, visible, **harmless)
 
 
@@ -684,7 +693,8 @@ def written_out(_module, query, key, value, attention_mask, scaling, **_others):
     groups = query.shape[1] // key.shape[1]
     query, key = (nn.functional.rms_norm(rows, rows.shape[-1:], eps=0) for rows in (query, key))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    weights = (query @ key.mT * scaling + attention_mask).softmax(-1)
+    logits = query @ key.mT * scaling
+    weights = (logits if attention_mask is None else logits + attention_mask).softmax(-1)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -696,6 +706,7 @@ def written_out(_module, query, key, value, attention_mask, scaling, **_others):
         (qwen3, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
         (llama4, {"use_qk_norm": False}),
         (llama4, {"no_rope_layers": [1, 0], "attn_temperature_tuning": False}),
+        (modernbert, {}),
     ],
 )
 def test_a_new_model_equals_the_norm_written_out(make, changes):

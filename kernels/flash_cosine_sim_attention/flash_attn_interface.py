@@ -223,6 +223,10 @@ def _check_results(deterministic: bool, return_attn_probs: bool) -> None:
             f"return_attn_probs must be False, got {return_attn_probs!r}: probabilities are never all in memory; "
             "flash_cosine_sim_attention has return_partials, with the sum of each row"
         )
+    check_deterministic(deterministic)
+
+
+def check_deterministic(deterministic: bool | None) -> None:
     if deterministic and not torch.are_deterministic_algorithms_enabled():
         raise ValueError(
             "deterministic=True needs torch.use_deterministic_algorithms(True), which must stay on until the backward "

@@ -33,6 +33,7 @@ except ImportError as error:
         'pip install "transformers>=5.4"'
     ) from error
 
+from .flash_attn_interface import check_deterministic
 from .huggingface_mask import Visible, cosine_sim_mask, dense
 
 __all__ = [
@@ -382,6 +383,7 @@ def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
             f"output_attentions must be false, got true for {_name(module)}: the weights are never there as a whole. "
             "Take attn_implementation='eager' to look at them"
         )
+    check_deterministic(others.pop("deterministic", None))  # ModernBERT's deterministic_flash_attn
     unknown = {name for name, argument in others.items() if argument is not None} - _HARMLESS
     if unknown:
         raise ValueError(
@@ -506,7 +508,12 @@ def _check_agreement(
         raise ValueError(f"{_name(module)} passes is_causal={is_causal}, but its mask is for {visible.causal}")
     furthest = lengths[1] - 1  # that a key can be away
     left = furthest if visible.window[0] < 0 else min(visible.window[0], furthest)
-    if sliding_window is not None and min(sliding_window - visible.causal, furthest) != left:
+    if sliding_window is None:
+        return
+    # Two ways, so many keys or one less: transformers' mask has sliding_window, its FlashAttention one less, and models
+    # follow either. Which it is, the mask says.
+    passed = {sliding_window - 1} if visible.causal else {sliding_window - 1, sliding_window}
+    if left not in {min(size, furthest) for size in passed}:
         raise ValueError(
             f"{_name(module)} passes sliding_window={sliding_window}, but its mask has window_size={visible.window}"
         )
