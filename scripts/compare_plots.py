@@ -297,6 +297,18 @@ def rate_panels(comparison: Comparison) -> list[RatePanel]:
     return panels
 
 
+def _apart(rates: Sequence[float]) -> list[str]:
+    """A label for each rate, empty where it would lie on the one before."""
+    least = math.log(rates[-1] / rates[0]) / 12
+    labels: list[str] = []
+    last = -math.inf
+    for rate in rates:
+        room = math.log(rate) - last >= least
+        labels.append(f"{rate:g}" if room else "")
+        last = math.log(rate) if room else last
+    return labels
+
+
 def draw_rates(axes: Axes, panel: RatePanel, colors: dict[str, Any]) -> None:
     """Seeds as points, their mean as a line in a band; a rate at which no run finished is a cross at the top."""
     for name, arms in panel.lines.items():
@@ -312,7 +324,7 @@ def draw_rates(axes: Axes, panel: RatePanel, colors: dict[str, Any]) -> None:
     rates = sorted({arm.settings[RATE] for arms in panel.lines.values() for arm in arms})
     axes.set_xscale("log")
     axes.set_xlim(rates[0] / 1.15, rates[-1] * 1.15)
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=35 if len(rates) > 4 else 0)
+    axes.set_xticks(rates, _apart(rates), rotation=35 if len(rates) > 4 else 0)
     axes.minorticks_off()
     axes.set(xlabel="peak learning rate", ylabel=LOSS, title=plain(panel.title))
     if panel.most is not None:

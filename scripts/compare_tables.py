@@ -150,7 +150,10 @@ def _notes_on(arms: Sequence[Arm]) -> tuple[str, ...]:
 
 def _with_differences(listing: Listing, comparison: Comparison, baseline: Baseline, but: Sequence[str]) -> Listing:
     after = listing.headings.index(LOSS) + 1
-    among = comparison.arms if baseline.key is None else listing.arms  # a run that is named need not be at its best
+    if baseline.key in but:  # of lr=VALUE the table of best rates may have no arm, or only another one's
+        but = ()
+    # a run or a rate that is named need not be the best
+    among = listing.arms if but and baseline.key is not None else comparison.arms
     found = []
     for arm in listing.arms:
         other = baseline.of(arm, among, but=but)

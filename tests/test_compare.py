@@ -367,6 +367,12 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
         ["regular", "0.001", "2", "1", "1.3000", "baseline"],
     ]
     assert "with attention=regular, at its own lr" in out
+    out = compared(capsys, tmp_path / "runs", "--baseline", "lr=0.002").out
+    assert [row[:6] for row in cells_of(out.split("each at its best lr")[1])[:2]] == [
+        ["cosine", "0.002", "2", "1", "* 1.0000", "baseline"],
+        ["regular", "0.001", "2", "1", "1.3000", "-0.6000 (1)"],  # to regular attention at 0.002
+    ]
+    assert "at its own" not in out
     for seed in (1, 2):
         make(loss=1.21, lr=0.001, seed=seed)
     table = compared(capsys, tmp_path / "runs").out.split("each at its best lr")[1]
@@ -385,6 +391,12 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
         ["cosine", "0.001", "3", "3", "* 1.2067 ± 0.0058", "-0.6933 (3, 1)"],  # of three rates one diverged
         ["regular", "0.001", "2", "1", "1.3000", "-0.6000 (1)"],
     ]
+
+
+def test_labels_of_learning_rates_do_not_lie_on_each_other():
+    assert compare_plots._apart([0.0005, 0.001, 0.002]) == ["0.0005", "0.001", "0.002"]
+    assert compare_plots._apart([1e-5, 1e-3, 1.1e-3, 1.2e-3, 0.1]) == ["1e-05", "0.001", "", "", "0.1"]
+    assert compare_plots._apart([0.001]) == ["0.001"]
 
 
 @pytest.mark.usefixtures("undrawn")
