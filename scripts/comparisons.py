@@ -102,13 +102,13 @@ def _agree(found: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _sorted(arms: list[Arm]) -> list[Arm]:
     keys = differing(arms)
+    return sorted(arms, key=lambda arm: [order(arm.settings.get(key)) for key in keys])
 
-    def place(arm: Arm) -> list[tuple[bool, float, str]]:
-        values = [arm.settings.get(key) for key in keys]
-        numbers = [value if is_number(value) else math.inf for value in values]
-        return [(not is_number(value), number, str(value)) for value, number in zip(values, numbers, strict=True)]
 
-    return sorted(arms, key=place)
+def order(value: Any) -> tuple[bool, bool, Any]:
+    """By which values of one setting are sorted: none first, numbers, words."""
+    words = not is_number(value)
+    return value is not None, words, str(value) if words else value
 
 
 def is_number(value: Any) -> bool:

@@ -25,7 +25,7 @@ from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
 from scripts.compare import find_runs
 from scripts.compare_plots import seconds_of
-from scripts.comparisons import comparisons_of, difference, is_number, rank, titles
+from scripts.comparisons import comparisons_of, difference, order, rank, titles
 from scripts.contenders import AS_BATCH, DENSE_BIAS, DTYPES, UNMASKED, UNSCORED, VARLEN_ATTN, case_of
 from scripts.packing import described
 
@@ -95,13 +95,7 @@ def _names(arm: Arm, further: Sequence[str]) -> tuple[str, ...]:
 
 def _place(arm: Arm, further: Sequence[str]) -> tuple:
     """Where the arm stands in a table, but for its length and learning rate."""
-    return arm.settings["norm"] != "pre", arm.settings["attention"], *(_order(arm.settings.get(key)) for key in further)
-
-
-def _order(value: Any) -> tuple[bool, bool, Any]:
-    """By which values of one setting are sorted: none first, numbers, words."""
-    words = not is_number(value)
-    return value is not None, words, str(value) if words else value
+    return arm.settings["norm"] != "pre", arm.settings["attention"], *(order(arm.settings.get(key)) for key in further)
 
 
 def _best(arms: Sequence[Arm], further: Sequence[str]) -> list[Arm]:

@@ -151,7 +151,7 @@ def test_arms_are_told_apart_by_options_before_keys_that_only_one_of_them_has(ma
     fixed = make("f", choices={"attention": "cosine_fixed"}, config={"attention": COSINE | {"scale": 10.0}})
     assert comparison(cosine, fixed, regular).keys == ["attention"]  # each option has but one scale
     newer = comparison(cosine, make("e", config={"clip": 1.0}))  # a key that an earlier version did not have
-    assert newer.keys == ["clip"] and [arms.setting(arm, "clip") for arm in newer.arms] == ["1", "-"]
+    assert newer.keys == ["clip"] and [arms.setting(arm, "clip") for arm in newer.arms] == ["-", "1"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -161,7 +161,7 @@ def test_a_copy_of_a_key_is_a_setting_where_an_earlier_run_set_it_apart(make, tm
     assert comparison(plain, make("seed", seed=1, config={"optimizer": optimizer})).keys == []
     apart = make("apart", config={"optimizer": optimizer | {"lr": 0.01}})
     one = comparison(plain, apart)
-    assert one.keys == ["optimizer.lr"] and [arms.setting(arm, "optimizer.lr") for arm in one.arms] == ["0.01", "-"]
+    assert one.keys == ["optimizer.lr"] and [arms.setting(arm, "optimizer.lr") for arm in one.arms] == ["-", "0.01"]
     other = make("other", lr=0.002, config={"optimizer": optimizer | {"lr": 0.002}})
     assert comparison(apart, other).keys == ["lr", "optimizer.lr"]  # though lr tells them apart
     page = tmp_path / "page.html"
