@@ -230,7 +230,15 @@ def options_of(group: str) -> list[str]:
 
 def keys_of(group: str, option: str) -> list[str]:
     """The keys that an option's file has, without its kind."""
-    return [key for key in OmegaConf.load(CONF / group / f"{option}.yaml") if key != "kind"]
+    return [key for key in values_of(group, option) if key != "kind"]
+
+
+@functools.cache
+def values_of(group: str, option: str) -> dict[str, Any]:
+    """What an option's file says, references as they stand there; nothing of an option that there is not."""
+    if option not in options_of(group):
+        return {}
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
 
 
 def shown(value: Any) -> str:

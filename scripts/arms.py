@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.schema import COPIES, GROUPS, shown
+from conf.schema import COPIES, GROUPS, shown, values_of
 from models.training import metrics
 from models.training.identity import INCIDENTAL, RESUMED_WITH, flat, is_one_of, is_said_above, resumed_with
 from models.training.report import Results
@@ -122,17 +122,25 @@ def _change(entry: dict[str, Any]) -> str:
 def differing(arms: Sequence[Arm]) -> list[str]:
     """The settings that tell the arms apart: those with several values among the arms that have them.
 
-    Of an option's own keys, as attention.scale, those with several values among the arms of one option: otherwise the
-    option says it. Where these settings leave two arms alike, keys that only one of the two has are among them. What
-    few runs have, and no option says, is always among them: a copy with a value of its own, and changes on the way.
+    Of an option's own keys, as attention.scale, those with several values among the arms of one option, or with a value
+    that is not the option's own, as its file in conf/ has it: otherwise the option says it. Where these settings leave
+    two arms alike, keys that only one of the two has are among them. What few runs have, and no option says, is always
+    among them: a copy with a value of its own, and changes on the way.
     """
     values: dict[str, dict[Any, set[str]]] = {}  # of each key by the option that it belongs to
+    given: set[str] = set()
     for arm in arms:
         for key, value in arm.settings.items():
             option = arm.settings.get(key.partition(".")[0]) if "." in key else None
             values.setdefault(key, {}).setdefault(repr(option), set()).add(repr(value))
+            if not option_says(arm, key):
+                given.add(key)
     found = [
-        key for key, seen in values.items() if key in ALWAYS_TOLD or any(len(texts) > 1 for texts in seen.values())
+        key
+        for key, seen in values.items()
+        if key in ALWAYS_TOLD
+        or any(len(texts) > 1 for texts in seen.values())
+        or (key in given and len(set().union(*seen.values())) > 1)
     ]
     alike: dict[tuple, list[Arm]] = {}
     for arm in arms:
@@ -145,6 +153,13 @@ def differing(arms: Sequence[Arm]) -> list[str]:
         if (key in arm.settings) != (key in same[0].settings)
     }
     return [key for key in values if key in found or key in lacking]
+
+
+def option_says(arm: Arm, key: str) -> bool:
+    """Whether the arm's value of a key is what its option's file in conf/ has."""
+    group, _, name = key.partition(".")
+    own = values_of(group, str(arm.settings.get(group))) if group in GROUPS else {}
+    return name in own and own[name] == arm.settings[key]
 
 
 def headings(arms: Sequence[Arm]) -> list[str]:

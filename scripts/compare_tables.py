@@ -169,6 +169,8 @@ def _with_differences(listing: Listing, comparison: Comparison, baseline: Baseli
             listing, notes=(*listing.notes, f"{DIFFERENCE}: none, for no {LOSS} here compares with {against}")
         )
     notes = [f"{DIFFERENCE}: {LOSS} minus {against}, below 0 is better; {PAIRED}"]
+    if baseline.key is not None and "-" in found:
+        notes.append(f"-: of no arm, or of more than one, is {baseline.key} all that sets it apart from this one")
     if any(cell.endswith(")") and "," in cell.rsplit("(", 1)[-1] for cell in found):
         notes.append(UNPAIRED)
     return replace(listing, headings=headings, rows=rows, notes=(*listing.notes, *notes))

@@ -10,7 +10,7 @@ from typing import Any
 from conf.schema import shown
 from models.training.identity import resumed_with
 from models.training.report import Results
-from scripts.arms import Arm, arms_of, differing, label, setting
+from scripts.arms import Arm, arms_of, differing, label, option_says, setting
 
 CORPUS = "corpus"  # the term of a comparison that is a hash, and shown by a name
 LOSS = "val bpc"  # the heading of the number by which arms are ranked
@@ -155,7 +155,7 @@ def at_best_rates(arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
     """
     groups: dict[tuple, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(_others(arm, (RATE,)), []).append(arm)
+        groups.setdefault(_others(arm, RATE), []).append(arm)
     if all(len(group) == 1 for group in groups.values()):
         return []
     best = [(min(group, key=rank), len(group)) for group in groups.values()]
@@ -170,14 +170,27 @@ def rank(arm: Arm) -> tuple[int, float]:
     return -len(losses), statistics.mean(losses) if losses else math.inf
 
 
-def _others(arm: Arm, keys: Sequence[str]) -> tuple:
-    """The arm's settings but for some, and for those below them."""
-    kept = {name: value for name, value in arm.settings.items() if not any(_is_below(name, key) for key in keys)}
-    return tuple(sorted((name, repr(value)) for name, value in kept.items()))
+def _others(arm: Arm, key: str) -> tuple:
+    """The arm's settings but for one."""
+    return tuple(sorted((name, repr(value)) for name, value in arm.settings.items() if name != key))
 
 
-def _is_below(name: str, key: str) -> bool:
-    return name == key or name.startswith(f"{key}.")
+def _alike(arm: Arm, other: Arm, keys: Sequence[str]) -> bool:
+    """Whether two arms differ in nothing but some keys, and in what the options that these name bring along: keys that
+    only one of the two has, and of those of both the values of conf/. What was given beside the options must be equal.
+    """
+    return all(
+        name in keys or _same_setting(arm, other, name, any(name.startswith(f"{key}.") for key in keys))
+        for name in {**arm.settings, **other.settings}
+    )
+
+
+def _same_setting(arm: Arm, other: Arm, name: str, below: bool) -> bool:
+    if name not in arm.settings or name not in other.settings:
+        return below
+    if repr(arm.settings[name]) == repr(other.settings[name]):
+        return True
+    return below and option_says(arm, name) and option_says(other, name)
 
 
 @dataclass(frozen=True)
@@ -204,9 +217,7 @@ class Baseline:
         elif self._fits(arm):
             found = [arm]
         else:
-            keys = (self.key, *but)
-            rest = _others(arm, keys)
-            found = [other for other in arms if self._fits(other) and _others(other, keys) == rest]
+            found = [other for other in arms if self._fits(other) and _alike(arm, other, (self.key, *but))]
         return found[0] if len(found) == 1 else None
 
     def _fits(self, arm: Arm) -> bool:

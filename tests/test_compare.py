@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from conf.schema import values_of
 from models.training.report import Results, read_results
 from scripts import arms, compare, compare_page, compare_plots
 from scripts.comparisons import Difference, at_best_rates, baseline_of, best_of, comparisons_of, difference
@@ -343,6 +344,44 @@ def test_a_key_compares_each_arm_with_its_own_baseline(make, tmp_path, capsys):
     ]
     assert "difference: val bpc minus that of the same with attention=regular, below 0 is better" in out
     assert "sample standard deviation of their differences" in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_given_beside_options_is_told_and_must_be_equal(make, tmp_path, capsys):
+    """Whatever option it belongs to; an option's own values, as conf/ has them, are the option."""
+
+    def windows(attention, loss, window):
+        group = COSINE if attention == "cosine" else {"kind": "regular"}
+        make(f"{attention}{window}", loss, attention=attention, config={"attention": group | {"window": window}})
+
+    windows("cosine", 1.0, 8), windows("regular", 2.0, None)
+    out = compared(capsys, tmp_path / "runs", "--baseline", "attention=regular").out
+    assert [[*row[:2], row[4]] for row in cells_of(out)[:2]] == [
+        ["cosine", "8", "-"],
+        ["regular", "null", "baseline"],
+    ]
+    assert "-: of no arm, or of more than one, is attention all that sets it apart from this one\n" in out
+    windows("cosine", 1.25, None), windows("regular", 3.0, 8)
+    out = compared(capsys, tmp_path / "runs", "--baseline", "attention=regular").out
+    assert [[*row[:2], row[4]] for row in cells_of(out)[:4]] == [
+        ["cosine", "null", "-0.7500 (1)"],
+        ["cosine", "8", "-2.0000 (1)"],
+        ["regular", "null", "baseline"],
+        ["regular", "8", "baseline"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("scale", "columns", "difference"), [(None, 0, "-0.5000 (1)"), (16.0, 1, "-")])
+def test_values_of_an_options_own_are_the_option(make, tmp_path, capsys, scale, columns, difference):
+    own = {option: dict(values_of("attention", option)) for option in ("cosine", "cosine_fixed")}
+    assert own["cosine"]["scale"] != own["cosine_fixed"]["scale"]
+    own["cosine"]["scale"] = scale or own["cosine"]["scale"]
+    for option, loss in (("cosine", 1.0), ("cosine_fixed", 1.5)):
+        make(option, loss, choices={"attention": option}, config={"attention": own[option]})
+    out = compared(capsys, tmp_path / "runs", "--baseline", "attention=cosine_fixed").out
+    assert ("scale" in out.split("cosine")[0]) is bool(columns)
+    assert cells_of(out)[0][3 + columns] == difference
 
 
 @pytest.mark.usefixtures("undrawn")
