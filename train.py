@@ -34,8 +34,7 @@ from conf.command_line import of_options
 from conf.schema import builder, check_mode, validate
 from conf.secrets import redact, redact_file, redact_tree, redacted_command_line
 from data.bytes import ByteDataModule, Corpus
-from flash_cosine_sim_attention import flash_cosine_sim_attention
-from models.attention import check_parts
+from models.attention import check_parts, try_backend
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, PositionBiases, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
@@ -111,14 +110,10 @@ def check_backend(config: DictConfig) -> None:
     Raises:
         ValueError: in the library's words.
     """
-    backend = config.attention.get("backend")
-    if backend != "cuda":
-        return
     device = "cuda" if uses_cuda(config.trainer.accelerator) else "cpu"
-    q = torch.zeros(1, 1, 1, 8, device=device)
     try:
-        flash_cosine_sim_attention(q, q, q, backend=backend)
-    except (ImportError, ValueError, RuntimeError) as error:
+        try_backend(config.attention.get("backend"), device)
+    except ValueError as error:
         raise ValueError(f"attention.{error}") from error
 
 

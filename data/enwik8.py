@@ -11,7 +11,7 @@ import numpy as np
 import pooch
 
 from data.bytes import ByteCorpus
-from data.files import existing_path, read_file
+from data.files import existing_path, expanded, read_file
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
 NUM_BYTES = 100_000_000
@@ -46,7 +46,7 @@ def enwik8(
     ConnectionError if the download fails.
     """
     _check_expected(expected_bytes, expected_sha256)
-    place = Path(cache_dir).expanduser() if path is None else existing_path(path)
+    place = expanded(cache_dir) if path is None else existing_path(path)
     found = [place] if place.is_file() else [place / name for name in FILE_NAMES if (place / name).is_file()]
     if found:
         try:

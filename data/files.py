@@ -64,10 +64,18 @@ def existing_path(path: str) -> Path:
     """Expand ~ and insist that the path is there; what it is, is up to the caller."""
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise ValueError(f"data.path must name a file or a folder, got {path!r}")
-    source = Path(path).expanduser()
+    source = expanded(path)
     if not source.exists():
         raise FileNotFoundError(f"data.path={path!r} does not exist (looked in {Path.cwd()})")
     return source
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """Expand ~ and ~user; where there is no such user it is a file's name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def read_file(path: Path) -> np.ndarray:

@@ -26,6 +26,17 @@ LEAST_SCALE = 1e-37  # of a learned one: at a rate that nothing survives exp wou
 BELOW_BOUND = 1e-5
 
 
+def try_backend(backend: str | None, device: torch.device | str) -> None:
+    """Raises ValueError, in the library's words, where attention.backend cannot serve on a device at all."""
+    if backend != "cuda":  # the others serve everywhere; None: a kind of attention that has none
+        return
+    q = torch.zeros(1, 1, 1, 8, device=device)
+    try:
+        flash_cosine_sim_attention(q, q, q, backend=backend)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
 class InnerAttention(Protocol):
     """What turns q, k and v into o inside ``SelfAttention``: an nn.Module.
 

@@ -79,7 +79,8 @@ def chosen(comparison: Comparison) -> tuple[list[Shown], str]:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shows as it is, in a legend, too: no mathematics, no hidden entry."""
+    """Text that matplotlib shows as it is, in a legend, too: no mathematics, no hidden entry, no half a character."""
+    text = text.encode(errors="backslashreplace").decode()
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 

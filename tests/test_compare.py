@@ -432,6 +432,13 @@ def test_each_is_compared_at_its_own_best_rate(make, tmp_path, capsys):
     ]
 
 
+def test_a_name_of_no_characters_is_drawn():
+    """A file's name may be any bytes, and a corpus has its file's."""
+    figure = Figure()
+    figure.suptitle(compare_plots.plain("corpus: n\udcff.txt, $x"))
+    figure.savefig(io.BytesIO())
+
+
 def test_labels_of_learning_rates_do_not_lie_on_each_other():
     assert compare_plots._apart([0.0005, 0.001, 0.002]) == ["0.0005", "0.001", "0.002"]
     assert compare_plots._apart([1e-5, 1e-3, 1.1e-3, 1.2e-3, 0.1]) == ["1e-05", "0.001", "", "", "0.1"]

@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import threading
@@ -214,6 +215,11 @@ def test_loaders_cover_what_they_name():
     assert make_module(val_bytes=10**9).val_scored == 59
 
 
+def test_a_run_without_an_end_begins_at_once():
+    loader = make_module(num_micro_batches=10**15).train_dataloader()
+    assert list(itertools.islice(loader, 3)) == [0, 1, 2] and len(loader) == 10**15
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -275,6 +281,7 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
     "arguments, message",
     [
         ({"path": "absent"}, "^data.path='absent' does not exist"),
+        ({"path": "~nobody-has-this-name/text"}, "^data.path='~nobody-has-this-name/text' does not exist"),
         ({"path": ""}, "^data.path must name a file or a folder, got ''"),
         ({"path": "void"}, "^data.path: void is empty"),
         ({"path": "void.gz"}, "void.gz holds no bytes once decompressed"),

@@ -332,6 +332,17 @@ def test_load_model_refuses_what_it_cannot_load(run, tmp_path, capsys):
         assert named in refusal(capsys, generate, other, "--checkpoint", "last")
 
 
+def test_a_model_is_loaded_where_its_back_end_is_missing(run, caplog, monkeypatch):
+    def refuse(*_, backend, **__):
+        raise ImportError(f"backend={backend!r} needs the compiled kernels")
+
+    elsewhere = variant(run, "elsewhere", config={"attention": {"backend": "cuda"}})
+    monkeypatch.setattr("models.attention.flash_cosine_sim_attention", refuse)
+    gpt, config = load_model(elsewhere)
+    assert config.attention.backend == "auto" == gpt.blocks[0].attention.inner.backend
+    assert "attention.backend is auto here, for the run's own cannot serve: backend='cuda' needs" in caplog.text
+
+
 def test_ctrl_c_ends_a_script_without_a_traceback(run, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

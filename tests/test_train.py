@@ -803,6 +803,19 @@ def test_the_best_checkpoint_of_steps_that_are_taken_back_is_put_aside(text, tmp
     assert kept == [f"before-resuming-at-4-step-{step}.ckpt" for step in (12, 8)]
 
 
+def test_scores_of_other_bytes_do_not_compare(text, tmp_path, monkeypatch, caplog):
+    """Of the first bytes of a split a worse model may have fewer bits than a better one of all of them."""
+    folder = fit(text, tmp_path, "max_steps=8", "trainer.val_bytes=100")
+    worse_from(monkeypatch, lambda step: step > 8)
+    fit(text, tmp_path, f"resume={folder}", "max_steps=16", "trainer.val_bytes=300", "test=true")
+    assert "val/bpc before and after step 8 are of other bytes" in caplog.text
+    assert best_of(folder)["global_step"] == 12 and read_results(folder).current("test/bpc") is not None
+    scores = dict(zip(*read_results(folder).series("val/bpc"), strict=True))
+    assert read_results(folder).best("val/bpc") == scores[12] > scores[8]
+    fit(text, tmp_path, f"resume={folder}", "max_steps=20", "trainer.val_bytes=300")  # the same bytes go on
+    assert best_of(folder)["global_step"] == 12 and read_results(folder).best("val/bpc") == scores[12]
+
+
 @pytest.mark.parametrize("at", [8, 12])  # at the last step nothing is left to train, and its test is to be of it
 def test_a_best_checkpoint_that_did_not_get_its_name_has_it_when_the_run_goes_on(text, tmp_path, monkeypatch, at):
     worse_from(monkeypatch, lambda step: step > at)

@@ -100,21 +100,24 @@ class Checkpoints(lightning.Callback):
         self.best_step: int | None = None
         self.saved_step: int | None = None  # of the newest checkpoint
         self.validated_step: int | None = None
+        self.val_scored: int | None = None  # bytes that a score is of
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far and its step, and the last score and its step."""
+        """The best score so far and its step, the last score and its step, and of how many bytes they are."""
         return {
             "best": self.best,
             "best_step": self.best_step,
             "score": self.score,
             "validated_step": self.validated_step,
+            "val_scored": self.val_scored,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores it."""
         self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
         self.best_step, self.score = state_dict.get("best_step"), state_dict.get("score")  # earlier versions had none
+        self.val_scored = state_dict.get("val_scored")
 
     def on_fit_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del module
@@ -126,6 +129,10 @@ class Checkpoints(lightning.Callback):
         del module
         self._saved_at = time.monotonic()
         step = trainer.global_step
+        scored = trainer.datamodule.val_scored
+        if self.val_scored not in (None, scored) and not self.length.is_reached(step):
+            self.best = self.best_step = None  # scores of other bytes do not compare: the next one is the best
+        self.val_scored = scored
         trainer.fit_loop.epoch_loop.max_steps = step if self.length.is_reached(step) else self.length.max_steps
         if step and trainer.is_global_zero:
             self._mend_best(step)

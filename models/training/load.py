@@ -1,5 +1,6 @@
 """A trained model out of its run's folder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import torch
 from omegaconf import DictConfig
 
 from conf.schema import builder, check_stored
-from models.attention import hold_scales, largest_log_scale
+from models.attention import hold_scales, largest_log_scale, try_backend
 from models.gpt import GPT
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER, LAST_CHECKPOINT, read_checkpoint
 from models.training.run_files import CONFIG_FILE, file_of_run, load_config
+
+log = logging.getLogger(__name__)
 
 # Keys without which a model's weights are no model's, though their shapes are the same.
 ONE_MEANING = ("model.num_heads", "model.num_kv_heads", "model.tied_head")
@@ -48,7 +51,7 @@ def read_model(
     config_path = Path(folder) / CONFIG_FILE
     config = load_config(folder)
     try:
-        config = check_stored(config)
+        config = _served(check_stored(config), device or "cpu")
         gpt = build_gpt(config)
     except ValueError as error:
         raise ValueError(f"{str(config_path)!r} does not describe a model: {error}") from error
@@ -60,6 +63,16 @@ def read_model(
             f"{str(path)!r} holds the weights of another model than {str(config_path)!r}: {error}"
         ) from error
     return gpt.to(device or "cpu").eval(), config, step
+
+
+def _served(config: DictConfig, device: torch.device | str) -> DictConfig:
+    """The configuration, with attention.backend=auto where the run's own cannot serve: weights are of no back end."""
+    try:
+        try_backend(config.attention.get("backend"), device)
+    except ValueError as error:
+        log.warning("attention.backend is auto here, for the run's own cannot serve: %s", error)
+        config.attention.backend = "auto"
+    return config
 
 
 def find_checkpoint(folder: str | Path, checkpoint: str) -> Path:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import shlex
+import statistics
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.training import metrics
-from models.training.identity import flat
+from models.training.identity import VALIDATED_SINCE, flat
 from models.training.run_files import (
     METRICS_FILE,
     POSITION_BIAS_FILE,
@@ -105,14 +106,17 @@ class Results:
         return values[-1] if values and steps[-1] >= (self.last("step") or 0) else None
 
     def best(self, column: str) -> float | None:
-        """The smallest finite value of a column, or None."""
-        values = [value for value in self.series(column)[1] if math.isfinite(value)]
-        return min(values) if values else None
+        """The smallest finite value of a column, of the same validated bytes as the last one; or None."""
+        pairs = [pair for pair in zip(*self.series(column), strict=True) if math.isfinite(pair[1])]
+        since = self.record.get(VALIDATED_SINCE)
+        is_of_today = column.startswith("val/") and isinstance(since, int)
+        later = [pair for pair in pairs if pair[0] > since] if is_of_today else []
+        return min((value for _, value in later or pairs), default=None)
 
     def median(self, column: str) -> float | None:
         """The median of a column, or None."""
-        values = sorted(self.series(column)[1])
-        return values[len(values) // 2] if values else None
+        values = self.series(column)[1]
+        return statistics.median(values) if values else None
 
     def largest(self, column: str) -> float | None:
         """The largest value of a column, or None."""

@@ -36,6 +36,7 @@ from models.training.environment import command, environment, utc_now
 from models.training.identity import (
     LENGTH_KEYS,
     RESUMED_WITH,
+    VALIDATED_SINCE,
     apart,
     changes_of,
     changing_numbers,
@@ -432,9 +433,11 @@ class Run:
         before, now = load_config(self.folder).trainer.get("val_bytes"), self.config.trainer.val_bytes
         if before != now:
             log.warning(
-                "trainer.val_bytes was %s, is %s: val/bpc before and after step %s are of other bytes",
+                "trainer.val_bytes was %s, is %s: val/bpc before and after step %s are of other bytes; from here on "
+                "best.ckpt is the best of those after",
                 *(before, now, self.resume_step),
             )
+            self.record[VALIDATED_SINCE] = self.resume_step
 
     def _note(self, changes: dict[str, tuple[Any, Any]]) -> list[dict[str, Any]]:
         """Writes into run.json, before config.yaml is replaced, what is changed from the resumed step on.
