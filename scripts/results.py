@@ -217,15 +217,24 @@ def stability(folders: str, seq_len: str, *only: str) -> str:
     further, found = _by_rate(folders, seq_len, only)
     rates, lines = _rates(found), []
     for names, runs in found.items():
-        logits = [f"{runs[rate].last('logit/max'):,.1f}" if rate in runs else "" for rate in rates]
-        lines.append([*names, *logits, f"{_largest([_largest_gradient(run) for run in runs.values()]):.2f}"])
+        ends = {rate: run.last("logit/max") for rate, run in runs.items()}
+        logits = ["" if rate not in runs else _shown(ends[rate], ",.1f") for rate in rates]
+        norms = [norm for norm in map(_largest_gradient, runs.values()) if norm is not None]
+        lines.append([*names, *logits, _shown(_largest(norms) if norms else None, ".2f")])
     return markdown((*_headings(further), *(f"{rate:g}" for rate in rates), "gradient norm"), lines)
 
 
-def _largest_gradient(run: Results) -> float:
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _largest_gradient(run: Results) -> float | None:
+    """None where nothing was logged after the warm-up, which a short run cuts to a tenth of its steps."""
     steps, norms = run.series("train/grad_norm")
-    warmup = run.configured("optimizer.warmup_steps")
-    return _largest([norm for step, norm in zip(steps, norms, strict=True) if step > warmup])
+    warmup, max_steps = run.configured("optimizer.warmup_steps"), run.configured("max_steps")
+    warmup = warmup if max_steps is None else min(warmup, max_steps // 10)
+    after = [norm for step, norm in zip(steps, norms, strict=True) if step > warmup]
+    return _largest(after) if after else None
 
 
 def _largest(values: Sequence[float]) -> float:
@@ -241,15 +250,22 @@ def scales(folders: str, *only: str) -> str:
     layers = max(arm.settings["model.num_layers"] for arm in arms)
     lines = []
     for arm in arms:
-        ends = {end: [run.last(f"scale/{end}") for run in arm.finished] for end in ("mean", "min", "max")}
-        means = [
-            statistics.mean(run.last(f"scale/layer{layer}/mean") for run in arm.finished) for layer in range(layers)
-        ]
-        numbers = statistics.mean(ends["mean"]), min(ends["min"]), max(ends["max"]), *means
+        found = {end: _ends(arm, f"scale/{end}") for end in ("mean", "min", "max")}
+        means = [_mean(_ends(arm, f"scale/layer{layer}/mean")) for layer in range(layers)]
+        numbers = _mean(found["mean"]), min(found["min"], default=None), max(found["max"], default=None), *means
         settings = *_names(arm, further), f"{arm.settings['lr']:g}", arm.ends()
-        lines.append([*settings, *(f"{number:.1f}" for number in numbers)])
+        lines.append([*settings, *(_shown(number, ".1f") for number in numbers)])
     names = ("mean", "lowest", "highest", *(f"layer {layer}" for layer in range(layers)))
     return markdown((*_headings(further), "peak lr", "n", *names), lines)
+
+
+def _ends(arm: Arm, column: str) -> list[float]:
+    """The last value of each run that finished and has one."""
+    return [value for value in (run.last(column) for run in arm.finished) if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
 
 
 def reached(folders: str, bpc: str, *only: str) -> str:
@@ -260,18 +276,18 @@ def reached(folders: str, bpc: str, *only: str) -> str:
     for arm in _best(arms, further):
         found = [_first_below(run, float(bpc)) for run in arm.finished]
         places = [place for place in found if place is not None]
-        cells = [_mean_and_spread([place[index] for place in places]) for index in (0, 1)]
+        cells = [_mean_and_spread([place[index] for place in places if place[index] is not None]) for index in (0, 1)]
         lines.append([*_names(arm, further), f"{arm.settings['lr']:g}", f"{len(places)} of {len(found)}", *cells])
     return markdown((*_headings(further), "peak lr", "reached by", "MB", "seconds"), lines)
 
 
-def _first_below(run: Results, bpc: float) -> tuple[float, float] | None:
-    """MB, and seconds by the logged tokens/s."""
+def _first_below(run: Results, bpc: float) -> tuple[float, float | None] | None:
+    """MB, and seconds by the logged tokens/s where these are known."""
     tokens, losses = run.over_tokens("train/bpc")
     seconds = seconds_of(run)
     for end in range(WINDOW, len(losses) + 1):
         if statistics.mean(losses[end - WINDOW : end]) <= bpc:
-            return tokens[end - 1] / 1e6, seconds[tokens[end - 1]]
+            return tokens[end - 1] / 1e6, seconds.get(tokens[end - 1])
     return None
 
 
@@ -328,7 +344,7 @@ def timed(folder: str, baseline: str) -> str:
     if baseline not in arms:
         raise ValueError(f"the baseline must be one of {', '.join(sorted(arms))}, got {baseline}")
     base = arms[baseline].mean("val bpc")
-    rows, lengths = [], set()
+    rows, lengths, evaluated = [], set(), []
     for name, arm in sorted(arms.items(), key=lambda item: (item[0] != baseline, item[1].mean("val bpc") or math.inf)):
         loss, ended = arm.mean("val bpc"), arm.finished
         steps = [run.last("step") or 0 for run in ended]
@@ -338,14 +354,21 @@ def timed(folder: str, baseline: str) -> str:
         val, text = (_evaluations(ended, split, "slide") for split in ("val", "text"))
         unseen = [found["unseen"] for found in val if "unseen" in found]
         lengths.update(found["string_bytes"] for found in unseen)
-        slid = [_mean_and_spread([found["bits_per_byte"] for found in of], ".4f") for of in (val, unseen, text)]
+        slid = [_of_some([found["bits_per_byte"] for found in of], len(ended)) for of in (val, unseen, text)]
+        evaluated += val + text
         speed = [arm.cell(number) for number in ("tokens/s", "peak GiB")]
         rows.append([name, arm.ends(), *middle, arm.cell("val bpc"), ratio, *slid, *speed])
+    _refuse_unlike(folder, evaluated)
     if len(lengths) > 1:
         raise ValueError(f"unseen bytes must be by strings of one length, got {', '.join(map(str, sorted(lengths)))}")
     unseen_bytes = f"in no string of {min(lengths)} of train" if lengths else "unseen bytes"
     others = f"of {baseline}", "val, sliding", unseen_bytes, "second text, sliding"
     return markdown(("recipe", "n", "steps", "MB", "val bpc", *others, "tokens/s", "peak GiB"), rows)
+
+
+def _of_some(values: Sequence[float], of: int) -> str:
+    """Mean and deviation, and of how many runs where others have no value."""
+    return _mean_and_spread(values, ".4f") + (f" ({len(values)})" if 0 < len(values) < of else "")
 
 
 def experiments(folders: str, *names: str) -> str:
@@ -360,6 +383,11 @@ def experiments(folders: str, *names: str) -> str:
     rows = []
     for name in names:
         _refuse_several(folders, found[name])
+        if len(arms_of(found[name])) > 1:
+            raise ValueError(
+                f"the runs of experiment={name} in {folders} must differ in nothing but their seed, they differ in "
+                f"{', '.join(differing(arms_of(found[name])))}"
+            )
         arm = Arm({}, tuple(found[name]), tuple(run.configured("seed") for run in found[name]))
         megabytes = [run.over_tokens("step")[0][-1] / 1e6 for run in arm.finished]
         whole = [run.record["wall_seconds"] / 60 for run in arm.finished if run.record.get("wall_seconds")]
@@ -385,8 +413,10 @@ def by_context(folder: str, shortest: str) -> str:
     if not shortest.isdecimal():
         raise ValueError(f"shortest must be a number of bytes, got {shortest!r}")
     found: dict[str, dict[tuple[int, int], list[float]]] = {}
-    for name, arm in sorted(_recipes(folder).items()):
-        for evaluation in _evaluations(arm.finished, "val", "chunk"):
+    evaluations = {name: _evaluations(arm.finished, "val", "chunk") for name, arm in sorted(_recipes(folder).items())}
+    _refuse_unlike(folder, [one for of in evaluations.values() for one in of])
+    for name, of in evaluations.items():
+        for evaluation in of:
             for bucket in evaluation["by_context"]:
                 key = bucket["shortest"], bucket["longest"]
                 if key[0] >= int(shortest):
@@ -413,6 +443,15 @@ def _evaluations(runs: Sequence[Results], split: str, mode: str) -> list[dict[st
             )
         evaluations += wanted
     return evaluations
+
+
+def _refuse_unlike(folder: str, evaluations: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError where those of one split are of several texts, lengths of it, or kinds of windows."""
+    for split in {one["split"] for one in evaluations}:
+        kinds = {(one["sha256"], one["bytes"], one["mode"]) for one in evaluations if one["split"] == split}
+        if len(kinds) > 1:
+            found = "; ".join(f"{mode} on {num_bytes:,} bytes of {sha[:8]}" for sha, num_bytes, mode in sorted(kinds))
+            raise ValueError(f"evaluations of {split} in {folder} must be alike, got {found}")
 
 
 def _bold_lowest(cells: Sequence[str]) -> list[str]:

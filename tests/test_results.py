@@ -11,6 +11,7 @@ from scripts import plot_rows, results
 from scripts.comparisons import at_best_rates, comparisons_of
 from scripts.contenders import Case
 
+OF_A_TEXT = {"sha256": "ab" * 32, "bytes": 999}
 NO_NORM, NORM = "FlashAttention-4, no norm", "compiled l2norm + FlashAttention-4"
 
 
@@ -120,6 +121,10 @@ def test_experiments_that_were_run_and_that_were_not(tmp_path, monkeypatch):
         "| long | 2 | 3 ± 0 | 1.0 ± 0.0 | 1.5 | 50,000 ± 0 | 1.50 ± 0.00 | 2.0000 ± 0.7071 | 1.7500 |",
         "| ten | 1 | 3 | 10.0 | - | 50,000 | 1.50 | 0.5000 | - |",
     ]
+    OmegaConf.save({"seq_len": 64, "lr": 0.004, "seed": 1}, tmp_path / "runs" / "long-1" / "config.yaml")
+    results._runs.cache_clear()
+    with pytest.raises(ValueError, match="of experiment=long in runs,timed must differ in nothing but .* differ in lr"):
+        results.experiments("runs,timed", "long")
 
 
 def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
@@ -145,7 +150,7 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
                 octaves = [(1, 8, 3.0), (9, 16, 2.0), (17, 32, 1 + seed), (33, 64, slid)][: 3 if name == "best" else 4]
                 keys = "shortest", "longest", "bits_per_byte"
                 curve = [dict(zip(keys, octave, strict=True)) for octave in octaves]
-                values = {"split": split, "mode": mode, "bits_per_byte": bits, "by_context": curve}
+                values = {"split": split, "mode": mode, "bits_per_byte": bits, "by_context": curve, **OF_A_TEXT}
                 if name == "best":
                     values["unseen"] = {"string_bytes": 48, "bits_per_byte": 3 * slid}
                 (folder / "evaluations" / f"{split}-{mode}.json").write_text(json.dumps(values))
@@ -177,7 +182,19 @@ def test_recipes_that_trained_for_as_long(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="strings of one length, got 48, 100"):
         results.timed("ten", "plain")
     path.write_text(kept)
-    again = json.dumps({"split": "val", "mode": "slide-256", "bits_per_byte": 0.5})
+    for change, other in (
+        ({"mode": "slide-256"}, "slide-256 on 999 bytes of abababab"),
+        ({"bytes": 1000}, "slide-512 on 1,000 bytes of abababab"),
+        ({"sha256": "cd" * 32}, "slide-512 on 999 bytes of cdcdcdcd"),
+    ):
+        path.write_text(json.dumps({**json.loads(kept), **change}))
+        with pytest.raises(ValueError, match="evaluations of val in ten must be alike, got .*" + other):
+            results.timed("ten", "plain")
+    path.write_text(kept)
+    path.unlink()
+    assert "| 1.0500 (1) | - | 2.0000 ± 0.1414 |" in results.timed("ten", "plain").splitlines()[2]
+    path.write_text(kept)
+    again = json.dumps({"split": "val", "mode": "slide-256", "bits_per_byte": 0.5, **OF_A_TEXT})
     (tmp_path / "ten" / "best-seed0" / "evaluations" / "again.json").write_text(again)
     with pytest.raises(ValueError, match="one evaluation of val by sliding windows, got 2: best-seed0"):
         results.timed("ten", "plain")
@@ -282,6 +299,9 @@ def test_sensitivity_and_stability(trained):
     path = results.RESULTS / "c" / name / "metrics.csv"
     path.write_text(path.read_text().replace(",1.8,", ",nan,"))  # the gradient of its last step
     assert results.stability("c", "64").splitlines()[2] == "| regular | pre | 2.0 | 2.0 | nan |"
+    path = results.RESULTS / "early" / trained("early", "regular", 0.1, status="diverged") / "metrics.csv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")  # before its first validation
+    assert results.stability("early", "64").splitlines()[2] == "| regular | pre | - | - |"
 
 
 @pytest.mark.parametrize(("status", "loss"), [("diverged", 1.0), ("finished", float("nan"))])
@@ -310,6 +330,8 @@ def test_of_a_seed_that_ran_twice_the_run_that_finished_counts(trained):
 
 
 def test_learned_scales_and_when_a_loss_was_reached(trained):
+    trained("lost", "cosine", 1.0, status="diverged")
+    assert results.scales("lost").splitlines()[2] == "| cosine | pre | 0.001 | 0, 1 diverged | - | - | - | - | - |"
     for seed, loss in ((0, 1.0), (1, 2.0)):
         trained("a", "cosine", loss, seed=seed)
     trained("a", "regular", 2.0)
