@@ -253,10 +253,10 @@ def problems_of_self_test(self_test: list[Report]) -> list[Problem]:
     if failed:
         said = failed[0]["error"]
         found.append(problem(f"{len(failed)} of {len(self_test)} self-tests fail, first {name_of(failed[0])}: {said}",
-                             cure_of(said, "report it, with what --json writes")))  # fmt: skip
+                             cure_of(said, "report it as an issue, with what --json writes")))  # fmt: skip
     if wrong:
         found.append(problem(f"{len(wrong)} of {len(self_test)} self-tests are wrong, first {name_of(wrong[0])}",
-                             "do not train with it, and report it, with what --json writes"))  # fmt: skip
+                             "do not train with it, and report it as an issue, with what --json writes"))  # fmt: skip
     return found
 
 

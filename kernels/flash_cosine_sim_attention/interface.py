@@ -96,7 +96,8 @@ def flash_cosine_sim_attention(
             attn_bias and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees
             another key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values
             of a CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile:
-            beyond 60 / groups they count as that, with a gradient of 0, as where max_scale is given.
+            beyond 60 / groups they count as that, with a gradient of 0, as where max_scale is given; 0 and less count
+            as they are. Learn the logarithm.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
