@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -91,6 +92,21 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
     return value
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises ValueError, before minutes of work, for a file that is asked for and cannot be written."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} must be a file in an existing folder, got {str(path)!r}")
+    if not is_writable(path):
+        raise ValueError(f"{option} must be a file that can be written to, got {str(path)!r}")
+
+
+def is_writable(path: Path) -> bool:
+    """Whether a file can be written, or made."""
+    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 def choose_device(name: str) -> torch.device:

@@ -76,7 +76,7 @@ from torch import Tensor
 from flash_cosine_sim_attention.ops import kernels_error
 from models.training.environment import environment
 from models.training.tables import print_line, show
-from scripts import Parser, choose_device, integer, packing, profiling, run_script
+from scripts import Parser, check_file, choose_device, integer, packing, profiling, run_script
 from scripts.contenders import (
     DTYPES,
     INSTALL_PREDECESSOR,
@@ -561,8 +561,10 @@ def run(arguments: argparse.Namespace) -> None:
     every = [case for listed in problems for case in listed]
     candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q), every)
     candidates = picked(candidates, arguments.contenders)
-    for path in filter(None, (arguments.json, arguments.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        check_file(option, path)
     timer = Timer(device, arguments.num_times, arguments.busy, arguments.queued)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
     report["times"] = "graphs" if arguments.graphs else timer.times

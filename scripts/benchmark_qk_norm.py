@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.training.environment import environment
 from models.training.tables import print_line, show
-from scripts import Parser, choose_device, integer, run_script
+from scripts import Parser, check_file, choose_device, integer, run_script
 from scripts.benchmark import LARGEST_ERROR, Timer, machine
 from scripts.contenders import DTYPES, FLASH_ATTENTION, VARLEN_ATTN, VARLEN_MODULE, is_absent, versions
 from scripts.qk_norm_models import (
@@ -240,6 +240,7 @@ def run(arguments: argparse.Namespace) -> None:
     modes = [mode for mode in MODES if mode in (arguments.only or MODES)]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        check_file("--json", arguments.json)
     report: dict[str, Any] = {**environment(), "rounds": arguments.rounds, "dtype": arguments.dtype, "models": []}
     report["versions"] |= versions(None)
     timer = Timer(device, arguments.num_times)

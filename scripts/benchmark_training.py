@@ -58,7 +58,7 @@ from models.training.devices import choose_precision, compiles_by_default, uses_
 from models.training.environment import environment
 from models.training.report import read_results
 from models.training.tables import show
-from scripts import Parser, autocast, integer, profiling, run_script
+from scripts import Parser, autocast, check_file, integer, profiling, run_script
 from scripts.benchmark import machine
 from train import build_data, build_module, train
 
@@ -266,6 +266,7 @@ def run(arguments: argparse.Namespace) -> None:
     report |= {"overrides": arguments.overrides, "steps": some.max_steps, "rows": []}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        check_file("--json", arguments.json)
     for (model, seq_len), config in configs.items():
         results = measure(builders, config, corpus, arguments.rounds, profiled=arguments.profile)
         rows = [{"model": model, "seq_len": seq_len, "contender": name, **result} for name, result in results.items()]

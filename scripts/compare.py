@@ -19,7 +19,16 @@ from typing import Any
 from models.training.report import Results, markdown, read_results, table
 from models.training.run_files import CONFIG_FILE, RECORD_FILE
 from models.training.tables import print_line, show
-from scripts import Parser, compare_page, compare_plots, compare_tables, non_negative, run_script
+from scripts import (
+    Parser,
+    check_file,
+    compare_page,
+    compare_plots,
+    compare_tables,
+    is_writable,
+    non_negative,
+    run_script,
+)
 from scripts.comparisons import Comparison, baseline_of, comparisons_of, counts, titles
 
 PLOT_FILE = "comparison.png"
@@ -105,17 +114,9 @@ def compare(arguments: argparse.Namespace) -> None:
 def _check_files(arguments: argparse.Namespace) -> None:
     """Before minutes of work: whether what is asked for can be written."""
     for option in ("plot", "html", "markdown"):
-        path = getattr(arguments, option)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"--{option} must be a file in an existing folder, got {str(path)!r}")
-        if path is not None and not _is_writable(path):
-            raise ValueError(f"--{option} must be a file that can be written to, got {str(path)!r}")
+        check_file(f"--{option}", getattr(arguments, option))
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot must end in .png, .svg or .pdf, got {str(arguments.plot)!r}")
-
-
-def _is_writable(path: Path) -> bool:
-    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 def default_plot(folders: Sequence[Path]) -> Path:
@@ -125,9 +126,9 @@ def default_plot(folders: Sequence[Path]) -> Path:
     """
     shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     path, here = shared / PLOT_FILE, Path.cwd() / PLOT_FILE
-    if shared != Path(shared.anchor) and _is_writable(path):
+    if shared != Path(shared.anchor) and is_writable(path):
         return path
-    if not _is_writable(here):
+    if not is_writable(here):
         raise ValueError(
             f"--plot must be a file that can be written to, and neither {str(path)!r} nor {str(here)!r} is"
         )

@@ -88,7 +88,8 @@ def _trained_on(run: Results, steps: int, per_step: int) -> int:
         before, _ = entry["changed"].get("tokens_per_step", (None, None))
         if isinstance(before, int):
             trained_on += (steps - entry["step"]) * per_step
-            steps, per_step = entry["step"], before
+            seq_len = run.configured("seq_len") or 1
+            steps, per_step = entry["step"], before // seq_len * seq_len  # as many whole windows as fit
     return trained_on + steps * per_step
 
 

@@ -49,7 +49,7 @@ from models.training.identity import plain_name
 from models.training.load import find_checkpoint, read_model
 from models.training.run_files import METRICS_FILE, read_csv, read_record
 from models.training.tables import print_line, show
-from scripts import Parser, autocast, choose_device, integer, run_script
+from scripts import Parser, autocast, check_file, choose_device, integer, run_script
 from scripts.overlap import seen
 
 NUM_BUCKETS = 8  # octaves of context length, the shortest holding the rest
@@ -114,8 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run, checkpoint = located(arguments.run, arguments.checkpoint)
     gpt, config, step = read_model(run, str(checkpoint), device)
     seq_len, strides = windows(arguments.mode, arguments.seq_len, arguments.stride, config.seq_len)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ValueError(f"--json must be a file in an existing folder, got {str(arguments.json)!r}")
+    check_file("--json", arguments.json)
     whole, source, train = text_of(arguments, run, config)
     data = whole[: arguments.max_bytes]
     folder, on_test = run / FOLDER, source["split"] == "test"

@@ -238,7 +238,7 @@ def test_bytes_of_steps_before_a_change_are_counted_by_the_steps_of_then(make):
     entries = [{"step": step, "changed": {"tokens_per_step": [old, new], "seed": [1, 0]}} for step, old, new in changes]
     entries.insert(1, {"step": 3, "changed": {"lr": [0.1, 0.001]}})
     one = comparison(make(resumed_with=entries))
-    assert one.terms["bytes trained on"] == 2 * 100 + 2 * 300 + 2 * PER_STEP
+    assert one.terms["bytes trained on"] == 2 * 64 + 2 * 256 + 2 * PER_STEP  # in whole windows of 64
 
 
 def test_a_run_that_could_belong_to_two_comparisons_joins_neither(make):

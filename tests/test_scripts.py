@@ -451,6 +451,7 @@ def test_curve_by_context_adds_up(trained, tmp_path):
         (["--text", "/absent/text"], "--text must be a file, raw, .gz or .zip, got '/absent/text'"),
         (["--text", "x", "--split", "test"], "argument --split: not allowed with argument --text"),
         (["--json", "/absent/result.json"], "--json must be a file in an existing folder"),
+        (["--json", "/"], "--json must be a file in an existing folder, got '/'"),  # before minutes of work
         (["--unseen", "0"], "argument --unseen: must be an integer of at least 1, got '0'"),
         (["--unseen", "1"], "--unseen must leave bytes to score, got 1: every byte is in a string of that length"),
         (["--unseen", "5", "--text", "x"], "--unseen is of a split of the run's corpus"),

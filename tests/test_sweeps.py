@@ -32,6 +32,7 @@ from models.training.processes import find_processes
 from models.training.report import read_results
 from models.training.run_files import load_config
 from models.training.runs import Run, Skipped
+from models.training.sweeps import best_jobs
 from train import build_module
 
 SWEPT = ("attention_norm", "lr", "scale", "groups", "seq_len", "positions")
@@ -211,6 +212,25 @@ def test_what_a_job_of_a_sweep_goes_on_with(text, tmp_path):
     ended, ends = sweep("resume=auto", "max_steps=6", "seed=1,1")
     assert ends[0].startswith("finished") and ends[0].endswith(f"{second}-3") and "continues at step 2" in ended.stdout
     assert ends[1].startswith("skipped: val bpc")  # the same job twice
+
+
+def test_numbers_of_other_bytes_have_a_best_of_their_own(tmp_path):
+    def job(number, bpc, name="text", val_scored=999, seq_len=64):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        corpus = {"name": name, "sha256": name * 2, "val_scored": val_scored}
+        (folder / "run.json").write_text(json.dumps({"corpus": corpus, "identity": {"seq_len": seq_len}}))
+        return {"job": number, "val_bpc": bpc, "folder": str(folder)}
+
+    one, two, failed = job(0, 2.0), job(1, 1.5), {"job": 2, "status": "failed"}
+    assert best_jobs([one, two, failed]) == [("", two)] and best_jobs([failed]) == []
+    for change, named in (
+        ({"name": "other"}, "other (999 bytes), seq_len 64"),
+        ({"val_scored": 77}, "text (77 bytes), seq_len 64"),
+        ({"seq_len": 32}, "text (999 bytes), seq_len 32"),
+    ):
+        apart = job(3, 1.0, **change)
+        assert best_jobs([one, apart, two]) == [(" of text (999 bytes), seq_len 64", two), (f" of {named}", apart)]
 
 
 @pytest.mark.training

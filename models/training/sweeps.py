@@ -38,6 +38,7 @@ from models.training.jobs import (
     read_records,
     set_variable,
 )
+from models.training.run_files import read_record
 from models.training.stopping import SIGNALS
 from models.training.tables import print_line, show
 
@@ -49,6 +50,32 @@ WATCH_SECONDS = 0.3
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether a command line of train.py, as Hydra is to see it, starts a sweep."""
     return any(word in ("-m", "--multirun") or word == "hydra.mode=MULTIRUN" for word in arguments)
+
+
+def best_jobs(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The record of lowest val/bpc, beside an empty text; where jobs validated several texts, others of their bytes, or
+    in windows of several lengths, the best of each, beside what it is of: their numbers do not compare.
+    """
+    best: dict[tuple, dict[str, Any]] = {}
+    for record in records:
+        if record.get("val_bpc") is not None:
+            of = _validated(record)
+            best[of] = min(best.get(of, record), record, key=lambda one: one["val_bpc"])
+    several = len(best) > 1
+    return [
+        (f" of {name or 'a text'} ({val_scored or '?'} bytes), seq_len {seq_len or '?'}" if several else "", record)
+        for (name, _, val_scored, seq_len), record in best.items()
+    ]
+
+
+def _validated(record: dict[str, Any]) -> tuple:
+    """Name, hash and bytes of what a job validated, and in windows of which length, as far as its run says."""
+    try:
+        run = read_record(Path(record["folder"]))
+    except (KeyError, TypeError, ValueError, OSError):
+        run = {}
+    corpus, identity = run.get("corpus") or {}, run.get("identity") or {}
+    return corpus.get("name"), corpus.get("sha256"), corpus.get("val_scored"), identity.get("seq_len")
 
 
 class Sweep:
@@ -213,10 +240,8 @@ class Sweep:
         counts = {status: sum(record["status"] == status for record in records) for status in _statuses(records)}
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
         print_line(f"{len(records)} job{'s' if len(records) != 1 else ''}: {told}; records in {self.folder}")
-        scored = [record for record in records if record.get("val_bpc") is not None]
-        if scored:
-            best = min(scored, key=lambda record: record["val_bpc"])
-            print_line(f"best: #{best['job']} {labels.get(best['job'], '')}, val bpc {best['val_bpc']:.4f}")
+        for of, best in best_jobs(records):
+            print_line(f"best{of}: #{best['job']} {labels.get(best['job'], '')}, val bpc {best['val_bpc']:.4f}")
         folders = dict.fromkeys(record["folder"] for record in records if record.get("folder"))
         if folders:
             print_line(f"compare: python -m scripts.compare {shlex.join(folders)}")
