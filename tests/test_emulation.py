@@ -196,6 +196,8 @@ def check_no_heads(dtype):
             results = attend("operators", q, k, v, None, bias, scale, **options, return_partials=return_partials)
             results = results if return_partials else (results,)
             assert results[0].shape == q.shape
+            # as of torch.empty, and of the fake tensors that torch.compile plans with
+            assert all(result.stride() == torch.empty(result.shape).stride() for result in results)
             gradients = torch.autograd.grad(sum(result.sum() for result in results), (q, k, v, bias, scale))
             for tensor, gradient in zip((q, k, v, bias, scale), gradients, strict=True):
                 assert gradient.shape == tensor.shape and not gradient.any()

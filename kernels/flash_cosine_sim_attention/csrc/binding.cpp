@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -118,7 +119,7 @@ class Call {
     int64_t stride = 1;
     for (int dim = static_cast<int>(sizes.size()) - 1; dim >= 0; --dim) {
       strides[dim] = stride;
-      stride *= sizes.begin()[dim];
+      stride *= std::max<int64_t>(sizes.begin()[dim], 1);  // of nothing, too, those of torch.empty
     }
     return empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, torch_dtype);
   }
