@@ -713,6 +713,8 @@ def test_a_new_model_equals_the_norm_written_out(make, changes):
     AttentionInterface.register("written_out", written_out)
     masking_utils.AttentionMaskInterface.register("written_out", masking_utils.eager_mask)
     model, ids = make(**changes).double(), tokens()
+    if not model._can_set_attn_implementation():
+        pytest.skip(f"{type(model).__name__} of this transformers has attention of its own alone")
     expected, found = (run(model, attention, ids) for attention in ("written_out", "cosine_sim_new"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (run(model, "eager", ids)[0] - found[0]).abs().max() > 0.1
