@@ -38,7 +38,7 @@ from models.attention import check_parts, try_backend
 from models.training.batching import default_micro_batch_tokens, micro_batches
 from models.training.callbacks import LogitMetrics, PositionBiases, Profile, TextSample, TrainingMetrics
 from models.training.checkpoint_files import BEST_CHECKPOINT, CHECKPOINT_FOLDER
-from models.training.devices import choose_precision, compiles_by_default, is_of_compiling, uses_cuda
+from models.training.devices import choose_compile, choose_precision, is_of_compiling, uses_cuda
 from models.training.identity import default_name, plain_name
 from models.training.jobs import Job, job_here, one_line
 from models.training.length import Length
@@ -289,7 +289,7 @@ def build_module(config: DictConfig) -> GPTModule:
         optimizer,
         seed=config.seed,
         clip_norm=config.trainer.clip_norm,
-        compile=compiles_by_default(cuda=cuda) if config.compile is None else config.compile,
+        compile=choose_compile(config.compile, cuda=cuda),
     )
 
 

@@ -20,9 +20,8 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Overri
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from conf.schema import CONF, COPIES, GROUPS, ConfigError, keys_of, options_of, shown, unknown
+from conf.schema import CHOOSERS, CONF, COPIES, GROUPS, ConfigError, keys_of, options_of, shown, unknown
 
-CHOOSERS = ("experiment", "debug", "sweep")  # groups of overrides; they hold no keys of their own
 MULTIRUN = ("-m", "--multirun")
 # With these another configuration is composed than conf/config.yaml, or none.
 OTHERS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--experimental-rerun", "--hydra-help",

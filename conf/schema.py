@@ -21,7 +21,8 @@ from conf.registry import BUILDERS, GIVEN_BY_CODE, find
 
 CONF = Path(__file__).parent
 GROUPS = ("attention", "norm", "model", "data", "optimizer", "trainer", "logger")
-OVERRIDING = ("experiment", "debug", "sweep")  # groups that choose options of the others, and values
+# Groups that choose options of the others, and override values; they hold no keys of their own.
+CHOOSERS = ("experiment", "debug", "sweep")
 # Keys of options that are references to a key above them, which is the one to set.
 COPIES = {"optimizer.lr": "lr", "optimizer.max_steps": "max_steps", "model.seq_len": "seq_len"}
 # Keys that are looked for in a group that does not have them: where they are.
@@ -87,7 +88,7 @@ def validate(config: DictConfig) -> DictConfig:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(key + str(error.msg or error).strip().split("\n", 1)[0]) from error
     # these only choose and override; they hold nothing of their own
-    top = {key: value for key, value in values.items() if key not in (*GROUPS, *OVERRIDING)}
+    top = {key: value for key, value in values.items() if key not in (*GROUPS, *CHOOSERS)}
     checked = _check(TopLevel, top, prefix="")
     for group in GROUPS:
         checked[group] = check_group(group, values.get(group))

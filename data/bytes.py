@@ -142,11 +142,6 @@ class ByteDataModule(LightningDataModule):
         """
         return len(self.val) - 1
 
-    @property
-    def test_scored(self) -> int:
-        """Bytes that the test scores: all but byte 0 of the test split."""
-        return len(self.corpus.test) - 1
-
     def train_batch(self, step: int, micro_step: int, rank: int, device: torch.device) -> Tensor:
         """Return a share of the step's random windows, (micro_batch_size, seq_len + 1) int64 on `device`.
 

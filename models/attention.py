@@ -1,7 +1,8 @@
 """Self-attention around an inner module: ``CosineAttention`` or ``RegularAttention``.
 
 ``SelfAttention`` owns the projections, the rotary embedding and the key/value cache; the inner module turns
-q, k, v into o. A new variant of attention is one more inner module and one file in conf/attention/.
+q, k, v into o. A new variant of attention is one more inner module, its entry in conf/registry.py and a file in
+conf/attention/.
 """
 
 import math
@@ -14,12 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
-from flash_cosine_sim_attention.interface import MAX_LOGIT
+from flash_cosine_sim_attention.interface import BACKENDS, MAX_HEAD_DIM, MAX_LOGIT
 from models.positions import PositionBias
 from models.rotary import Rotary
 from models.windows import window_of_layer, windowed_attention
 
-MAX_HEAD_DIM = 256
 PRODUCTS_AT_ONCE = 2**22  # 16 MiB of float32
 LEAST_SCALE = 1e-37  # of a learned one: at a rate that nothing survives exp would give 0, which the library refuses
 # Of a learned scale's bound, what is left free: in float32, the logarithm's rounding and exp's are at most 1e-6 of it.
@@ -116,7 +116,7 @@ class CosineAttention(nn.Module):
                 f"attention.scale * attention.groups bounds the logits and must be in (0, {MAX_LOGIT - largest_bias:g}]"
                 f"{left}, got {scale:g} * {groups}"
             )
-        if backend not in ("auto", "cuda", "sdpa", "reference"):
+        if backend not in BACKENDS:
             raise ValueError(f"attention.backend must be auto, cuda, sdpa or reference, got {backend!r}")
         self.window = window_of_layer(window, window_pattern, layer=layer, num_layers=num_layers)
         self.fixed_scale = scale

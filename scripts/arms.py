@@ -162,17 +162,6 @@ def option_says(arm: Arm, key: str) -> bool:
     return name in own and own[name] == arm.settings[key]
 
 
-def headings(arms: Sequence[Arm]) -> list[str]:
-    """Those of the table of arms."""
-    return [*differing(arms), "n", *metrics.headings(compared=True)]
-
-
-def rows(arms: Sequence[Arm]) -> list[list[str]]:
-    """The cells under headings()."""
-    keys, numbers = differing(arms), metrics.headings(compared=True)
-    return [[*(setting(arm, key) for key in keys), arm.ends(), *map(arm.cell, numbers)] for arm in arms]
-
-
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns of numbers are set to the right."""
     rule = ["---:" if all(_is_number(row[index]) for row in rows) else "---" for index in range(len(headings))]

@@ -67,12 +67,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from flash_cosine_sim_attention.interface import BACKENDS
 from flash_cosine_sim_attention.ops import kernels_error
 from models.training.environment import environment
 from models.training.tables import print_line, show
@@ -92,6 +93,7 @@ from scripts.contenders import (
     versions,
 )
 
+Named = TypeVar("Named")  # with a name
 # The relative RMS error of output or a gradient beyond which a contender computes something else: several roundings.
 LARGEST_ERROR = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 3e-2}
 CHECKED_BATCH, CHECKED_LENGTH = 2, 2048  # at most: float64 has every score in memory
@@ -275,7 +277,7 @@ def check(candidates: list[Contender], case: Case, device: torch.device) -> tupl
             else:
                 errors[name] = _errors_apart(contender, case, device)
         except Exception as error:  # other people's code: whatever it raises
-            refused[name] = _first_line(error)
+            refused[name] = first_line(error)
             continue
         for result, error in errors[name].items():
             if not error <= LARGEST_ERROR[case.dtype]:
@@ -336,7 +338,7 @@ def _send_errors(sender: Connection, stderr: str, folder: Path, name: str, case:
     try:
         sender.send(_errors(contender, case, inputs, expected))
     except Exception as error:  # other people's code: whatever it raises
-        sender.send(_first_line(error))
+        sender.send(first_line(error))
 
 
 def measure(
@@ -356,7 +358,7 @@ def measure(
     except torch.OutOfMemoryError:
         result["error"] = "out of memory"
     except Exception as error:  # other people's code: whatever it raises
-        result["error"] = _first_line(error)
+        result["error"] = first_line(error)
     if timer.on_gpu:
         torch.cuda.empty_cache()
     return result
@@ -476,7 +478,8 @@ def copy_tb_s(timer: Timer) -> float | None:
     return 2 * 2**30 / timer.call_ms(lambda: b.copy_(a)) / 1e9
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, or else what it is."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
@@ -560,7 +563,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--graphs needs a GPU and --only-forwards: it times CUDA graphs of forward passes")
     every = [case for listed in problems for case in listed]
     candidates, absent = contenders(arguments.backend, device, arguments.predecessor, bool(arguments.seq_len_q), every)
-    candidates = picked(candidates, arguments.contenders)
+    candidates = picked(candidates, arguments.contenders, "--contenders")
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -597,15 +600,13 @@ def _joined(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return joined | {key: [row for part in parts.values() for row in part[key]] for key in ("accuracy", "rows")}
 
 
-def picked(candidates: list[Contender], parts: Sequence[str] | None) -> list[Contender]:
+def picked(candidates: Sequence[Named], parts: Sequence[str] | None, option: str) -> list[Named]:
     """Those whose name has one of the parts, or all. Raises ValueError for a part that is in none."""
-    if parts is None:
-        return candidates
-    for part in parts:
-        if not any(part.lower() in contender.name.lower() for contender in candidates):
-            names = ", ".join(repr(contender.name) for contender in candidates)
-            raise ValueError(f"--contenders must be parts of names, got {part!r}; accepted here: {names}")
-    return [contender for contender in candidates if any(part.lower() in contender.name.lower() for part in parts)]
+    for part in parts or ():
+        if not any(part.lower() in one.name.lower() for one in candidates):
+            names = ", ".join(repr(one.name) for one in candidates)
+            raise ValueError(f"{option} must be parts of names, got {part!r}; accepted here: {names}")
+    return [one for one in candidates if parts is None or any(part.lower() in one.name.lower() for part in parts)]
 
 
 def directions_of(arguments: argparse.Namespace) -> set[str]:
@@ -929,7 +930,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("last|first", "FRACTION"),
         help="a key mask that hides so many of the keys, at the end or at the start of each sequence",
     )
-    parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "cuda", "sdpa", "reference"))
+    parser.add_argument("--backend", nargs="+", default=["auto"], choices=BACKENDS)
     parser.add_argument(
         "--contenders",
         nargs="+",

@@ -37,10 +37,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flash_cosine_sim_attention.interface import BACKENDS
 from models.training.environment import environment
 from models.training.tables import print_line, show
 from scripts import Parser, check_file, choose_device, integer, run_script
-from scripts.benchmark import LARGEST_ERROR, Timer, machine
+from scripts.benchmark import LARGEST_ERROR, Timer, first_line, machine, picked
 from scripts.contenders import DTYPES, FLASH_ATTENTION, VARLEN_ATTN, VARLEN_MODULE, is_absent, versions
 from scripts.qk_norm_models import (
     MODELS,
@@ -93,7 +94,7 @@ def contenders(model: Model, backend: str, device: torch.device) -> tuple[list[C
         try:
             package = import_module(module)
         except Exception as error:  # other people's code: whatever it raises
-            absent.append(name if is_absent(error, module) else f"{name} ({_first_line(error)})")
+            absent.append(name if is_absent(error, module) else f"{name} ({first_line(error)})")
             continue
         found.append(_theirs(f"norms + {name}", partial(attend, package=package), whole=False))
     return found, absent
@@ -155,7 +156,7 @@ def check(
             with contender.setting():
                 found = results(contender.call(smaller, inputs), inputs)
         except Exception as error:  # other people's code: whatever it raises
-            refused[contender.name] = _first_line(error)
+            refused[contender.name] = first_line(error)
             continue
         errors[contender.name] = relative_errors(found, right)
         for name, error in errors[contender.name].items():
@@ -212,7 +213,7 @@ def measure(
                     with contender.setting():
                         result.setdefault(f"{mode}_rounds_ms", []).append(time(calls[contender.name]))
                 except Exception as error:  # other people's code: whatever it raises
-                    result["error"] = f"{mode}: {_first_line(error)}"
+                    result["error"] = f"{mode}: {first_line(error)}"
         for result in measured.values():
             if f"{mode}_rounds_ms" in result:
                 result[f"{mode}_ms"] = statistics.median(result[f"{mode}_rounds_ms"])
@@ -236,7 +237,7 @@ def ratios(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def run(arguments: argparse.Namespace) -> None:
     """Checks, times, prints, writes."""
     device = choose_device(arguments.device)
-    models = picked(arguments.models)
+    models = picked(MODELS, arguments.models, "--models")
     modes = [mode for mode in MODES if mode in (arguments.only or MODES)]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -294,19 +295,6 @@ def _table(
     return table
 
 
-def picked(parts: Sequence[str] | None) -> list[Model]:
-    """The models whose name has one of the parts, or all. Raises ValueError for a part that is in none."""
-    for part in parts or ():
-        if not any(part.lower() in model.name.lower() for model in MODELS):
-            names = ", ".join(repr(model.name) for model in MODELS)
-            raise ValueError(f"--models must be parts of names, got {part!r}; accepted: {names}")
-    return [model for model in MODELS if not parts or any(part.lower() in model.name.lower() for part in parts)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -317,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for mode in MODES:
         only.add_argument(f"--only-{mode}", dest="only", action="store_const", const=(mode,))
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--backend", default="auto", choices=("auto", "cuda", "sdpa", "reference"))
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--tokens", type=integer(4), metavar="N", help="at most so many tokens, to try it out")
     parser.add_argument("--rounds", type=integer(1), default=5, help="turns that contenders take (default: 5)")
     parser.add_argument(

@@ -54,7 +54,7 @@ from models.attention import RegularAttention
 from models.blocks import GELU
 from models.gpt import VOCABULARY
 from models.training.callbacks import GIB
-from models.training.devices import choose_precision, compiles_by_default, uses_cuda
+from models.training.devices import choose_compile, choose_precision, uses_cuda, wait_for
 from models.training.environment import environment
 from models.training.report import read_results
 from models.training.tables import show
@@ -167,8 +167,7 @@ def load_nanogpt(path: Path) -> Any:
 
 
 def _compiles(config: DictConfig) -> bool:
-    cuda = uses_cuda(config.trainer.accelerator)
-    return compiles_by_default(cuda=cuda) if config.compile is None else config.compile
+    return choose_compile(config.compile, cuda=uses_cuda(config.trainer.accelerator))
 
 
 def bare_loop(build: Build, config: DictConfig, corpus: Corpus, *, profiled: bool) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def bare_loop(build: Build, config: DictConfig, corpus: Corpus, *, profiled: boo
     for step in range(config.max_steps):
         take_step(step)
         if (step + 1) % config.trainer.log_every == 0:
-            _synchronize(device)
+            wait_for(device)
             now = time.perf_counter()
             if start is not None:
                 rates.append(tokens_per_interval / (now - start))
@@ -246,11 +245,6 @@ def summed_up(kernels: Iterable[tuple[str, float, float]], steps: int) -> dict[s
         for name, durations in sorted(times.items(), key=lambda item: -sum(item[1]))
     ]
     return {"ms": span / steps / 1e3, "idle_share": 1 - busy / span, "kernels": rows}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.training.report import Results, read_results
+from models.training.schedule import WARM_UP_SHARE
 from scripts import Parser, run_script
 from scripts.arms import Arm, arms_of, differing, label, markdown, setting
 from scripts.benchmark import DIRECTIONS, ratios_by_contender
@@ -232,7 +233,7 @@ def _largest_gradient(run: Results) -> float | None:
     """None where nothing was logged after the warm-up, which a short run cuts to a tenth of its steps."""
     steps, norms = run.series("train/grad_norm")
     warmup, max_steps = run.configured("optimizer.warmup_steps"), run.configured("max_steps")
-    warmup = warmup if max_steps is None else min(warmup, max_steps // 10)
+    warmup = warmup if max_steps is None else min(warmup, max_steps // WARM_UP_SHARE)
     after = [norm for step, norm in zip(steps, norms, strict=True) if step > warmup]
     return _largest(after) if after else None
 

@@ -68,7 +68,7 @@ def test_models_and_modes_are_picked(tmp_path, capsys):
     assert entry["name"] == "parameter-golf 1024" and entry["ratios"].keys() == {"eager"}
     assert "region_ms" not in entry["rows"][0] and "dgain_q" in entry["rows"][0]["errors"]
     assert main([*SMALL, "--models", "gpt-5"]) == 2
-    assert "--models must be parts of names, got 'gpt-5'; accepted: 'nanochat d12'" in capsys.readouterr().err
+    assert "--models must be parts of names, got 'gpt-5'; accepted here: 'nanochat d12'" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_keeps_the_models_before(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from support.forked import Forked
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
-from conf.schema import COPIES, GROUPS, OVERRIDING, ConfigError, builder, keys_of, options_of, validate
+from conf.schema import CHOOSERS, COPIES, GROUPS, ConfigError, builder, keys_of, options_of, validate
 from models.training.batching import micro_batches
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.identity import INCIDENTAL
@@ -440,7 +440,7 @@ def test_help_says_what_every_key_of_every_option_means():
     meanings = command_line.described("config.yaml")
     for key, _, meaning in meanings:
         assert meaning and key in lines, key
-    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, *OVERRIDING} - {"defaults", "hydra"}
+    known = {*OmegaConf.load(ROOT / "conf/config.yaml"), *GROUPS, *CHOOSERS} - {"defaults", "hydra"}
     assert {key for key, _, _ in meanings} == known
     said = {}
     for group, option in OPTIONS:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -368,7 +369,7 @@ def time_one(head_dim: int) -> Report:
             elapsed_ms = timed(attend, tensors, do)
             if turn >= 3:
                 times[name].append(elapsed_ms)
-    medians = {name: round(sorted(measured)[len(measured) // 2], 4) for name, measured in times.items()}
+    medians = {name: round(statistics.median(measured), 4) for name, measured in times.items()}
     return {"dtype": "bfloat16", "causal": True, **SPEED_SHAPE, "head_dim": head_dim, **medians}
 
 

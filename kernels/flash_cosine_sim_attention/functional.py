@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .interface import _check_flag, flash_cosine_sim_attention
+from .reference import dtype_or_type
 from .scales import scale_by_names
 
 __all__ = ["scaled_dot_product_attention"]
@@ -119,8 +120,7 @@ def _as_mask_or_bias(
     if is_causal:
         raise ValueError("attn_mask must be None where is_causal=True, as for torch's function; got both")
     if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-        got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-        raise TypeError(f"attn_mask must be a tensor, bool or of a floating dtype, got {got}")
+        raise TypeError(f"attn_mask must be a tensor, bool or of a floating dtype, got {dtype_or_type(attn_mask)}")
     full = (*query.shape[:-1], seq_len_k)
     sizes = (1,) * (4 - attn_mask.ndim) + attn_mask.shape
     if len(sizes) > 4 or any(a != 1 and a != b for a, b in zip(sizes, full, strict=True)):

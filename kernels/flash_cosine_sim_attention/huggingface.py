@@ -168,12 +168,10 @@ def cosine_sim_attention(
             "scratch: register(allow_new_model=True). A layer of your own that normalises says so by an attribute, "
             "cosine_sim_gain = 1.0"
         )
-    visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
-    o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
-    if lost is not None:
-        o = _as_eager(o, query, key, value, attention_mask, lost, logits)
-    return o.transpose(1, 2).contiguous(), None
+    return _attention(
+        module, query, key, value, attention_mask, is_causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k,
+        position_ids, logits,
+    )  # fmt: skip
 
 
 def new_model_attention(
@@ -199,12 +197,10 @@ def new_model_attention(
     """
     _refuse(module, dropout, others)
     logits = _logits(module, query.shape[-1], scaling) or _new_logits(module, query.shape[-1], scaling)
-    visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
-    _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
-    o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
-    if lost is not None:
-        o = _as_eager(o, query, key, value, attention_mask, lost, logits)
-    return o.transpose(1, 2).contiguous(), None
+    return _attention(
+        module, query, key, value, attention_mask, is_causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k,
+        position_ids, logits,
+    )  # fmt: skip
 
 
 def mixed_attention(
@@ -286,6 +282,27 @@ class _FoldedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _require_ours(self.config)
         return x
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    position_ids: Tensor | None,
+    logits: _Logits,
+) -> tuple[Tensor, None]:
+    visible, lost = _visible(module, attention_mask, query, key, is_causal, sliding_window, logits)
+    _check_packing(module, attention_mask, visible, cu_seq_lens_q, cu_seq_lens_k, position_ids)
+    o = _attend(module, query, key, value, visible, cu_seq_lens_q, cu_seq_lens_k, logits)
+    if lost is not None:
+        o = _as_eager(o, query, key, value, attention_mask, lost, logits)
+    return o.transpose(1, 2).contiguous(), None
 
 
 def _require_ours(config: Any) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from . import ops
 from .call import Call, limits
-from .reference import check_cu_seqlens, check_groups, compute_dtype, has_readable_values, reference_attention
+from .reference import (
+    check_cu_seqlens,
+    check_groups,
+    compute_dtype,
+    dtype_or_type,
+    has_readable_values,
+    reference_attention,
+)
 from .sdpa import sdpa_attention
 from .sharding import is_dtensor, sharded_attention
 
@@ -509,8 +516,7 @@ def _as_2d_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True = attend, got {got}")
+        raise TypeError(f"mask must be a bool tensor, True = attend, got {dtype_or_type(mask)}")
     batch, seq_len_k = k.shape[0], k.shape[-2]
     # `==` one by one, here and below: of a number and (1, a symbolic number) torch.compile takes `in` for False.
     if mask.ndim != 2 or not (mask.shape[0] == 1 or mask.shape[0] == batch) or mask.shape[1] != seq_len_k:
@@ -527,8 +533,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     if attn_bias is None:
         return None
     if not isinstance(attn_bias, Tensor) or not attn_bias.is_floating_point():
-        got = attn_bias.dtype if isinstance(attn_bias, Tensor) else type(attn_bias).__name__
-        raise TypeError(f"attn_bias must be a tensor of a floating dtype, got {got}")
+        raise TypeError(f"attn_bias must be a tensor of a floating dtype, got {dtype_or_type(attn_bias)}")
     if attn_bias.device != q.device:
         raise ValueError(f"attn_bias must be on q's device {q.device}, got {attn_bias.device}")
     shape = attn_bias.shape
@@ -604,7 +609,7 @@ def _as_table(
     wide = compute_dtype(q.dtype)
     dtypes = DTYPES if autocast else (torch.float32, wide, q.dtype)
     if not isinstance(distance_bias, Tensor) or distance_bias.dtype not in dtypes:
-        got = distance_bias.dtype if isinstance(distance_bias, Tensor) else type(distance_bias).__name__
+        got = dtype_or_type(distance_bias)
         accepted = "float32, float16 or bfloat16 tensor" if autocast else f"float32 tensor, or in q's dtype {q.dtype}"
         raise TypeError(f"distance_bias must be a {accepted}; got {got}")
     (name_q, num_queries), (name_k, num_keys) = lengths
@@ -629,8 +634,7 @@ def _as_slopes(alibi_slopes: Tensor | None, q: Tensor, packed: bool = False) -> 
     if alibi_slopes is None:
         return None
     if not isinstance(alibi_slopes, Tensor) or alibi_slopes.dtype not in (torch.float32, compute_dtype(q.dtype)):
-        got = alibi_slopes.dtype if isinstance(alibi_slopes, Tensor) else type(alibi_slopes).__name__
-        raise TypeError(f"alibi_slopes must be a float32 tensor, got {got}")
+        raise TypeError(f"alibi_slopes must be a float32 tensor, got {dtype_or_type(alibi_slopes)}")
     batch, num_heads = q.shape[:2]
     shape = tuple(alibi_slopes.shape)
     if not (shape == (num_heads,) or shape == (batch, num_heads)):
@@ -691,7 +695,7 @@ def _as_cu_seqlens(
 
 def _check_cu_seqlens_tensor(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        got = dtype_or_type(cu_seqlens)
         hint = ": call .int() on it" if got == torch.int64 else ""
         raise TypeError(f"{name} must be an int32 tensor, got {got}{hint}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:

@@ -45,8 +45,7 @@ def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
         raise ValueError("l2norm_tensors needs at least one tensor, got none")
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"l2norm_tensors accepts tensors of a floating dtype, got {got}")
+            raise TypeError(f"l2norm_tensors accepts tensors of a floating dtype, got {dtype_or_type(tensor)}")
         if tensor.ndim == 0:
             raise ValueError("l2norm_tensors normalises the last dimension, got a tensor without one")
         if tensor.shape[-1] == 0:
@@ -78,6 +77,11 @@ def check_cu_seqlens(name: str, bounds: Sequence[int], total: int, max_seqlen: i
             )
     if bounds[-1] > total:
         raise ValueError(f"{accepted}; it ends at {bounds[-1]}")
+
+
+def dtype_or_type(value: object) -> torch.dtype | str:
+    """For messages: a tensor's dtype, or what else a value is."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def l2norm(x: Tensor, groups: int) -> Tensor:

@@ -17,7 +17,7 @@ from models.attention import BELOW_BOUND
 from models.gpt import GPT
 from models.positions import DynamicBias
 from models.training.checkpoint_files import write_text, writing
-from models.training.devices import peak_flops
+from models.training.devices import peak_flops, wait_for
 from models.training.length import Length
 from models.training.loggers import log_sample
 from models.training.module import DivergedError, GPTModule
@@ -81,7 +81,7 @@ class TrainingMetrics(lightning.Callback):
 
     def _stand(self, device: torch.device) -> None:
         """Stops the clock, with all steps done that were begun, until the next one begins."""
-        _wait_for(device)
+        wait_for(device)
         self._lap()
         self._clock = None
 
@@ -163,11 +163,6 @@ class LearnedScales:
 def _spread(prefix: str, values: list[float]) -> dict[str, float]:
     mean = sum(values) / len(values)
     return {f"{prefix}/mean": mean, f"{prefix}/min": min(values), f"{prefix}/max": max(values)}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _memory(device: torch.device) -> dict[str, float]:
@@ -308,7 +303,7 @@ class Profile(lightning.Callback):
     @rank_zero_only
     def on_train_batch_start(self, trainer: lightning.Trainer, module: GPTModule, *_: Any) -> None:
         if self._profiler is None and not self._written and trainer.global_step == self._first:
-            _wait_for(module.device)
+            wait_for(module.device)
             activities = [torch.profiler.ProfilerActivity.CPU]
             if module.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -333,7 +328,7 @@ class Profile(lightning.Callback):
             self._write(trainer, module)
 
     def _write(self, trainer: lightning.Trainer, module: GPTModule) -> None:
-        _wait_for(module.device)
+        wait_for(module.device)
         self._profiler.stop()
         by = "self_cuda_time_total" if module.device.type == "cuda" else "self_cpu_time_total"
         print(self._profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))

@@ -98,7 +98,6 @@ class Checkpoints(lightning.Callback):
         self.score: float | None = None  # the last one
         self.best: float | None = None
         self.best_step: int | None = None
-        self.saved_step: int | None = None  # of the newest checkpoint
         self.validated_step: int | None = None
         self.val_scored: int | None = None  # bytes that a score is of
         self._saved_at = time.monotonic()
@@ -198,5 +197,4 @@ class Checkpoints(lightning.Callback):
             by_age = sorted(steps_in(self.folder), key=lambda name: -(self.folder / name).stat().st_mtime_ns)
             for name in by_age[self.keep :]:
                 (self.folder / name).unlink()
-        self.saved_step = trainer.global_step
         self._saved_at = time.monotonic()

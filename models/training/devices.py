@@ -81,6 +81,17 @@ def compiles_by_default(*, cuda: bool) -> bool:
     return bool(found)
 
 
+def choose_compile(compiled: bool | None, *, cuda: bool) -> bool:
+    """Whether the model is compiled: as the key ``compile`` says, null being ``compiles_by_default``."""
+    return compiles_by_default(cuda=cuda) if compiled is None else compiled
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done all that was launched; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def is_of_compiling(error: BaseException) -> bool:
     """Whether torch.compile raised it: told by a name, for what has the class takes seconds to import."""
     return any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__)

@@ -191,7 +191,7 @@ def changing_numbers(changes: dict[str, tuple[Any, Any]], *, timed: bool) -> dic
 
 def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -> None:
     """Raises ValueError for a run of another model or optimizer, or whose bytes or splits were others."""
-    changed = {key: change for key, change in changes_of(folder, config).items()}
+    changed = changes_of(folder, config)
 
     def say(keys: Sequence[str], but: Sequence[str] = ()) -> str:
         found = {key: change for key, change in changed.items() if is_one_of(key, keys) and key not in but}

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import lightning
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from models.training.devices import wait_for
 from models.training.length import Length
 from models.training.metrics import bar_texts
 from models.training.module import GPTModule
@@ -84,7 +84,7 @@ class ProgressReport(lightning.Callback):
         if self._warm:
             self._batches += 1
         else:  # the first one compiles, and loads what is used for the first time
-            _wait_for(module.device)
+            wait_for(module.device)
             self._warm, self._running_since = True, time.monotonic()
         now = time.monotonic()
         if not self._estimated and self._batches and self._training_seconds(now) >= ESTIMATE_SECONDS:
@@ -98,7 +98,7 @@ class ProgressReport(lightning.Callback):
     def on_validation_start(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
             if self._running_since is not None:
-                _wait_for(module.device)
+                wait_for(module.device)
                 self._seconds = self._training_seconds(time.monotonic())
             self._running_since, self._val_since = None, time.monotonic()
 
@@ -131,7 +131,7 @@ class ProgressReport(lightning.Callback):
     def _measure(self, module: GPTModule) -> None:
         """Takes the speed since the last time, and begins the next interval. Waits for the device."""
         if self._batches:
-            _wait_for(module.device)
+            wait_for(module.device)
             now = time.monotonic()
             self._batch_seconds = self._training_seconds(now) / self._batches
             self._batches, self._seconds = 0, 0.0
@@ -209,11 +209,6 @@ class ProgressReport(lightning.Callback):
         progress, task = self._task
         done, _, place = self.length.share(trainer.global_step)
         progress.update(task, completed=done, place=place, said=instead or "  ".join(texts))
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rich.text import Text
 from models.training import metrics
 from models.training.identity import VALIDATED_SINCE, flat
 from models.training.run_files import (
+    LOG_FILE,
     METRICS_FILE,
     POSITION_BIAS_FILE,
     RECORD_FILE,
@@ -84,10 +85,10 @@ class Results:
         """The value of a dotted key; None where there is no configuration, or no such key."""
         return flat(self.configuration or {}).get(key)
 
-    def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
-        """The filled values of a column and, first, where they stand."""
-        rows = [row for row in self.rows if column in row and against in row]
-        return [row[against] for row in rows], [row[column] for row in rows]
+    def series(self, column: str) -> tuple[list[float], list[float]]:
+        """The filled values of a column and, first, their steps."""
+        rows = [row for row in self.rows if column in row and "step" in row]
+        return [row["step"] for row in rows], [row[column] for row in rows]
 
     def over_tokens(self, column: str) -> tuple[list[float], list[float]]:
         """The filled values of a column and, first, the tokens trained on until then."""
@@ -281,7 +282,7 @@ def print_places(run: "Run") -> None:
         "metrics": folder / METRICS_FILE,
         "samples": folder / SAMPLES_FILE,
         "checkpoints": folder / "checkpoints",
-        "log": folder / "train.log",
+        "log": folder / LOG_FILE,
         "record": folder / RECORD_FILE,
     }
     for name, path in places.items():

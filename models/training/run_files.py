@@ -16,6 +16,7 @@ from conf.stored import read_stored
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
+LOG_FILE = "train.log"
 METRICS_FILE = "metrics.csv"
 SAMPLES_FILE = "samples.txt"
 POSITION_BIAS_FILE = "position_bias.csv"  # of each validation, where it is learned

@@ -54,6 +54,7 @@ from models.training.processes import Processes, find_processes
 from models.training.run_files import (
     CONFIG_FILE,
     LOCK_FILE,
+    LOG_FILE,
     METRICS_FILE,
     RECORD_FILE,
     is_owned,
@@ -388,7 +389,7 @@ class Run:
     def _log_into_folder(self) -> None:
         if self.processes.is_first:
             # whatever the locale's encoding is, and with names of files that have none
-            log_file = self.folder / "train.log"
+            log_file = self.folder / LOG_FILE
             self._handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._handler)
@@ -624,17 +625,17 @@ def _left_nothing(folder: Path) -> bool:
         names = {path.name for path in folder.iterdir()}
     except (ValueError, OSError):
         return False
-    left = {name for name in names - {LOCK_FILE, "train.log"} if not (name.startswith(".") and name.endswith(".tmp"))}
+    left = {name for name in names - {LOCK_FILE, LOG_FILE} if not (name.startswith(".") and name.endswith(".tmp"))}
     if LOCK_FILE in names and left == {CONFIG_FILE}:  # killed between its configuration and its record
         left = set()
-    recorded = "metrics.csv" in left or CHECKPOINT_FOLDER in left
+    recorded = METRICS_FILE in left or CHECKPOINT_FOLDER in left
     return (not left or (not recorded and status in ("failed", "interrupted", "refused"))) and not is_owned(folder)
 
 
 def _empty(folder: Path) -> None:
     """Removes what a run wrote before its first checkpoint, which it writes again."""
     for path in folder.iterdir():
-        if path.name in (LOCK_FILE, "train.log"):
+        if path.name in (LOCK_FILE, LOG_FILE):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

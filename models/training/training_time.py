@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.training.checkpoint_files import TRAINING_TIME, write_text, writing
+from models.training.devices import wait_for
 from models.training.length import Length
 from models.training.run_files import RATES_FILE, csv_text, read_csv
 from models.training.schedule import Schedule, TimedFractions
@@ -78,7 +79,7 @@ class TrainingTime(lightning.Callback):
             self._stay_near(module.device)
             self._count()
         else:
-            _wait_for(module.device)
+            wait_for(module.device)
             self._warm, self._since = True, time.perf_counter()
         if trainer.is_global_zero:
             self._unwritten.append((trainer.global_step, self.length.seconds, self._fraction))
@@ -117,7 +118,7 @@ class TrainingTime(lightning.Callback):
     def _stand(self, device: torch.device) -> None:
         """Stops the clock, with all steps done that were begun."""
         if self._since is not None:
-            _wait_for(device)
+            wait_for(device)
             self._done.clear()
             self._count()
             self._since = None
@@ -137,8 +138,3 @@ class TrainingTime(lightning.Callback):
         with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(csv_text(self._unwritten))
         self._unwritten.clear()
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
