@@ -105,7 +105,11 @@ def test_other_gpus_run_the_portable_kernels(machine, capability, library):
     report = machine(capability, library=library)
     assert report["exit_status"] == 0 and not report["problems"]
     assert {one["kernels"] for one in report["kernels"]} == {"portable"}
-    assert "With a bias" not in "\n".join(rendered(report))
+    text = "\n".join(rendered(report))
+    assert "With a bias" not in text
+    by_sdpa = capability[0] == 10  # as backend='auto' has it
+    assert report["long_calls_by"] == ("sdpa" if by_sdpa else "cuda")
+    assert ("backend='auto' takes SDPA for long" in text) is by_sdpa
 
 
 # Where they do not
@@ -177,6 +181,17 @@ def test_a_gpu_that_is_hidden(machine, monkeypatch):
     assert why.startswith("CUDA_VISIBLE_DEVICES='' hides 1 GPU (NVIDIA H200") and cure == "unset CUDA_VISIBLE_DEVICES"
 
 
+def test_a_gpu_that_a_scheduler_named_is_not_hidden(machine, monkeypatch):
+    """CUDA_VISIBLE_DEVICES is set wherever a scheduler gives GPUs out; what is wrong is something else there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    why, cure = only_problem(machine(init=raises("The NVIDIA driver on your system is too old (found version 12020)")))
+    assert "driver on your system is too old" in why and "update the NVIDIA driver" in cure
+    for visible in ("0", "1,0", " 1", "GPU-8932f937", "MIG-GPU-8932f937"):
+        assert not doctor.hides_all(visible, 2), visible
+    for visible in ("", "-1", "2", "2,0", "-1,0", "none"):
+        assert doctor.hides_all(visible, 2), visible
+
+
 def test_another_package_of_the_name(monkeypatch):
     monkeypatch.setattr(doctor, "warn_of_others", lambda: doctor.warnings.warn("in /home/me", stacklevel=1))
     (found,) = doctor.other_installations()
@@ -198,6 +213,25 @@ def test_wrong_results_are_found(machine, monkeypatch, factor, right):
     why, cure = only_problem(report)
     assert why == "3 of 3 self-tests are wrong, first bfloat16, head dim 16, causal, mask"
     assert "do not train" in cure and report["exit_status"] == 3 and report["speed"] == []
+
+
+def test_a_result_that_is_no_number_is_shown_and_written_as_that(machine, monkeypatch, capsys):
+    attend = doctor.flash_cosine_sim_attention
+
+    def nan_with_a_mask(*, mask, **options):
+        return attend(mask=mask, **options) * (1.0 if mask is None else math.nan)
+
+    report = machine((9, 0))
+    monkeypatch.setattr(doctor, "CASES", ((16, 2, True, False, False), (16, 2, True, True, False)))
+    monkeypatch.setattr(doctor, "flash_cosine_sim_attention", nan_with_a_mask)
+    report = doctor.examine(speed=False)
+    assert "bfloat16         output     nan  gradients     nan  1 of 2 right".split() in [
+        line.split() for line in rendered(report)
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda **_: report)
+    assert doctor.main(["--json", "-"]) == 3
+    errors = [one["errors"]["o"] for one in json.loads(capsys.readouterr().out)["self_test"]]
+    assert errors[1] == "nan" and 0 < errors[0] < 0.01
 
 
 def test_a_gradient_alone_that_is_wrong_is_found(monkeypatch):

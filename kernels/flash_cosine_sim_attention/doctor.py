@@ -9,6 +9,7 @@ command line is wrong; 3, something computes wrong results, or fails.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -28,7 +29,7 @@ from torch import Tensor
 from . import ops
 from .doctor_text import Problem, Report, rendered
 from .identity import __version__, warn_of_others
-from .interface import flash_cosine_sim_attention, plain_cosine_sim_attention
+from .interface import FASTER_BY_SDPA, flash_cosine_sim_attention, plain_cosine_sim_attention
 
 FOLDER = Path(__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json != "-":
         say("\n".join(rendered(report)))
     if arguments.json is not None:
-        text = json.dumps(report, indent=1)
+        text = json.dumps(without_nan(report), indent=1, allow_nan=False)
         if arguments.json == "-":
             say(text)
         else:
@@ -72,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             except OSError as error:
                 parser.exit(2, f"error: --json {arguments.json} cannot be written: {error.strerror}\n")
     return int(report["exit_status"])
+
+
+def without_nan(value: Any) -> Any:
+    """With "nan" and "inf" for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:
@@ -105,6 +115,7 @@ def examine(speed: bool = True) -> Report:
         "library": library,
         "kernels": kernels_by_case(gpus, library) if serves else [],
         "serves": serves,
+        "long_calls_by": "cuda" if serves and gpus[0]["capability"][0] not in FASTER_BY_SDPA else "sdpa",
         "problems": problems,
         "self_test": self_test,
         "speed": times,
@@ -146,11 +157,20 @@ def why_no_gpu(smi: list[dict[str, str]]) -> Problem:
                            "install a CUDA build of torch")  # fmt: skip
         return problem(f"{why}, and no NVIDIA driver answers", "none on this machine, unless it has an NVIDIA GPU")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and smi:
+    if visible is not None and smi and hides_all(visible, len(smi)):
         return problem(f"CUDA_VISIBLE_DEVICES={visible!r} hides {seen}", "unset CUDA_VISIBLE_DEVICES")
     said = why_cuda_does_not_start()
     cure = cure_of(said, "check the driver with nvidia-smi" if smi else "install the NVIDIA driver, if there is a GPU")
     return problem(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU: {said}", cure)
+
+
+def hides_all(visible: str, num_gpus: int) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves none of so many GPUs: CUDA reads it up to the first that is not there.
+
+    Schedulers set it to GPUs that are there, and then something else is wrong. Names of GPUs are taken for right.
+    """
+    first = visible.split(",")[0].strip()
+    return int(first) >= num_gpus if first.isdecimal() else not first.startswith(("GPU-", "MIG-"))
 
 
 def why_cuda_does_not_start() -> str:

@@ -1,5 +1,6 @@
 """What doctor.py found, in lines of 80 columns of ASCII."""
 
+import math
 import textwrap
 from typing import Any
 
@@ -29,6 +30,12 @@ def rendered(report: Report) -> list[str]:
     compiled = [*library["architectures"], *(f"PTX {ptx}" for ptx in library["ptx"])]
     lines += line("compiled kernels", f"for {', '.join(compiled)}" if compiled else library["file"] or "none")
     lines += ["", *(rendered_kernels(report["kernels"]) if report["serves"] else rendered_fallback(report))]
+    if report["serves"] and report["long_calls_by"] == "sdpa":
+        by_sdpa = (
+            "On this GPU backend='auto' takes SDPA for long 16-bit calls without mask, bias or window, which should be "
+            "faster. Below, one call is of backend='cuda'."
+        )
+        lines += wrapped(by_sdpa, indent=2)
     lines += ["", *rendered_self_test(report["self_test"])]
     lines += rendered_speed(report["speed"])
     for found in report["problems"]:
@@ -59,11 +66,16 @@ def rendered_self_test(self_test: list[Report]) -> list[str]:
     for dtype in dict.fromkeys(one["dtype"] for one in self_test):
         own = [one for one in self_test if one["dtype"] == dtype]
         errors = [one["errors"] for one in own if one["error"] is None]
-        o = max((one["o"] for one in errors), default=float("nan"))
-        grads = max((error for one in errors for name, error in one.items() if name != "o"), default=float("nan"))
+        o = largest([one["o"] for one in errors])
+        grads = largest([error for one in errors for name, error in one.items() if name != "o"])
         right = sum(one["right"] for one in own)
         lines.append(f"  {dtype:15}  output {o:.1e}  gradients {grads:.1e}  {right} of {len(own)} right")
     return lines
+
+
+def largest(errors: list[float]) -> float:
+    """nan if one is, which max() passes over unless it is the first, or if there are none."""
+    return math.nan if not errors or any(map(math.isnan, errors)) else max(errors)
 
 
 def rendered_speed(speed: list[Report]) -> list[str]:
