@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models.training.tables import show_any_character
 
+PLOTS = (".png", ".svg", ".pdf")  # what a plot's file may end in
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line: ``error: ...`` and exit code 2."""
@@ -94,14 +96,18 @@ def share(text: str) -> float:
     return value
 
 
-def check_file(option: str, path: Path | None) -> None:
-    """Raises ValueError, before minutes of work, for a file that is asked for and cannot be written."""
+def check_file(option: str, path: Path | None, suffixes: Sequence[str] | None = None) -> None:
+    """Raises ValueError, before minutes of work, for a file that is asked for and cannot be written, or with another
+    suffix than it may have.
+    """
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{option} must be a file in an existing folder, got {str(path)!r}")
     if not is_writable(path):
         raise ValueError(f"{option} must be a file that can be written to, got {str(path)!r}")
+    if suffixes is not None and path.suffix not in suffixes:
+        raise ValueError(f"{option} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {str(path)!r}")
 
 
 def is_writable(path: Path) -> bool:

@@ -77,7 +77,7 @@ from flash_cosine_sim_attention.interface import BACKENDS
 from flash_cosine_sim_attention.ops import kernels_error
 from models.training.environment import environment
 from models.training.tables import print_line, show
-from scripts import Parser, check_file, choose_device, integer, packing, profiling, run_script
+from scripts import PLOTS, Parser, check_file, choose_device, integer, packing, profiling, run_script
 from scripts.contenders import (
     DTYPES,
     INSTALL_PREDECESSOR,
@@ -109,6 +109,7 @@ APART = {
     "padding": ("mask_prob",),
     "distance_bias": ("alibi", "bias", "padding", "packed"),
     "alibi": ("bias", "padding", "packed"),
+    "only_backwards": ("sustained", "seq_len_q"),  # which have forward passes alone, or with them
     "busy": ("graphs", "host", "sustained", "queued"),
     "queued": ("graphs", "host", "sustained"),
 }
@@ -488,6 +489,7 @@ def cases(arguments: argparse.Namespace, dtype: str) -> list[Case]:
     _check_together(arguments)
     window, padding, found = window_of(arguments), padding_of(arguments), []
     lists = [lengths for text in arguments.packed or () for lengths in packing.read_lengths(text)]
+    lists = list(dict.fromkeys(lists))
     for lengths in lists or sorted(set(arguments.seq_len or LENGTHS[arguments.preset])):
         seq_len = lengths if isinstance(lengths, int) else sum(lengths)
         batch, heads = _batch_and_heads(arguments, seq_len)
@@ -567,7 +569,7 @@ def run(arguments: argparse.Namespace) -> None:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        check_file(option, path)
+        check_file(option, path, PLOTS if option == "--plot" else None)
     timer = Timer(device, arguments.num_times, arguments.busy, arguments.queued)
     report = {**environment(), "scale": SCALE, "not_installed": absent}
     report["times"] = "graphs" if arguments.graphs else timer.times

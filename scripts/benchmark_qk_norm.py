@@ -90,13 +90,14 @@ def contenders(model: Model, backend: str, device: torch.device) -> tuple[list[C
     packages = [(name, module, flash_attention) for name, (module, _, _) in FLASH_ATTENTION.items()]
     if model.lengths is not None:
         packages.append((VARLEN_ATTN, VARLEN_MODULE, varlen_attn))
-    for name, module, attend in packages if device.type == "cuda" else []:
+    for name, module, attend in packages:
         try:
             package = import_module(module)
         except Exception as error:  # other people's code: whatever it raises
             absent.append(name if is_absent(error, module) else f"{name} ({first_line(error)})")
             continue
-        found.append(_theirs(f"norms + {name}", partial(attend, package=package), whole=False))
+        if device.type == "cuda":
+            found.append(_theirs(f"norms + {name}", partial(attend, package=package), whole=False))
     return found, absent
 
 

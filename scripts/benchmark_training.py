@@ -158,9 +158,15 @@ def load_nanogpt(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, got {str(path)!r}")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    if spec is None:
+        raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, {str(path)!r} is no Python")
     code = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = code  # its dataclass looks itself up there
-    spec.loader.exec_module(code)
+    try:
+        spec.loader.exec_module(code)
+    except Exception as error:  # other people's code: whatever it raises
+        said = f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0]
+        raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, {str(path)!r} raises {said}") from error
     if not (hasattr(code, "GPT") and hasattr(code, "GPTConfig")):
         raise ValueError(f"--nanogpt must be the path of nanoGPT's model.py, {str(path)!r} has no GPT and GPTConfig")
     return code
@@ -341,6 +347,8 @@ def configure(overrides: list[str], model: str | None, seq_len: int | None, step
     with open_dict(composed):
         del composed["hydra"]
     config = validate(of_options(composed, choices, ())[0])
+    if config.trainer.devices * config.trainer.num_nodes != 1:
+        raise ValueError("trainer.devices and trainer.num_nodes must be 1: the bare loops run on one device")
     if steps < 3 * config.trainer.log_every:
         fewest = 3 * config.trainer.log_every
         raise ValueError(f"--steps or max_steps must be at least 3 * trainer.log_every = {fewest}, got {steps}")

@@ -20,6 +20,7 @@ from models.training.report import Results, markdown, read_results, table
 from models.training.run_files import CONFIG_FILE, RECORD_FILE
 from models.training.tables import print_line, show
 from scripts import (
+    PLOTS,
     Parser,
     check_file,
     compare_page,
@@ -114,9 +115,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def _check_files(arguments: argparse.Namespace) -> None:
     """Before minutes of work: whether what is asked for can be written."""
     for option in ("plot", "html", "markdown"):
-        check_file(f"--{option}", getattr(arguments, option))
-    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {str(arguments.plot)!r}")
+        check_file(f"--{option}", getattr(arguments, option), PLOTS if option == "plot" else None)
 
 
 def default_plot(folders: Sequence[Path]) -> Path:

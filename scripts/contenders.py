@@ -309,10 +309,12 @@ def sdpa(inputs: Inputs, case: Case, normalise: bool, norm: Callable[..., list[T
     q, k = norm(inputs.q, inputs.k) if normalise else (inputs.q, inputs.k)
     attn_mask, is_causal = dense_bias(inputs, case), case.causal
     if inputs.mask is not None or attn_mask is not None or case.window is not None:
-        hidden, is_causal = _hidden(inputs, case), False
-        if attn_mask is None:
-            attn_mask = ~hidden
-        elif hidden is not None:
+        is_causal = False
+        if attn_mask is None and inputs.mask is None:
+            attn_mask = _within_window(case.queries, case.seq_len, case.limits(), inputs.q.device)
+        elif attn_mask is None:
+            attn_mask = ~_hidden(inputs, case)
+        elif (hidden := _hidden(inputs, case)) is not None:
             attn_mask = attn_mask.masked_fill(hidden, -math.inf)
     scale = SCALE if normalise else None
     return F.scaled_dot_product_attention(
@@ -334,8 +336,9 @@ def ours_cached(inputs: Inputs, case: Case, backend: str) -> Tensor:
     """flash_cosine_sim_attention over a cache of normalised keys."""
     (q,) = _norm_of_query(inputs.q)
     return flash_cosine_sim_attention(
-        q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, l2norm_qk=False, backend=backend
-    )
+        q, inputs.k, inputs.v, inputs.mask, inputs.bias, SCALE, causal=case.causal, l2norm_qk=False, backend=backend,
+        **_by_distance(inputs),
+    )  # fmt: skip
 
 
 def sdpa_cached(inputs: Inputs, case: Case) -> Tensor:
@@ -501,10 +504,16 @@ def _refuse_packed(case: Case) -> None:
 
 
 @lru_cache(maxsize=1)  # as large as the scores of a head
-def _outside_window(queries: int, keys: int, limits: tuple[int, int], device: torch.device) -> Tensor:
-    """True where a key is outside a query's window, (queries, keys), made once and outside the time of a call."""
+def _within_window(queries: int, keys: int, limits: tuple[int, int], device: torch.device) -> Tensor:
+    """True where a query's window has a key, (queries, keys), made once and outside the time of a call."""
     query, key = torch.arange(queries, device=device).unsqueeze(1), torch.arange(keys, device=device)
-    return ~_within(query + keys - queries - key, limits, queries, keys)
+    return _within(query + keys - queries - key, limits, queries, keys)
+
+
+@lru_cache(maxsize=1)
+def _outside_window(queries: int, keys: int, limits: tuple[int, int], device: torch.device) -> Tensor:
+    """The opposite, made once, too."""
+    return ~_within_window(queries, keys, limits, device)
 
 
 def _hidden(inputs: Inputs, case: Case) -> Tensor | None:

@@ -76,7 +76,8 @@ def read_rows(paths: Sequence[Path]) -> dict[int, dict[Problem, Rows]]:
     """
     found: dict[int, dict[Problem, Rows]] = {}
     for path in paths:
-        rows = json.loads(path.read_text()).get("rows", [])
+        report = json.loads(path.read_text())
+        rows = report.get("rows", []) if isinstance(report, dict) else []
         timed = [row for row in rows if "contender" in row and any(key in row for key in DIRECTIONS)]
         if not timed:
             raise ValueError(f"files must be JSON of scripts.benchmark with times, got {path}")

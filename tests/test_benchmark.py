@@ -438,6 +438,9 @@ def test_presets(monkeypatch):
         (["--mask-prob", "1.5"], r"must be a number in [0, 1), got '1.5'"),
         (["--seq-len", "0"], "must be an integer of at least 1, got '0'"),
         (["--preset", "hidden2048"], "sets --batch and --heads itself"),
+        (["--only-backwards", "--sustained"], "--only-backwards takes no --sustained"),
+        (["--only-backwards", "--seq-len-q", "1"], "--only-backwards takes no --seq-len-q"),
+        (["--plot", "x.xyz"], "--plot must end in .png, .svg or .pdf, got 'x.xyz'"),
         (["--predecessor", "nowhere"], "--predecessor nowhere has no flash_cosine_sim_attention; pip install"),
     ],
 )

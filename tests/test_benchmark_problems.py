@@ -457,11 +457,35 @@ def test_the_right_side_of_a_window_may_be_left_out(tmp_path, arguments, expecte
     assert tuple(row["window"]) == expected
 
 
+@pytest.mark.parametrize("by_distance", ["table", "alibi"])
+def test_keys_that_were_normalised_when_cached_have_what_distances_add(by_distance):
+    problem = case(seq_len_q=3, by_distance=by_distance, causal=False)
+    found = by_name(contenders.contenders(["sdpa"], CPU, decoding=True, problems=[problem])[0])
+    errors, refused = check([found["ours (sdpa), keys normalised when cached"]], problem, CPU)
+    assert not refused and max(error for found in errors.values() for error in found.values()) < 1e-5
+
+
+def test_a_window_as_a_mask_is_made_once_for_all_calls():
+    problem = case(window=(5, 2))
+    inputs = make_inputs(problem, CPU)
+    made = []
+
+    def attention(_q, _k, _v, attn_mask, **_):
+        made.append(attn_mask)
+        return inputs.q
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        for _ in range(2):
+            contenders.sdpa(inputs, problem, normalise=False)
+    assert made[0] is made[1] and made[0].any() and not made[0].all()
+
+
 def test_packed_lists_are_walked_and_summed_up(tmp_path, capsys, monkeypatch):
     found = contenders.contenders(["sdpa"], CPU)[0][0]
     monkeypatch.setattr(benchmark, "contenders", lambda *_: ([found, Contender("other", found.attend, True)], []))
     (tmp_path / "lists.json").write_text("[[9, 0, 1], [3, 17]]")
-    options = ["--packed", "2x8,4", str(tmp_path / "lists.json"), "--causal"]
+    options = ["--packed", "2x8,4", str(tmp_path / "lists.json"), "2x8,4", "--causal"]  # the first one twice
     rows = report(tmp_path, *options)["rows"]
     lists = [[8, 8, 4], [9, 0, 1], [3, 17]]
     assert [(row["lengths"], row["seq_len"], row["batch"]) for row in rows[::2]] == [(x, sum(x), 1) for x in lists]

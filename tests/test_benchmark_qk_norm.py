@@ -55,6 +55,7 @@ def test_a_run_compares_every_model_and_writes_it_down(tmp_path, monkeypatch, ca
             pair, (own, other) = entry["ratios"][mode], (row[f"{mode}_ms"] for row in entry["rows"])
             assert pair == {"fastest": opponent, "ours_ms": own, "theirs_ms": other, "ratio": other / own}
         assert entry["scale"] > 10
+    assert "FlashAttention-3" in found["not_installed"]  # looked for, though a CPU could not run it
     assert found["timed_on"] == "cpu" and found["command"] and "git_commit" in found
     assert "flash-attn-4" in found["versions"] and found["dtype"] == "bfloat16"
     printed = capsys.readouterr().out

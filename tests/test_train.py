@@ -1389,6 +1389,20 @@ def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("model.txt", "GPT = GPTConfig = None", "model.txt' is no Python"),
+        ("model.py", "import no_such_module", "model.py' raises ModuleNotFoundError: No module named 'no_such_module'"),
+        ("model.py", "GPT = ", "model.py' raises SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_is_no_model_of_nanogpt_is_named(tmp_path, name, content, named):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="^--nanogpt must be the path of nanoGPT's model.py, .*" + re.escape(named)):
+        benchmark_training.load_nanogpt(tmp_path / name)
+
+
+@pytest.mark.parametrize(
     "arguments, named",
     [
         (["--contenders", "nanogpt_windows"], "--contenders nanogpt_windows needs --nanogpt"),
@@ -1399,6 +1413,7 @@ def test_windows_give_nanogpt_a_row_of_its_own(text, tmp_path, capsys):
         (["max_steps="], "max_steps must be an integer, got ''"),
         (["--nanogpt", "absent.py"], "must be the path of nanoGPT's model.py, got 'absent.py'"),
         (["--nanogpt", __file__], "has no GPT and GPTConfig"),
+        (["trainer.devices=2"], "trainer.devices and trainer.num_nodes must be 1: the bare loops run on one device"),
         (["--contenders", "nanogpt"], "needs --nanogpt"),
         (["--profile"], "--profile needs a CUDA device"),
         (["--model", "huge"], "model must be one of base, small, tiny, got 'huge'"),
