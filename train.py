@@ -162,7 +162,7 @@ def fit(
         wandb_mode(offline=config.logger.offline)  # refused before anything is written
     module = build_module(config)  # before the data: a model that cannot be built needs no download
     corpus = builder(config, "data")()
-    data, accumulate = build_data(config, corpus)
+    data = build_data(config, corpus)
     join(run.processes, cuda=uses_cuda(config.trainer.accelerator))
     run.find(corpus.provenance["sha256"])
     gpu = take_devices(config, run, job)
@@ -173,11 +173,11 @@ def fit(
             start_from(module, config)
     validated = run.resume_step is not None and run.resume_step == run.validated_step
     if validated and length_of(config, run).is_reached(run.resume_step):
-        return repeat(config, run, module, data, accumulate, stop, gpu), corpus
+        return repeat(config, run, module, data, stop, gpu), corpus
     run.start(choices, **describe(module, data))
     log.info(opening_line(config, run))
     with loggers_of(config, run) as loggers:
-        trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)
+        trainer = trainer_of(config, run, data, stop, loggers, gpu)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
         except BaseException as error:
@@ -210,7 +210,6 @@ def repeat(
     run: Run,
     module: GPTModule,
     data: ByteDataModule,
-    accumulate: int,
     stop: Stopping,
     gpu: int | None,
 ) -> float:
@@ -228,7 +227,7 @@ def repeat(
     run.mend()
     if config.test:
         with loggers_of(config, run) as loggers:
-            trainer = trainer_of(config, run, data, accumulate, stop, loggers, gpu)
+            trainer = trainer_of(config, run, data, stop, loggers, gpu)
             checkpoint = run.folder / CHECKPOINT_FOLDER / BEST_CHECKPOINT
             trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
                 run.resume_step  # what the test is logged at
@@ -248,7 +247,6 @@ def trainer_of(
     config: DictConfig,
     run: Run,
     data: ByteDataModule,
-    accumulate: int,
     stop: Stopping,
     loggers: list[Logger],
     gpu: int | None,
@@ -265,7 +263,7 @@ def trainer_of(
         loggers=loggers,
         callbacks=callbacks,
         length=length,
-        accumulate=accumulate,
+        accumulate=data.accumulate,
         options=config.trainer,
         processes=run.processes,
         stopping=stop,
@@ -307,8 +305,8 @@ def check_timed(config: DictConfig, optimizer: OptimizerBuilder) -> None:
         )
 
 
-def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]:
-    """The windows of the corpus, and how many micro-batches make a step."""
+def build_data(config: DictConfig, corpus: Corpus) -> ByteDataModule:
+    """The windows of the corpus, cut into steps and micro-batches."""
     largest = config.micro_batch_tokens
     if largest is None:
         largest = default_micro_batch_tokens(cuda=uses_cuda(config.trainer.accelerator))
@@ -317,7 +315,7 @@ def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]
     val_bytes = config.trainer.val_bytes
     if val_bytes is not None and val_bytes <= config.seq_len:
         raise ValueError(f"trainer.val_bytes must be null or more than seq_len = {config.seq_len}, got {val_bytes}")
-    data = ByteDataModule(
+    return ByteDataModule(
         corpus,
         seq_len=config.seq_len,
         micro_batch_size=size,
@@ -330,7 +328,6 @@ def build_data(config: DictConfig, corpus: Corpus) -> tuple[ByteDataModule, int]
         on_device=config.trainer.data_on_device,
         overfit=config.trainer.overfit,
     )
-    return data, accumulate
 
 
 def describe(module: GPTModule, data: ByteDataModule) -> dict:
@@ -340,7 +337,7 @@ def describe(module: GPTModule, data: ByteDataModule) -> dict:
         "parameters": module.gpt.num_parameters(),
         "micro_batch_size": data.micro_batch_size,
         "accumulate": data.accumulate,
-        "tokens_per_step": data.windows_per_step * data.seq_len,
+        "tokens_per_step": data.tokens_per_step,
     }
 
 
@@ -367,7 +364,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: 
     metrics = TrainingMetrics(
         log_every=options.log_every,
         length=length,
-        tokens_per_step=data.windows_per_step * config.seq_len,
+        tokens_per_step=data.tokens_per_step,
         seq_len=config.seq_len,
     )
     sample = TextSample(
@@ -379,7 +376,7 @@ def build_callbacks(config: DictConfig, run: Run, data: ByteDataModule, length: 
     )
     progress = ProgressReport(
         length=length,
-        tokens_per_step=data.windows_per_step * config.seq_len,
+        tokens_per_step=data.tokens_per_step,
         val_every=options.val_every,
         val_tokens=data.val_scored,
         bar=options.progress_bar and sys.stdout.isatty(),  # in a file it would be one long line

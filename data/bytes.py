@@ -135,6 +135,11 @@ class ByteDataModule(LightningDataModule):
         self._train_on: dict[torch.device, Tensor] = {}
 
     @property
+    def tokens_per_step(self) -> int:
+        """Bytes that an optimizer step is trained on, over all ranks."""
+        return self.windows_per_step * self.seq_len
+
+    @property
     def val_scored(self) -> int:
         """Bytes that validation scores: all of the val split, or of its first val_bytes, but byte 0.
 

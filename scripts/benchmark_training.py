@@ -185,22 +185,22 @@ def bare_loop(build: Build, config: DictConfig, corpus: Corpus, *, profiled: boo
     cuda = uses_cuda(config.trainer.accelerator)
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(config.seed)
-    data, accumulate = build_data(config, corpus)
+    data = build_data(config, corpus)
     trainee = build(config, device)
     precision = choose_precision(config.trainer.precision, cuda=cuda)
 
     def take_step(step: int) -> None:
-        for micro_step in range(accumulate):
+        for micro_step in range(data.accumulate):
             tokens = data.train_batch(step, micro_step, 0, device)
             with autocast(device, precision):
                 loss = trainee.loss(tokens)
-            (loss / accumulate).backward()
+            (loss / data.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters, trainee.clip_norm)
         trainee.optimizer.step()
         trainee.update_lr()
         trainee.optimizer.zero_grad(set_to_none=True)
 
-    tokens_per_interval = data.micro_batch_size * config.seq_len * accumulate * config.trainer.log_every
+    tokens_per_interval = data.tokens_per_step * config.trainer.log_every
     rates, start = [], None
     for step in range(config.max_steps):
         take_step(step)

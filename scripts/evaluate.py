@@ -370,12 +370,10 @@ def trained_precision(run: Path, config: DictConfig) -> str | None:
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws bits per byte over bytes of context, a line a mode."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # files only: no display is needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for result in results:
         curve = result["by_context"]
         label = f"{result['mode']}: {result['bits_per_byte']:.4f}"
@@ -385,7 +383,6 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def rebuild_corpus(run: str | Path, config: DictConfig) -> Corpus:

@@ -43,16 +43,25 @@ def test_a_metric_is_one_entry_wherever_it_shows(monkeypatch, tmp_path):
 
 def lines_of(monkeypatch, draw):
     """Every line that is in a plot."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     figures = []
     with monkeypatch.context() as patch:
-        patch.setattr(pyplot, "close", figures.append)
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
         draw()
-    lines = [line for figure in figures for axes in figure.axes for line in axes.lines]
-    for figure in figures:
-        pyplot.close(figure)
-    return lines
+    return [line for figure in figures for axes in figure.axes for line in axes.lines]
+
+
+def test_a_plot_leaves_the_backend_of_a_notebook_alone(tmp_path):
+    import matplotlib
+
+    before = matplotlib.get_backend(auto_select=False)
+    try:
+        matplotlib.use("svg")
+        report.plot([run()], tmp_path / "plot.png")
+        assert matplotlib.get_backend(auto_select=False) == "svg" and (tmp_path / "plot.png").stat().st_size
+    finally:
+        matplotlib.use(before or "agg")
 
 
 def test_columns_that_share_a_heading_give_their_largest():

@@ -179,12 +179,10 @@ def cells(run: Results) -> list[str]:
 
 def plot(runs: list[Results], path: Path) -> None:
     """Draws the curves of metrics.py against tokens, every run in a color, into a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: what a notebook draws with stays as it is
 
-    matplotlib.use("Agg")  # files only: no display is needed
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(metrics.PANELS), figsize=(12, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(metrics.PANELS))
     for axes, (panel, (unit, title)) in zip(panels, metrics.PANELS.items(), strict=True):
         for (index, run), (column, curve) in itertools.product(enumerate(runs), metrics.curves_in(panel)):
             label = _legend(run) if curve.named else None
@@ -196,24 +194,20 @@ def plot(runs: list[Results], path: Path) -> None:
         if panel == "memory":
             axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_position_bias(run: Results, path: Path) -> None:
     """Draws the learned biases of the last validation against the distance, a panel a layer and a line a head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     rows = _read_rows(run.folder / POSITION_BIAS_FILE)
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
     layers = sorted({row["layer"] for row in last})
     columns = min(4, len(layers))
-    size = {"figsize": (3.2 * columns + 0.6, 2.6 * -(-len(layers) // columns) + 0.4)}
-    figure, grid = pyplot.subplots(
-        -(-len(layers) // columns), columns, squeeze=False, sharex=True, sharey=True, constrained_layout=True, **size
-    )
+    lines = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.2 * columns + 0.6, 2.6 * lines + 0.4), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     heads = [name for name in last[0] if name.startswith("head")]
     for axes in grid.flat[len(layers) :]:
         axes.set_axis_off()
@@ -221,7 +215,7 @@ def plot_position_bias(run: Results, path: Path) -> None:
         own = [row for row in last if row["layer"] == layer]
         for index, head in enumerate(heads):
             line = [row[head] for row in own]
-            color = pyplot.get_cmap("viridis")(index / max(1, len(heads) - 1))
+            color = colormaps["viridis"](index / max(1, len(heads) - 1))
             axes.plot([row["distance"] for row in own], line, color=color, label=head, linewidth=1)
         axes.set_xscale("symlog", base=2, linthresh=1)
         axes.set(title=f"layer {layer:.0f}", xlabel="distance (bytes)", ylabel="bias of a logit")
@@ -230,7 +224,6 @@ def plot_position_bias(run: Results, path: Path) -> None:
     figure.suptitle(f"{run.name}: biases by distance at step {last[0]['step']:.0f}")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _legend(run: Results) -> str:
