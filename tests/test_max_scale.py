@@ -96,7 +96,7 @@ def test_a_scale_that_nobody_checked_stays_finite(value):
     q, k, v = torch.randn(3, 1, 2, 5, 16)
     options = 1, False, -1, -1, 0, True, False
     forward = torch.ops.flash_cosine_sim_attention.forward
-    bound = interface._as_vector_or_number(torch.tensor([8.0]), None, 1, q, False)[1]
+    bound = interface._as_scale(torch.tensor([8.0]), None, 1, q, False)[1]
     assert bound == pytest.approx(60)
     o, row_sum_log2 = forward(q, k, v, None, None, torch.tensor([value, -value]), *[None] * 4, bound, *options)
     limited, rows = forward(q, k, v, None, None, torch.tensor([bound, -bound]), *[None] * 4, bound, *options)
@@ -160,7 +160,7 @@ def test_a_tensor_beyond_the_range_counts_as_max_scale(backend):
 
 def test_the_bound_of_values_that_are_not_read_is_that_of_the_groups():
     q = torch.randn(1, 1, 5, 16)
-    assert interface._as_vector_or_number(torch.tensor([8.0]), None, 4, q, False)[1] == pytest.approx(15)
+    assert interface._as_scale(torch.tensor([8.0]), None, 4, q, False)[1] == pytest.approx(15)
 
 
 @pytest.mark.parametrize("named", ["sdpa", "reference"])

@@ -133,7 +133,7 @@ BACKWARD = Operator(
 SCHEMAS = "; ".join(operator.schema for operator in (FORWARD, PARTIALS, BACKWARD))
 
 
-def limits(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) -> tuple[int, int]:
+def clipped_window(window_left: int, window_right: int, seq_len_q: int, seq_len_k: int) -> tuple[int, int]:
     """The window for these lengths: a side that hides nothing is -1."""
     return (
         -1 if window_left >= seq_len_k - 1 else window_left,  # the last query is as far as this from the first key

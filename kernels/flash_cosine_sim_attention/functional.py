@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .interface import _check_flag, flash_cosine_sim_attention
+from .interface import check_flag, flash_cosine_sim_attention
 from .reference import dtype_or_type
 from .scales import scale_by_names
 
@@ -67,8 +67,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: probabilities cannot be dropped; drop outputs instead")
-    _check_flag("is_causal", is_causal)
-    _check_flag("enable_gqa", enable_gqa)
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     _check_layout(query, key, value, enable_gqa)
     seq_len_q, seq_len_k = query.shape[-2], key.shape[-2]
     mask, attn_bias = _as_mask_or_bias(attn_mask, query, seq_len_k, is_causal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .call import Call, limits
+from .call import Call, clipped_window
 from .reference import (
     check_cu_seqlens,
     check_groups,
@@ -150,10 +150,10 @@ def flash_cosine_sim_attention(
     q, k, v, attn_bias, leave_autocast = _autocast(q, k, v, attn_bias)
     _check_tensors(q, k, v)
     if not type(causal) is type(l2norm_qk) is type(attn_bias_batch_dim) is type(return_partials) is bool:
-        _check_flag("causal", causal)
-        _check_flag("l2norm_qk", l2norm_qk)
-        _check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
-        _check_flag("return_partials", return_partials)
+        check_flag("causal", causal)
+        check_flag("l2norm_qk", l2norm_qk)
+        check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
+        check_flag("return_partials", return_partials)
     merged, given = q.ndim == 3, (q, k, v)
     if k.ndim == 3:
         q, k, v = q.unsqueeze(1) if merged else q, k.unsqueeze(1), v.unsqueeze(1)
@@ -162,7 +162,7 @@ def flash_cosine_sim_attention(
         check_groups(groups, q.shape[-1], "head_dim")
     mask = _as_2d_mask(mask, q, k)
     attn_bias = _as_4d_bias(attn_bias, q, k, attn_bias_batch_dim or merged)
-    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged)
+    scale_tensor, scale_value = _as_scale(scale, max_scale, groups, q, merged)
     first_distance = 0
     if distance_bias is not None or alibi_slopes is not None:
         lengths = ("seq_len_q", q.shape[-2]), ("seq_len_k", k.shape[-2])
@@ -171,7 +171,7 @@ def flash_cosine_sim_attention(
     if window_size is None:
         left, right = -1, 0 if causal else -1
     else:
-        causal, left, right = _as_limits(window_size, causal, q, k)
+        causal, left, right = _as_window(window_size, causal, q, k)
     if backend == "auto" and attend is ops.kernel_attention and (reason := _why_sdpa(q.get_device())) is not None:
         plain = mask is attn_bias is distance_bias is alibi_slopes is None and not return_partials
         plain = plain and (left, right) in ((-1, -1), (-1, 0))
@@ -292,18 +292,18 @@ def flash_cosine_sim_attention_varlen(
     attend = _choose_backend(backend, q)
     q, k, v, _, leave_autocast = _autocast(q, k, v, None)
     _check_packed(q, k, v)
-    _check_flag("causal", causal)
-    _check_flag("l2norm_qk", l2norm_qk)
+    check_flag("causal", causal)
+    check_flag("l2norm_qk", l2norm_qk)
     given = q, k, v
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in given)  # (1, heads, total, head_dim)
     _check_shapes(q, k, given, any_head_dim=backend == "reference")
     check_groups(groups, q.shape[-1], "head_dim")
     cu_seqlens_q, cu_seqlens_k = _as_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    scale_tensor, scale_value = _as_vector_or_number(scale, max_scale, groups, q, merged=False)
+    scale_tensor, scale_value = _as_scale(scale, max_scale, groups, q, merged=False)
     lengths = ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)
     distance_bias, first_distance = _as_table(distance_bias, causal, q, lengths, leave_autocast)
     alibi_slopes = _as_slopes(alibi_slopes, q, packed=True)
-    causal, left, right = _as_limits((-1, -1) if window_size is None else window_size, causal, q, k)
+    causal, left, right = _as_window((-1, -1) if window_size is None else window_size, causal, q, k)
     call = Call(
         q=q, k=k, v=v, mask=None, attn_bias=None, scale=scale_tensor, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, distance_bias=distance_bias, alibi_slopes=alibi_slopes, scale_value=scale_value,
@@ -480,7 +480,7 @@ def _refuse_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, k: {k.dtype}, v: {v.dtype}")
 
 
-def _check_flag(name: str, flag: bool) -> None:
+def check_flag(name: str, flag: bool) -> None:
     if not isinstance(flag, (bool, torch.SymBool)):
         raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
 
@@ -556,7 +556,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
     return attn_bias.to(q.dtype)
 
 
-def _as_vector_or_number(
+def _as_scale(
     scale: float | Tensor, max_scale: float | None, groups: int, q: Tensor, merged: bool
 ) -> tuple[Tensor | None, float]:
     """Return a scale tensor as (1,) or (num_heads,) in float32 (float64 for float64), and its bound; a number as None
@@ -574,7 +574,7 @@ def _as_vector_or_number(
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
         if max_scale is not None and scale > max_scale:
             return None, float(max_scale)
-        _check_range(scale, groups)
+        check_range(scale, groups)
         return None, float(scale) if plain else torch.sym_float(scale)  # type: ignore[no-untyped-call]
     num_heads = q.shape[1]
     if not scale.is_floating_point():
@@ -586,7 +586,7 @@ def _as_vector_or_number(
         raise ValueError(f"a scale tensor must be on q's device {q.device}, got {scale.device}")
     if not torch.compiler.is_compiling() and has_readable_values(scale):
         for value in scale.reshape(-1).tolist():
-            _check_range(value if max_scale is None else min(value, max_scale), groups)
+            check_range(value if max_scale is None else min(value, max_scale), groups)
     scale = scale.to(compute_dtype(q.dtype))
     bound = MAX_LOGIT * (1 + ROUNDING) / groups if max_scale is None else float(max_scale)
     return scale if scale.ndim == 1 else scale.reshape(1), bound
@@ -651,7 +651,7 @@ def _as_slopes(alibi_slopes: Tensor | None, q: Tensor, packed: bool = False) -> 
     return slopes if slopes.ndim == 2 else slopes.unsqueeze(0)
 
 
-def _as_limits(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -> tuple[bool, int, int]:
+def _as_window(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -> tuple[bool, int, int]:
     """Return causal, window_left and window_right of a Call."""
     accepted = "window_size must be (left, right), ints of at least -1, which is unlimited, or None"
     if not isinstance(window_size, (tuple, list)):
@@ -666,8 +666,8 @@ def _as_limits(window_size: Sequence[int], causal: bool, q: Tensor, k: Tensor) -
             raise ValueError(f"{accepted}; got {window_size!r}")
     # An exported program is for all lengths of its range: there, a comparison with one would narrow that.
     if not torch.compiler.is_exporting():
-        left, right = limits(left, right, q.shape[-2], k.shape[-2])
-    if causal:  # after limits, which makes -1 of it for a single query
+        left, right = clipped_window(left, right, q.shape[-2], k.shape[-2])
+    if causal:  # after clipping, which makes -1 of it for a single query
         right = 0
     return right == 0, left, right
 
@@ -714,7 +714,7 @@ def _check_max_scale(max_scale: float, groups: int) -> None:
         raise ValueError(f"{accepted}; got {shown(max_scale)} with groups={groups}")
 
 
-def _check_range(scale: float, groups: int) -> None:
+def check_range(scale: float, groups: int) -> None:
     if 0 < scale * groups <= MAX_LOGIT * (1 + ROUNDING):
         return
     if not scale > 0:  # NaN too

@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .interface import MAX_LOGIT, _check_range, shown
+from .interface import MAX_LOGIT, check_range, shown
 from .reference import has_readable_values
 
 
@@ -133,7 +133,7 @@ def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[st
         values = scale.reshape(-1).tolist()
     for value in values:
         try:
-            _check_range(value, groups=1)
+            check_range(value, groups=1)
         except ValueError as error:
             first, *others = factors
             names = [first, *([] if head_dim is None else [f"head_dim ({shown(head_dim)})"]), *others]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from .call import Call, limits, scale_of
+from .call import Call, clipped_window, scale_of
 from .ops import constant_when_compiled
 from .reference import (
     check_cu_seqlens,
@@ -65,7 +65,7 @@ def sdpa_attention(call: tuple[Any, ...], return_partials: bool) -> Tensor | tup
     # A single query, for instance, is aligned with the last key, and sees every key under a causal mask, too.
     window = call.window_left, call.window_right
     if not torch.compiler.is_exporting():  # as in interface.py: that would narrow the program's range of lengths
-        window = limits(*window, seq_len_q, seq_len_k)
+        window = clipped_window(*window, seq_len_q, seq_len_k)
     # Partial sums are float32 throughout, so there q and k are not rounded.
     dtype = compute_dtype(q.dtype) if return_partials else q.dtype
     q, k = _scaled_and_normalised(call, dtype)
