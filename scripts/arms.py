@@ -11,6 +11,7 @@ from models.training import metrics
 from models.training.identity import INCIDENTAL, RESUMED_WITH, flat, is_one_of, is_said_above, resumed_with
 from models.training.report import Results
 
+PRECISION = "trainer.precision"
 ALWAYS_TOLD = (*COPIES, RESUMED_WITH)
 
 
@@ -85,9 +86,13 @@ def arms_of(runs: Sequence[Results]) -> list[Arm]:
     ``comparisons_of``, and neither its name nor how it was read.
     """
     arms: dict[Any, Arm] = {}
+    precisions = [run.precision for run in runs if run.precision is not None]
+    usual = max(precisions, key=precisions.count) if precisions else None
     for run in runs:
         config = flat(run.configuration or {"run": run.name})
         settings = _settings(run, config)
+        if run.configuration is not None:  # null is float32 on a CPU; a run that logged nothing is as most are
+            settings[PRECISION] = run.precision or usual
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
         before = arms.get(key, Arm(settings, (), ()))
         arms[key] = Arm(settings, (*before.runs, run), (*before.seeds, config.get("seed")))

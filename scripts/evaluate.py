@@ -47,7 +47,8 @@ from models.training.checkpoint_files import CHECKPOINT_FOLDER, write_text
 from models.training.devices import choose_precision
 from models.training.identity import plain_name
 from models.training.load import find_checkpoint, read_model
-from models.training.run_files import METRICS_FILE, read_csv, read_record
+from models.training.report import read_results
+from models.training.run_files import read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, check_file, choose_device, integer, run_script
 from scripts.overlap import seen
@@ -143,7 +144,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if train is not None and arguments.unseen is not None:
         unseen = unseen_bytes(train, whole, arguments.unseen, arguments.max_bytes)
     of_unseen = "" if unseen is None else f"-unseen{arguments.unseen}"
-    name, results = name_of(setting, run, checkpoint, trained_precision(run, config)), []
+    name, results = name_of(setting, run, checkpoint, read_results(run).precision), []
     try:
         for mode, stride in modes.items():
             cut = partial(_cut, seq_len=seq_len, stride=stride, batch_size=batch_size)
@@ -352,20 +353,6 @@ def name_of(setting: dict[str, Any], run: Path, checkpoint: Path, trained_in: st
     if setting["precision"] != trained_in:
         parts.append(setting["precision"])
     return plain_name(parts)
-
-
-def trained_precision(run: Path, config: DictConfig) -> str | None:
-    """What the run computed in. Where no key says it, its device does, and that shows in what it logged of memory; None
-    where nothing was logged.
-    """
-    if config.trainer.precision is not None:
-        return config.trainer.precision
-    rows = read_csv(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
-    for row in reversed(rows):
-        for column, cuda in (("memory/peak_allocated_gib", True), ("memory/rss_gib", False)):
-            if column in row:
-                return choose_precision(None, cuda=cuda)
-    return None
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:

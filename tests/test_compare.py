@@ -301,6 +301,25 @@ def test_numbers_of_several_machines_are_said_to_be(make, tmp_path, capsys):
     )
 
 
+def test_runs_of_two_precisions_are_two_arms(make):
+    """null is another one on a CPU than on a GPU; a run that logged nothing is taken for one of the others."""
+
+    def on_a_cpu(folder):
+        rows = folder / "metrics.csv"
+        rows.write_text(rows.read_text().replace("memory/peak_allocated_gib", "memory/rss_gib"))
+        return folder
+
+    null, said = ({"trainer": {"precision": precision}} for precision in (None, "bf16-mixed"))
+    folders = [make(config=null), make(config=said, seed=1), make(loss=None, seed=2, status="failed", config=null)]
+    folders += [on_a_cpu(make(config=null, seed=3)), make(config=null, seed=4)]
+    one = comparison(*folders)
+    assert one.keys == ["trainer.precision"]
+    assert [(arms.setting(arm, "trainer.precision"), len(arm.runs)) for arm in one.arms] == [
+        ("32-true", 1),
+        ("bf16-mixed", 4),
+    ]
+
+
 # ---------------------------------------------------------------- differences
 
 

@@ -26,7 +26,6 @@ from conf.schema import CONF
 from data.bytes import IGNORE_INDEX, EvalBatches
 from models.training.load import load_model
 from models.training.report import headings, read_results
-from models.training.run_files import load_config
 from scripts import compare, evaluate, generate
 from scripts.evaluate import SlidingBatches, score_batches
 from scripts.results import RESULTS
@@ -709,7 +708,7 @@ def test_evaluations_that_are_kept_with_the_results_have_the_names_of_ordinary_o
     for path in paths:
         run, result = path.parents[1], json.loads(path.read_text())
         checkpoint = run / "checkpoints" / Path(result["checkpoint"]).name
-        trained_in = evaluate.trained_precision(run, load_config(run))
+        trained_in = read_results(run).precision
         of_unseen = f"-unseen{result['unseen']['string_bytes']}" if "unseen" in result else ""
         name = evaluate.name_of(result, run, checkpoint, trained_in)
         assert (trained_in, f"{name}-{result['mode']}{of_unseen}") == ("bf16-mixed", path.stem)

@@ -85,6 +85,22 @@ class Results:
         """The value of a dotted key; None where there is no configuration, or no such key."""
         return flat(self.configuration or {}).get(key)
 
+    @functools.cached_property
+    def precision(self) -> str | None:
+        """What it computed in. Where no key says it, its device does, and that shows in what it logged of memory; None
+        where nothing was logged.
+        """
+        from models.training.devices import choose_precision  # here: it imports torch
+
+        given = self.configured("trainer.precision")
+        if given is not None:
+            return given
+        for row in reversed(self.rows):
+            for column, cuda in (("memory/peak_allocated_gib", True), ("memory/rss_gib", False)):
+                if column in row:
+                    return choose_precision(None, cuda=cuda)
+        return None
+
     def series(self, column: str) -> tuple[list[float], list[float]]:
         """The filled values of a column and, first, their steps."""
         rows = [row for row in self.rows if column in row and "step" in row]
