@@ -154,9 +154,10 @@ def _with_differences(listing: Listing, comparison: Comparison, baseline: Baseli
         but = ()
     # a run or a rate that is named need not be the best
     among = listing.arms if but and baseline.key is not None else comparison.arms
-    found = []
+    found, alone = [], False
     for arm in listing.arms:
         other = baseline.of(arm, among, but=but)
+        alone = alone or other is None
         value = None if other is None else difference(arm, other)
         found.append("baseline" if other is arm else "-" if value is None else str(value))
     rows = tuple((*row[:after], cell, *row[after:]) for row, cell in zip(listing.rows, found, strict=True))
@@ -169,7 +170,7 @@ def _with_differences(listing: Listing, comparison: Comparison, baseline: Baseli
             listing, notes=(*listing.notes, f"{DIFFERENCE}: none, for no {LOSS} here compares with {against}")
         )
     notes = [f"{DIFFERENCE}: {LOSS} minus {against}, below 0 is better; {PAIRED}"]
-    if baseline.key is not None and "-" in found:
+    if baseline.key is not None and alone:
         notes.append(f"-: of no arm, or of more than one, is {baseline.key} all that sets it apart from this one")
     if any(cell.endswith(")") and "," in cell.rsplit("(", 1)[-1] for cell in found):
         notes.append(UNPAIRED)

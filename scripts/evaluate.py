@@ -47,8 +47,8 @@ from models.training.checkpoint_files import CHECKPOINT_FOLDER, write_text
 from models.training.devices import choose_precision
 from models.training.identity import plain_name
 from models.training.load import find_checkpoint, read_model
-from models.training.report import read_results
-from models.training.run_files import read_record
+from models.training.report import Results
+from models.training.run_files import METRICS_FILE, read_csv, read_record
 from models.training.tables import print_line, show
 from scripts import Parser, autocast, check_file, choose_device, integer, run_script
 from scripts.overlap import seen
@@ -144,7 +144,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if train is not None and arguments.unseen is not None:
         unseen = unseen_bytes(train, whole, arguments.unseen, arguments.max_bytes)
     of_unseen = "" if unseen is None else f"-unseen{arguments.unseen}"
-    name, results = name_of(setting, run, checkpoint, read_results(run).precision), []
+    name, results = name_of(setting, run, checkpoint, trained_precision(run)), []
     try:
         for mode, stride in modes.items():
             cut = partial(_cut, seq_len=seq_len, stride=stride, batch_size=batch_size)
@@ -353,6 +353,12 @@ def name_of(setting: dict[str, Any], run: Path, checkpoint: Path, trained_in: st
     if setting["precision"] != trained_in:
         parts.append(setting["precision"])
     return plain_name(parts)
+
+
+def trained_precision(run: Path) -> str | None:
+    """``Results.precision`` of a run, of which a copy may have no record."""
+    path = run / METRICS_FILE
+    return Results(run, {}, read_csv(path) if path.is_file() else []).precision
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:

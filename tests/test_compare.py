@@ -380,6 +380,9 @@ def test_what_was_given_beside_options_is_told_and_must_be_equal(make, tmp_path,
         ["regular", "null", "baseline"],
     ]
     assert "-: of no arm, or of more than one, is attention all that sets it apart from this one\n" in out
+    windows("regular", None, 8)  # without a loss
+    assert "-: of no arm" not in compared(capsys, tmp_path / "runs", "--baseline", "attention=regular").out
+    (tmp_path / "runs" / "regular8").rename(tmp_path / "ended")
     windows("cosine", 1.25, None), windows("regular", 3.0, 8)
     out = compared(capsys, tmp_path / "runs", "--baseline", "attention=regular").out
     assert [[*row[:2], row[4]] for row in cells_of(out)[:4]] == [

@@ -698,6 +698,8 @@ def test_any_file_is_a_second_text(run, tmp_path, suffix, capsys):
     assert result["bits_per_byte"] == pytest.approx(score.bits_per_byte, abs=1e-6)
     (kept,) = (run / "evaluations").iterdir()
     assert kept.name == f"second-text{suffix}-{result['sha256'][:8]}-90bytes-step6-len16-chunk.json"
+    (run / "run.json").unlink()  # of a copy that somebody was sent
+    assert evaluated(tmp_path, run, "--text", path)["bits_per_byte"] == result["bits_per_byte"]
     (tmp_path / "short").write_bytes(b"a")
     assert "--text must have at least 2 bytes, got 1 in" in refusal(capsys, evaluate, run, "--text", tmp_path / "short")
 
@@ -708,7 +710,7 @@ def test_evaluations_that_are_kept_with_the_results_have_the_names_of_ordinary_o
     for path in paths:
         run, result = path.parents[1], json.loads(path.read_text())
         checkpoint = run / "checkpoints" / Path(result["checkpoint"]).name
-        trained_in = read_results(run).precision
+        trained_in = evaluate.trained_precision(run)
         of_unseen = f"-unseen{result['unseen']['string_bytes']}" if "unseen" in result else ""
         name = evaluate.name_of(result, run, checkpoint, trained_in)
         assert (trained_in, f"{name}-{result['mode']}{of_unseen}") == ("bf16-mixed", path.stem)

@@ -215,22 +215,22 @@ def test_what_a_job_of_a_sweep_goes_on_with(text, tmp_path):
 
 
 def test_numbers_of_other_bytes_have_a_best_of_their_own(tmp_path):
-    def job(number, bpc, name="text", val_scored=999, seq_len=64):
+    def job(number, bpc, sha256="ab" * 32, val_scored=999, seq_len=64, name="text"):
         folder = tmp_path / str(number)
         folder.mkdir(exist_ok=True)
-        corpus = {"name": name, "sha256": name * 2, "val_scored": val_scored}
+        corpus = {"name": name, "sha256": sha256, "val_scored": val_scored}
         (folder / "run.json").write_text(json.dumps({"corpus": corpus, "identity": {"seq_len": seq_len}}))
         return {"job": number, "val_bpc": bpc, "folder": str(folder)}
 
-    one, two, failed = job(0, 2.0), job(1, 1.5), {"job": 2, "status": "failed"}
+    one, two, failed = job(0, 2.0), job(1, 1.5, name="a copy"), {"job": 2, "status": "failed"}
     assert best_jobs([one, two, failed]) == [("", two)] and best_jobs([failed]) == []
     for change, named in (
-        ({"name": "other"}, "other (999 bytes), seq_len 64"),
-        ({"val_scored": 77}, "text (77 bytes), seq_len 64"),
-        ({"seq_len": 32}, "text (999 bytes), seq_len 32"),
+        ({"sha256": "cd" * 32}, "the text of SHA-256 cdcdcdcd (999 bytes), seq_len 64"),
+        ({"val_scored": 77}, "the text of SHA-256 abababab (77 bytes), seq_len 64"),
+        ({"seq_len": 32}, "the text of SHA-256 abababab (999 bytes), seq_len 32"),
     ):
-        apart = job(3, 1.0, **change)
-        assert best_jobs([one, apart, two]) == [(" of text (999 bytes), seq_len 64", two), (f" of {named}", apart)]
+        apart, usual = job(3, 1.0, **change), " of the text of SHA-256 abababab (999 bytes), seq_len 64"
+        assert best_jobs([one, apart, two]) == [(usual, two), (f" of {named}", apart)]
 
 
 @pytest.mark.training

@@ -805,15 +805,52 @@ def test_the_best_checkpoint_of_steps_that_are_taken_back_is_put_aside(text, tmp
 
 def test_scores_of_other_bytes_do_not_compare(text, tmp_path, monkeypatch, caplog):
     """Of the first bytes of a split a worse model may have fewer bits than a better one of all of them."""
-    folder = fit(text, tmp_path, "max_steps=8", "trainer.val_bytes=100")
+    folder = fit(text, tmp_path, "max_steps=8", "trainer.val_bytes=100", "trainer.keep_checkpoints=9")
     worse_from(monkeypatch, lambda step: step > 8)
-    fit(text, tmp_path, f"resume={folder}", "max_steps=16", "trainer.val_bytes=300", "test=true")
-    assert "val/bpc before and after step 8 are of other bytes" in caplog.text
-    assert best_of(folder)["global_step"] == 12 and read_results(folder).current("test/bpc") is not None
-    scores = dict(zip(*read_results(folder).series("val/bpc"), strict=True))
-    assert read_results(folder).best("val/bpc") == scores[12] > scores[8]
-    fit(text, tmp_path, f"resume={folder}", "max_steps=20", "trainer.val_bytes=300")  # the same bytes go on
-    assert best_of(folder)["global_step"] == 12 and read_results(folder).best("val/bpc") == scores[12]
+
+    def go_on(checkpoint, steps, scored, *more):
+        keys = [f"max_steps={steps}", f"trainer.val_bytes={scored}", "trainer.keep_checkpoints=9", *more]
+        caplog.clear()
+        fit(text, tmp_path, f"resume={checkpoint}", *keys)
+        best, results = best_of(folder), read_results(folder)
+        scores = dict(zip(*results.series("val/bpc"), strict=True))
+        assert scores[best["global_step"]] == results.best("val/bpc")
+        assert best["callbacks"]["Checkpoints"]["best"] == pytest.approx(results.best("val/bpc"))
+        return best["global_step"], scores
+
+    best, scores = go_on(folder, 16, 300, "test=true")
+    assert best == 12 and scores[12] > scores[8] and read_results(folder).current("test/bpc") is not None
+    assert "val/bpc up to step 8 is of 99 bytes, then of 299: they do not compare" in caplog.text
+    assert go_on(folder, 20, 300)[0] == 12 and "do not compare" not in caplog.text  # the same bytes go on
+    first = folder / "checkpoints" / "step-4.ckpt"
+    assert go_on(first, 12, 300)[0] == 8 and "up to step 4 is of 99 bytes" in caplog.text  # back, and other bytes
+    assert go_on(first, 12, 100)[0] in (4, 8) and "do not compare" not in caplog.text  # and the same ones again
+
+
+@pytest.mark.parametrize(("before", "after"), [(10**6, "null"), (100, 99 + 1)])
+def test_another_way_to_say_as_many_bytes_is_no_change(text, tmp_path, caplog, before, after):
+    folder = fit(text, tmp_path, "max_steps=8", f"trainer.val_bytes={before}")
+    fit(text, tmp_path, f"resume={folder}", "max_steps=12", f"trainer.val_bytes={after}")
+    assert "do not compare" not in caplog.text
+
+
+def test_a_validation_that_was_missing_may_be_of_other_bytes(text, tmp_path, monkeypatch):
+    """Stopped between the last step and its validation, which then is the first of its bytes, and the best."""
+    worse_from(monkeypatch, lambda step: step == 8)
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == 8:
+            self._save(trainer)
+            raise Interrupted(signal.SIGTERM, 8)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoints.Checkpoints, "on_validation_batch_end", stop)
+        fit(text, tmp_path, "max_steps=8", "trainer.val_bytes=100")
+    folder = tmp_path / "run"
+    assert best_of(folder)["global_step"] == 4
+    fit(text, tmp_path, f"resume={folder}", "max_steps=8", "trainer.val_bytes=300", "test=true")
+    assert best_of(folder)["global_step"] == 8
+    assert read_results(folder).best("val/bpc") == read_results(folder).last("val/bpc")
 
 
 @pytest.mark.parametrize("at", [8, 12])  # at the last step nothing is left to train, and its test is to be of it

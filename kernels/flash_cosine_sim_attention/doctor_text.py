@@ -32,10 +32,10 @@ def rendered(report: Report) -> list[str]:
     lines += ["", *(rendered_kernels(report["kernels"]) if report["serves"] else rendered_fallback(report))]
     if report["serves"] and report["long_calls_by"] == "sdpa":
         by_sdpa = (
-            "On this GPU backend='auto' takes SDPA for long 16-bit calls without mask, bias or window, which should be "
-            "faster. Below, one call is of backend='cuda'."
+            "On this GPU backend='auto' takes SDPA for long 16-bit calls of head dim 128 or less without mask, bias or "
+            "window, which should be faster."
         )
-        lines += wrapped(by_sdpa, indent=2)
+        lines += wrapped(by_sdpa + " Below, one call is of backend='cuda'." * bool(report["speed"]), indent=2)
     lines += ["", *rendered_self_test(report["self_test"])]
     lines += rendered_speed(report["speed"])
     for found in report["problems"]:

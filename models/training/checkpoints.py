@@ -129,9 +129,11 @@ class Checkpoints(lightning.Callback):
         self._saved_at = time.monotonic()
         step = trainer.global_step
         scored = trainer.datamodule.val_scored
-        if self.val_scored not in (None, scored) and not self.length.is_reached(step):
-            self.best = self.best_step = None  # scores of other bytes do not compare: the next one is the best
-        self.val_scored = scored
+        if trainer.is_global_zero and self._are_others(scored):
+            log.warning(
+                "val/bpc up to step %d is of %d bytes, then of %d: they do not compare, and best.ckpt begins anew",
+                *(step, self.val_scored, scored),
+            )
         trainer.fit_loop.epoch_loop.max_steps = step if self.length.is_reached(step) else self.length.max_steps
         if step and trainer.is_global_zero:
             self._mend_best(step)
@@ -163,9 +165,9 @@ class Checkpoints(lightning.Callback):
         del module
         if trainer.state.fn != "fit":
             return
-        score = trainer.callback_metrics["val/bpc"].item()
-        self.score, self.validated_step = score, trainer.global_step
-        is_best = self.best is None or score < self.best
+        score, scored = trainer.callback_metrics["val/bpc"].item(), trainer.datamodule.val_scored
+        is_best = self.best is None or score < self.best or self._are_others(scored)
+        self.score, self.validated_step, self.val_scored = score, trainer.global_step, scored
         if is_best:
             self.best, self.best_step = score, trainer.global_step
         self._save(trainer, best=is_best)
@@ -173,6 +175,10 @@ class Checkpoints(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, module: GPTModule) -> None:
         del trainer, module
         self.stopping.end()
+
+    def _are_others(self, scored: int) -> bool:
+        """Whether the scores until now are of other bytes; False where an earlier version did not keep of how many."""
+        return self.val_scored is not None and self.val_scored != scored
 
     def _mend_best(self, step: int) -> None:
         if mend_best(self.folder / LAST_CHECKPOINT, step=step, best=self.best, best_step=self.best_step):

@@ -60,7 +60,6 @@ MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
 LENGTH_KEYS = ("max_steps", "optimizer.max_steps")  # they stretch a schedule, but for one that goes by time
 RESUMED_WITH = "resumed_with"  # the entry of run.json that says which keys were changed, and at which steps
-VALIDATED_SINCE = "validated_since"  # its entry of the step after which val/bpc is of the bytes of today
 LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 

@@ -81,6 +81,7 @@ METRICS = {
         (Number("val bpc", "last", "{:.4f}", compared=True), Number("best", "best", "{:.4f}")),
         curve=Curve("loss", {"marker": "o", "markersize": 3}, named=True),
     ),
+    "val/bytes": Metric("bytes of it that were scored"),
     "test/bpc": Metric("bits a byte of the test split, at the end", (Number("test bpc", "current", "{:.4f}"),)),
     "throughput/tokens_per_s": Metric(
         "bytes a second, without validations, samples, checkpoints and the first step",

@@ -168,7 +168,8 @@ class GPTModule(lightning.LightningModule):
         scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum")
         bits_per_byte = (nats / (scored * math.log(2))).item()
         name = f"{split}/bpc"
-        self.report({name: bits_per_byte} | ({"train/tokens": self.tokens} if split == "val" else {}), watched=name)
+        more = {"val/bytes": scored.item(), "train/tokens": self.tokens} if split == "val" else {}
+        self.report({name: bits_per_byte, **more}, watched=name)
         if not math.isfinite(bits_per_byte):  # before a sample is drawn from these weights, or a checkpoint written
             raise DivergedError(f"{split}/bpc is {bits_per_byte} at step {self.global_step}")
 

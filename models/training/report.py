@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.training import metrics
-from models.training.identity import VALIDATED_SINCE, flat
+from models.training.identity import flat
 from models.training.run_files import (
     LOG_FILE,
     METRICS_FILE,
@@ -123,12 +123,11 @@ class Results:
         return values[-1] if values and steps[-1] >= (self.last("step") or 0) else None
 
     def best(self, column: str) -> float | None:
-        """The smallest finite value of a column, of the same validated bytes as the last one; or None."""
-        pairs = [pair for pair in zip(*self.series(column), strict=True) if math.isfinite(pair[1])]
-        since = self.record.get(VALIDATED_SINCE)
-        is_of_today = column.startswith("val/") and isinstance(since, int)
-        later = [pair for pair in pairs if pair[0] > since] if is_of_today else []
-        return min((value for _, value in later or pairs), default=None)
+        """The smallest finite value of a column, or None; of val/bpc, of scores of as many bytes as the last one."""
+        rows = [row for row in self.rows if column in row and "step" in row and math.isfinite(row[column])]
+        if column == "val/bpc" and rows and (scored := rows[-1].get("val/bytes")) is not None:
+            rows = [row for row in rows if row.get("val/bytes", scored) == scored]  # earlier versions did not log it
+        return min((row[column] for row in rows), default=None)
 
     def median(self, column: str) -> float | None:
         """The median of a column, or None."""

@@ -36,7 +36,6 @@ from models.training.environment import command, environment, utc_now
 from models.training.identity import (
     LENGTH_KEYS,
     RESUMED_WITH,
-    VALIDATED_SINCE,
     apart,
     changes_of,
     changing_numbers,
@@ -431,14 +430,6 @@ class Run:
                     "%s was %s, is %s: from here on the learning rate follows the schedule of %s steps",
                     *(key, before, now, now),
                 )
-        before, now = load_config(self.folder).trainer.get("val_bytes"), self.config.trainer.val_bytes
-        if before != now:
-            log.warning(
-                "trainer.val_bytes was %s, is %s: val/bpc before and after step %s are of other bytes; from here on "
-                "best.ckpt is the best of those after",
-                *(before, now, self.resume_step),
-            )
-            self.record[VALIDATED_SINCE] = self.resume_step
 
     def _note(self, changes: dict[str, tuple[Any, Any]]) -> list[dict[str, Any]]:
         """Writes into run.json, before config.yaml is replaced, what is changed from the resumed step on.

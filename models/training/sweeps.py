@@ -63,19 +63,20 @@ def best_jobs(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, An
             best[of] = min(best.get(of, record), record, key=lambda one: one["val_bpc"])
     several = len(best) > 1
     return [
-        (f" of {name or 'a text'} ({val_scored or '?'} bytes), seq_len {seq_len or '?'}" if several else "", record)
-        for (name, _, val_scored, seq_len), record in best.items()
+        (f" of {text or 'a text'} ({val_scored or '?'} bytes), seq_len {seq_len or '?'}" if several else "", record)
+        for (text, val_scored, seq_len), record in best.items()
     ]
 
 
 def _validated(record: dict[str, Any]) -> tuple:
-    """Name, hash and bytes of what a job validated, and in windows of which length, as far as its run says."""
+    """The hash and the bytes of what a job validated, and in windows of which length, as far as its run says."""
     try:
         run = read_record(Path(record["folder"]))
     except (KeyError, TypeError, ValueError, OSError):
         run = {}
     corpus, identity = run.get("corpus") or {}, run.get("identity") or {}
-    return corpus.get("name"), corpus.get("sha256"), corpus.get("val_scored"), identity.get("seq_len")
+    text = f"the text of SHA-256 {corpus['sha256'][:8]}" if corpus.get("sha256") else corpus.get("name")
+    return text, corpus.get("val_scored"), identity.get("seq_len")
 
 
 class Sweep:
