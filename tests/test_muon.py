@@ -9,7 +9,6 @@ from support.configuration import configure
 from torch import nn
 
 from conf.schema import builder, validate
-from models.training import muon
 from models.training.load import build_gpt
 from models.training.muon import MuonAndAdamW, orthogonalized, orthogonalized_alike
 from models.training.optimizer import place_steps, roles_of
@@ -184,18 +183,8 @@ def test_a_batch_is_each_matrix_alone_lying_or_standing():
         torch.testing.assert_close(found, alone.mT, rtol=1e-4, atol=1e-5)
 
 
-def test_the_iteration_compiles_as_one_graph():
-    torch.compiler.reset()
-    x = torch.randn(2, 4, 6)
-    compiled = torch.compile(orthogonalized, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), orthogonalized(x), rtol=1e-4, atol=1e-5)
-    assert muon._compiled() is muon._compiled()
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_gpu_makes_the_same_matrices_but_for_bfloat16(monkeypatch, compiled):
-    monkeypatch.setattr(muon, "COMPILED", compiled)
+def test_a_gpu_makes_the_same_matrices_but_for_bfloat16():
     torch.manual_seed(0)
     matrices = [torch.randn(size) for size in ((64, 128), (128, 64), (64, 128))]
     found = orthogonalized_alike([matrix.cuda() for matrix in matrices])

@@ -7,7 +7,6 @@ learning rates and weight decay have AdamW's scale. ``torch.optim.Muon`` does th
 split a fused projection.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,8 +21,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 UPDATE_RMS = 0.2  # of AdamW's steps, by Liu et al.'s measurement
-# Whether the iteration goes through torch.compile on a GPU: which is faster was not measured.
-COMPILED = False
 
 MATRICES = "matrices"  # the role of the groups that Muon serves
 
@@ -116,13 +113,14 @@ def orthogonalized_alike(matrices: Sequence[Tensor]) -> list[Tensor]:
     lying = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     # Products in bfloat16, as Jordan has them: the iteration forgives rounding. CPUs mostly emulate it.
     dtype = torch.bfloat16 if lying[0].is_cuda else torch.float32
-    iterate = _compiled() if COMPILED and lying[0].is_cuda else orthogonalized
-    done = iterate(torch.stack(lying).to(dtype)).to(matrices[0].dtype)
+    done = orthogonalized(torch.stack(lying).to(dtype)).to(matrices[0].dtype)
     return [one if matrix.shape[0] <= matrix.shape[1] else one.mT for one, matrix in zip(done, matrices, strict=True)]
 
 
 def orthogonalized(x: Tensor) -> Tensor:
     """Nearly U V^T of each U S V^T, by Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x.
+
+    Not through torch.compile: that saves 0.09 ms of a step's 3.2 (docs/log/2026-12-01-muon-compiled.md).
 
     Args:
         x: (n, rows, columns), rows <= columns: products are as large as the smaller side. A matrix of zeros stays one.
@@ -133,8 +131,3 @@ def orthogonalized(x: Tensor) -> Tensor:
         gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-@functools.cache
-def _compiled() -> Callable[[Tensor], Tensor]:
-    return torch.compile(orthogonalized, dynamic=False)
