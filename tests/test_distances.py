@@ -242,6 +242,17 @@ def test_under_autocast_a_table_may_be_in_the_dtype_that_q_was_given_in(backend)
     torch.testing.assert_close(o, attend(backend, *(x.bfloat16() for x in (q, k, v)), distance_bias=table.float()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_float64_and_its_table(backend):
+    q, k, v = torch.randn(3, 1, 2, 9, 8).double().unbind()
+    table = torch.randn(2, 17).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = attend(backend, q, k, v, distance_bias=table)
+        with pytest.raises(TypeError, match="bfloat16 tensor, or float64 as q; got torch.int32"):
+            attend(backend, q, k, v, distance_bias=table.int())
+    torch.testing.assert_close(o, attend(backend, q, k, v, distance_bias=table))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_table_in_qs_dtype(dtype):
     q = torch.randn(1, 2, 5, 8, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -294,6 +295,7 @@ def test_what_asks_for_nothing_is_taken():
     assert torch.equal(flash_attn_func(q, k, v, **nothing), expected)
     packed = packed_inputs()
     off = ALL_OFF | dict.fromkeys(WRONG_PACKED)
+    assert torch.equal(flash_attn_varlen_func(*packed, softcap=np.float32(0)), flash_attn_varlen_func(*packed))
     assert torch.equal(flash_attn_varlen_func(*packed, **off | nothing), flash_attn_varlen_func(*packed))
     with pytest.raises(ValueError, match=r"alibi_slopes must be \(num_heads,\) = \(4,\); got \(2, 4\)"):
         flash_attn_varlen_func(*packed, alibi_slopes=torch.ones(2, 4))
@@ -348,6 +350,7 @@ def test_a_scale_out_of_range_names_its_factors(options, message):
             ValueError,
             r"gain_k must be .* shape \(\) or \(8,\), as gain_q is, got \(2,\).*num_heads is given",
         ),
+        ((64, None, Fraction(100)), ValueError, "gain_q 100, .*must be at most 60"),
         ((64, torch.ones(4), torch.ones(8)), ValueError, r"gain_q must be .* \(4,\), as softmax_scale is, got \(8,\)"),
     ],
 )

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from flash_cosine_sim_attention import functional
 from flash_cosine_sim_attention.functional import scaled_dot_product_attention
@@ -142,6 +143,8 @@ def test_gains_are_as_in_flash_attn_func():
             TypeError,
             "attn_mask must be a tensor, bool or of a floating dtype, got torch.int32",
         ),
+        ({"attn_mask": causal_upper_left(7, 7)}, TypeError, "got torch's CausalBias: is_causal=True"),
+        ({"attn_mask": causal_lower_right(7, 7)}, TypeError, "CausalBias: .*causal=True the lower right one"),
         ({"attn_mask": [True]}, TypeError, "attn_mask must be a tensor, .* got list"),
         ({"attn_mask": BAND[:5]}, ValueError, r"attn_mask must be broadcastable to .* = \(2, 4, 7, 7\), got \(5, 7\)"),
         ({"attn_mask": BAND[None, None, None]}, ValueError, "attn_mask must be broadcastable"),

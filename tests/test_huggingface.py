@@ -198,6 +198,15 @@ def test_packed_by_positions_equals_eager_attention(make):
     assert_equal(model, tokens(2, 24), position_ids=both, use_cache=False)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"use_cache": False, "attention_mask": torch.ones(1, 24)}], ids=["cache", "mask"]
+)
+def test_positions_that_skip_are_one_sequence_where_transformers_has_one(arguments):
+    """Of a context that tokens were dropped from, say."""
+    positions = torch.cat((torch.arange(10), torch.arange(14) + 17))[None]
+    assert_equal(nanochat(), tokens(1, 24), position_ids=positions, **arguments)
+
+
 def test_packing_that_transformers_overlooks_raises():
     """With a cache, which is its default, eager attention sees one sequence where positions begin anew."""
     model = nanochat()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from support.gates import BACKENDS, attend, backend_name
 from support.operators import cu_seqlens
 from support.packed import attend_packed
+from torch.nn.attention.bias import causal_lower_right
 
 from flash_cosine_sim_attention import (
     __version__,
@@ -20,6 +21,8 @@ from flash_cosine_sim_attention import (
     l2norm_tensors,
     plain_cosine_sim_attention,
 )
+from flash_cosine_sim_attention.flash_attn_interface import flash_attn_func
+from flash_cosine_sim_attention.functional import scaled_dot_product_attention
 from flash_cosine_sim_attention.reference import key_ranges
 
 
@@ -520,6 +523,12 @@ ERRORS = [
     (ValueError, r"mask must be .* = \(2, 7\), or .*got \(7,\)", {"mask": torch.ones(7) > 0}),
     (TypeError, "causal must be a bool, got int", {"causal": 1}),
     (TypeError, "causal must be a bool, got Tensor", {"causal": torch.ones(2, 7) > 0}),
+    (TypeError, "causal must be a bool, got numpy.bool", {"causal": np.bool_(True)}),
+    (
+        TypeError,
+        "attn_bias must be a tensor with values, got torch's CausalBias",
+        {"attn_bias": causal_lower_right(5, 7)},
+    ),
     (TypeError, "l2norm_qk must be a bool, got NoneType", {"l2norm_qk": None}),
     (TypeError, "attn_bias_batch_dim must be a bool, got str", {"attn_bias_batch_dim": "yes"}),
     (TypeError, "attn_bias must be a tensor of a floating dtype", {"attn_bias": torch.ones(4, 5, 7) > 0}),
@@ -565,6 +574,18 @@ def test_errors_say_what_is_accepted(error, message, changes):
         changes = dict.fromkeys("qkv", torch.randn(1, 1, 2, int(changes.split()[1])))
     with pytest.raises(error, match=message):
         flash_cosine_sim_attention(**{"q": Q, "k": K, "v": K, **changes})
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_nested_tensors_are_refused(backend, layout):
+    """Their shape has no length of a sequence, or does not exist."""
+    nested = torch.nested.nested_tensor([torch.ones(5, 4, 16), torch.ones(3, 4, 16)], layout=layout)
+    with pytest.raises(TypeError, match="q must not be a nested tensor: .*flash_cosine_sim_attention_varlen"):
+        attend(backend, *[nested.transpose(1, 2)] * 3)
+    for door in (scaled_dot_product_attention, flash_attn_func):
+        with pytest.raises(TypeError, match="(q|query) must not be a nested tensor"):
+            door(*[nested] * 3)
 
 
 BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)

@@ -11,13 +11,14 @@ There is no flash_attn_with_kvcache: with several queries a sequence and caches 
 neither a key mask nor packed sequences. docs/doors.md says how to decode.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .interface import flash_cosine_sim_attention, flash_cosine_sim_attention_varlen
+from .interface import check_not_nested, flash_cosine_sim_attention, flash_cosine_sim_attention_varlen
 from .scales import scale_by_names
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
@@ -212,7 +213,7 @@ def _refuse(**given: Any) -> None:
     """Raises ValueError for the first argument that asks for something; None never does."""
     for name, value in given.items():
         off, instead = _ABSENT[name]
-        if value is not None and not (isinstance(value, (int, float)) and value == off):
+        if value is not None and not (isinstance(value, numbers.Real) and value == off):
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} must be {off}, got {got}: {instead}")
 
@@ -238,6 +239,7 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...]) 
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_not_nested(name, tensor)
         if tensor.ndim != len(dimensions):
             raise ValueError(f"{name} must be ({', '.join(dimensions)}), got {tuple(tensor.shape)}")
     # Found here, where shapes are as they were given.

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .interface import check_flag, flash_cosine_sim_attention
+from .interface import check_flag, check_no_causal_bias, check_not_nested, flash_cosine_sim_attention
 from .reference import dtype_or_type
 from .scales import scale_by_names
 
@@ -96,6 +96,7 @@ def _check_layout(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_not_nested(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, seq_len, head_dim), got {tuple(tensor.shape)}")
     if value.shape != key.shape:
@@ -121,6 +122,8 @@ def _as_mask_or_bias(
         raise ValueError("attn_mask must be None where is_causal=True, as for torch's function; got both")
     if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
         raise TypeError(f"attn_mask must be a tensor, bool or of a floating dtype, got {dtype_or_type(attn_mask)}")
+    instead = "is_causal=True is its upper left one, flash_cosine_sim_attention's causal=True the lower right one"
+    check_no_causal_bias("attn_mask", attn_mask, instead)
     full = (*query.shape[:-1], seq_len_k)
     sizes = (1,) * (4 - attn_mask.ndim) + attn_mask.shape
     if len(sizes) > 4 or any(a != 1 and a != b for a, b in zip(sizes, full, strict=True)):

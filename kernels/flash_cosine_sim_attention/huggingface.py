@@ -431,7 +431,7 @@ def _check_packing(
         return
     if getattr(module, "layer_idx", 0) != 0:  # all get the same, and on a GPU this waits for it
         return
-    rising = position_ids.diff() == 1
+    rising = position_ids.diff() > 0
     if visible.keys is not None:  # what is padded may have any positions
         if visible.keys.shape[1] < position_ids.shape[1]:  # another sequence's: a decoder's queries, its encoder's keys
             return

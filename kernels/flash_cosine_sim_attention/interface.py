@@ -62,6 +62,14 @@ def flash_cosine_sim_attention(
     alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., backend: str = ...,
     return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def flash_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., backend: str = ...,
+    return_partials: bool,
+) -> Result: ...  # fmt: skip
 def flash_cosine_sim_attention(
     q: Tensor,
     k: Tensor,
@@ -102,9 +110,9 @@ def flash_cosine_sim_attention(
             above 60 are a ValueError, and with a bias scale * groups + the largest bias must stay at 60 or below,
             attn_bias and distance_bias together (a bias may be as negative as one likes, or -inf, where the row sees
             another key: the CUDA kernels take a row whose logits all are below -87 for one without a key). The values
-            of a CUDA tensor are not checked, for that would synchronise, nor those of any tensor under torch.compile:
-            beyond 60 / groups they count as that, with a gradient of 0, as where max_scale is given; 0 and less count
-            as they are. Learn the logarithm.
+            of a CUDA tensor are not checked, for that would synchronise, nor those of a DTensor, nor of any tensor
+            under torch.compile: beyond 60 / groups they count as that, with a gradient of 0, as where max_scale is
+            given; 0 and less count as they are, down to minus that bound. Learn the logarithm.
         groups: l2-normalise head_dim in so many equal parts; |cos| then reaches `groups`.
         causal: query i sees key j iff j <= i + seq_len_k - seq_len_q.
         l2norm_qk: False takes q and k as they are (normalised earlier, say, and rotated since). If they are
@@ -127,7 +135,8 @@ def flash_cosine_sim_attention(
             in float16 stays on Hopper's kernels, for its exp(logits) are then known to fit.
         backend: "cuda"; "sdpa", PyTorch's scaled_dot_product_attention; "reference", plain PyTorch for any
             head_dim; or "auto": "cuda" where it serves, else "sdpa", with the reason logged once, and "sdpa" for long
-            16-bit calls without mask, bias or window on compute capability 10.x. A named back end that cannot serve
+            16-bit calls without mask, bias or window, not packed, and causal only with as many queries as keys, on
+            compute capability 10.x. A named back end that cannot serve
             raises. "sdpa" and "reference" take float64 too, to check gradients.
         return_partials: return (numerator, denominator), whose quotient is the output. They are not shifted,
             so shards over the keys merge by plain addition, and logits beyond the range, by a larger bias
@@ -205,6 +214,13 @@ def plain_cosine_sim_attention(
     attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., return_partials: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def plain_cosine_sim_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = ..., attn_bias: Tensor | None = ...,
+    scale: float | Tensor = ..., groups: int = ..., causal: bool = ..., l2norm_qk: bool = ...,
+    attn_bias_batch_dim: bool = ..., *, window_size: Sequence[int] | None = ..., distance_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., max_scale: float | None = ..., return_partials: bool,
+) -> Result: ...  # fmt: skip
 def plain_cosine_sim_attention(
     q: Tensor,
     k: Tensor,
@@ -228,7 +244,7 @@ def plain_cosine_sim_attention(
     It materialises the scores, takes any head_dim and float64, and has every derivative. Arguments, results and errors
     are the same, but that it has no `backend`.
     """
-    return flash_cosine_sim_attention(  # type: ignore[call-overload, misc, no-any-return]  # a bool is no Literal
+    return flash_cosine_sim_attention(
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim,
         window_size=window_size, distance_bias=distance_bias, alibi_slopes=alibi_slopes, max_scale=max_scale,
         backend="reference", return_partials=return_partials,
@@ -270,7 +286,8 @@ def flash_cosine_sim_attention_varlen(
             the rows from cu_seqlens[s] up to cu_seqlens[s + 1]. The first entry is 0, none is less than the one before
             it, and the last is at most total. A sequence may have no queries or no keys. Rows behind the last
             sequence belong to none: such queries yield zeros, with zero gradients. Values on the CPU are checked.
-            Those on a GPU are not, for that would synchronise, nor is anything under torch.compile: there wrong ones
+            Those on a GPU are not, for that would synchronise, nor those of a DTensor, nor anything under
+            torch.compile: there wrong ones
             give wrong results, but nothing is read or written outside the tensors. "sdpa" attends to one sequence
             after the other, for which it reads the values on a GPU, too, and checks them; under torch.compile it
             does not, and takes the time of total_q x total_k scores.
@@ -464,6 +481,7 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_not_nested("q", q)
     dtype = q.dtype
     if not (k.dtype is dtype and v.dtype is dtype and dtype in ANY_DTYPES):
         _refuse_dtypes(q, k, v)
@@ -480,9 +498,27 @@ def _refuse_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     raise TypeError(f"q, k and v must have one dtype, got q: {q.dtype}, k: {k.dtype}, v: {v.dtype}")
 
 
+def check_not_nested(name: str, tensor: Tensor) -> None:
+    """Before its shape is read, which may not exist."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor: pack its values, (total, heads, head_dim), for "
+            "flash_cosine_sim_attention_varlen with its offsets as cu_seqlens"
+        )
+
+
+def check_no_causal_bias(name: str, bias: Tensor, instead: str) -> None:
+    """PyTorch's CausalBias is a tensor without values, for its own function alone."""
+    if type(bias).__name__ == "CausalBias":
+        raise TypeError(f"{name} must be a tensor with values, got torch's CausalBias: {instead}")
+
+
 def check_flag(name: str, flag: bool) -> None:
     if not isinstance(flag, (bool, torch.SymBool)):
-        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+        kind = type(flag)  # whose name may be bool, too: numpy has one
+        raise TypeError(
+            f"{name} must be a bool, got {f'{kind.__module__}.' * (kind.__name__ == 'bool')}{kind.__name__}"
+        )
 
 
 def _check_shapes(q: Tensor, k: Tensor, given: tuple[Tensor, Tensor, Tensor], any_head_dim: bool) -> None:
@@ -534,6 +570,7 @@ def _as_4d_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool)
         return None
     if not isinstance(attn_bias, Tensor) or not attn_bias.is_floating_point():
         raise TypeError(f"attn_bias must be a tensor of a floating dtype, got {dtype_or_type(attn_bias)}")
+    check_no_causal_bias("attn_bias", attn_bias, "causal=True is its lower right one")
     if attn_bias.device != q.device:
         raise ValueError(f"attn_bias must be on q's device {q.device}, got {attn_bias.device}")
     shape = attn_bias.shape
@@ -607,10 +644,12 @@ def _as_table(
     if distance_bias is None:
         return None, 0
     wide = compute_dtype(q.dtype)
-    dtypes = DTYPES if autocast else (torch.float32, wide, q.dtype)
+    dtypes = (*DTYPES, wide) if autocast else (torch.float32, wide, q.dtype)
     if not isinstance(distance_bias, Tensor) or distance_bias.dtype not in dtypes:
         got = dtype_or_type(distance_bias)
-        accepted = "float32, float16 or bfloat16 tensor" if autocast else f"float32 tensor, or in q's dtype {q.dtype}"
+        accepted = f"float32 tensor, or in q's dtype {q.dtype}"
+        if autocast:
+            accepted = "float32, float16 or bfloat16 tensor" + (", or float64 as q" if wide == torch.float64 else "")
         raise TypeError(f"distance_bias must be a {accepted}; got {got}")
     (name_q, num_queries), (name_k, num_keys) = lengths
     shape, num_heads = tuple(distance_bias.shape), q.shape[1]

@@ -144,4 +144,4 @@ def _check_product(scale: float | Tensor, head_dim: int | None, factors: dict[st
 def _shown(factor: float | Tensor) -> str:
     if isinstance(factor, Tensor):
         return f"of shape {tuple(factor.shape)}"
-    return shown(factor) if torch.compiler.is_compiling() else f"{factor:g}"
+    return shown(factor) if torch.compiler.is_compiling() else f"{float(factor):g}"
