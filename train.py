@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from conf.legacy import answer_flags
-from models.training.started import follow_the_first
+from models.training.started import end_on_interrupt, follow_the_first, raise_on_interrupt
 from models.training.tables import outlive_the_reader, show_any_character
 
 if __name__ == "__main__":  # before the imports that take seconds
+    end_on_interrupt()
     follow_the_first()
     outlive_the_reader()
     show_any_character()
@@ -56,6 +57,9 @@ from models.training.trainer import build_trainer, check_trainer
 from models.training.training_time import TrainingTime
 
 log = logging.getLogger(__name__)
+
+if __name__ == "__main__":
+    raise_on_interrupt()
 
 
 def main() -> None:

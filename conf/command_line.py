@@ -6,7 +6,6 @@ Hydra knows which keys there are, but not which option has them, and refuses in 
 import itertools
 import os
 import re
-import shlex
 import shutil
 import sys
 import textwrap
@@ -20,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Overri
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from conf.schema import CHOOSERS, CONF, COPIES, GROUPS, ConfigError, keys_of, options_of, shown, unknown
+from conf.schema import CHOOSERS, CONF, COPIES, GROUPS, ConfigError, keys_of, options_of, shown, typed, unknown
 
 MULTIRUN = ("-m", "--multirun")
 # With these another configuration is composed than conf/config.yaml, or none.
@@ -129,8 +128,7 @@ def _parse(word: str) -> Override | None:
     except HydraException as error:
         key, _, value = word.partition("=")
         if re.fullmatch(r"[+~\w./@]+", key) and value and not re.search(r"[\"'\[\]{}$\\]", value):
-            quoted = shlex.quote(f'{key}="{value}"')
-            raise ConfigError(f"{key} got characters that must be quoted: {quoted}") from error
+            raise ConfigError(f"{key} got characters that must be quoted: {typed(key, value)}") from error
         raise ConfigError(f"{shown(word)} is no KEY=VALUE: {str(error).strip().splitlines()[0]}") from error
 
 

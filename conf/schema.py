@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import re
+import shlex
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,15 @@ def shown(value: Any) -> str:
     """A value in a message: quoted, on one line, cut where it is long."""
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def typed(key: str, value: Any) -> str:
+    """KEY=VALUE as it is typed in a shell, whatever characters the value has."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./@%+-]+", text):
+        return f"{key}={text}"
+    escaped = re.sub(r'(\\*)("|\Z)', lambda match: 2 * match[1] + ('\\"' if match[2] else ""), text)
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def _name(annotation: Any) -> str:

@@ -8,7 +8,17 @@ from typing import Any
 
 from conf.schema import COPIES, GROUPS, shown, values_of
 from models.training import metrics
-from models.training.identity import INCIDENTAL, RESUMED_WITH, flat, is_one_of, is_said_above, resumed_with
+from models.training.identity import (
+    BY_BYTES,
+    HASH,
+    INCIDENTAL,
+    RESUMED_WITH,
+    flat,
+    is_hash,
+    is_one_of,
+    is_said_above,
+    resumed_with,
+)
 from models.training.report import Results
 
 PRECISION = "trainer.precision"
@@ -95,8 +105,20 @@ def arms_of(runs: Sequence[Results]) -> list[Arm]:
             settings[PRECISION] = run.precision or usual
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
         before = arms.get(key, Arm(settings, (), ()))
-        arms[key] = Arm(settings, (*before.runs, run), (*before.seeds, config.get("seed")))
+        arms[key] = Arm(before.settings, (*before.runs, run), (*before.seeds, config.get("seed")))
     return list(arms.values())
+
+
+class _File(str):
+    """A file that a run began with: shown by its path, told apart by the hash of its bytes."""
+
+    def __new__(cls, path: str, identity: str):
+        text = super().__new__(cls, f"{path} ({identity.removeprefix(HASH)[:8]})")
+        text.identity = identity
+        return text
+
+    def __repr__(self) -> str:
+        return self.identity
 
 
 def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +131,10 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
         and not is_one_of(key, INCIDENTAL)
         and not key.endswith(".kind")
     }
+    identity = run.record.get("identity") or {}
+    for key in BY_BYTES:
+        if kept.get(key) is not None and is_hash(identity.get(key)):
+            kept[key] = _File(kept[key], identity[key])
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
     changed = "; ".join(map(_change, resumed_with(run.record)))

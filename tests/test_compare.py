@@ -94,6 +94,20 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_where_weights_came_from_is_told_by_their_bytes(make, tmp_path, capsys):
+    """Not by the path, which may have led to others, and which may be spelled in several ways."""
+    for seed, (path, digest) in enumerate([("runs/a", "0"), ("../runs/a", "0"), ("runs/a", "1"), ("runs/b", None)]):
+        identity = {"init_from": path if digest is None else f"sha256:{digest * 64}"}
+        make(seed=seed, loss=1 + seed, config={"init_from": path}, identity=identity)
+    out = compared(capsys, tmp_path / "runs").out
+    assert cells_of(out)[:3] == [
+        ["runs/a (00000000)", "2", "* 1.5000 ± 0.7071", "2,000 ± 0", "1.50 ± 0.00"],
+        ["runs/a (11111111)", "1", "3.0000", "2,000", "1.50"],
+        ["runs/b", "1", "4.0000", "2,000", "1.50"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_are_one_row_with_mean_deviation_and_n(make, tmp_path, capsys):
     for seed, loss in enumerate((1.0, 1.1, 1.5)):
         make(loss=loss, seed=seed)
@@ -807,7 +821,7 @@ def test_what_is_asked_for_is_written_though_nobody_reads_the_tables(make, tmp_p
     with pytest.MonkeyPatch.context() as patch, open(write, "w") as closed:
         patch.setattr("sys.stdout", closed)
         options = zip(("--html", "--markdown", "--plot"), map(str, files), strict=True)
-        assert compare.main([str(tmp_path / "runs"), *itertools.chain(*options)]) == 1
+        assert compare.main([str(tmp_path / "runs"), *itertools.chain(*options)]) == 141
     assert all(file.stat().st_size > 100 for file in files)
 
 

@@ -2,11 +2,13 @@
 
 import inspect
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support import ROOT
 from support.configuration import configure
@@ -14,7 +16,7 @@ from support.forked import Forked
 
 from conf import command_line
 from conf.registry import BUILDERS, FORMER_TARGETS, GIVEN_BY_CODE, find
-from conf.schema import CHOOSERS, COPIES, GROUPS, ConfigError, builder, keys_of, options_of, validate
+from conf.schema import CHOOSERS, COPIES, GROUPS, ConfigError, builder, keys_of, options_of, typed, validate
 from models.training.batching import micro_batches
 from models.training.devices import choose_precision, compiles_by_default, uses_cuda
 from models.training.identity import INCIDENTAL
@@ -326,6 +328,18 @@ REFUSED = {
     "+experiment=enwik8": "experiment is a key already, which + would add: drop the +, experiment=enwik8",
     "-m +seed=1,2": "seed is a key already, which + would add: drop the +, seed=1,2",
 }
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["runs/NAME", "my runs, a=1/x", "a=b", "/tmp/é", "it's", 'say "x"', "back\\", 'a\\"b', "a(b)", "[x]", "{a:1}",
+     "a:b", "~/x", "null", "a#b", "a;b"],
+)  # fmt: skip
+def test_what_is_printed_to_be_typed_is_read_as_it_is(value):
+    (word,) = shlex.split(typed("resume", value))
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert override.key_or_group == "resume"
+    assert str(override.value() or "null") == value
 
 
 @pytest.mark.parametrize("line", REFUSED)

@@ -246,6 +246,26 @@ def test_a_run_outlives_the_reader_of_its_output(text, tmp_path):  # noqa: F811
         errors = generated.stderr.read().decode()
     assert "Traceback" not in errors and "Broken pipe" not in errors, errors
     assert generated.returncode == 141
+    line = [sys.executable, "-m", "scripts.compare", *[str(tmp_path / "run")] * 2, "--within", "0.5"]
+    with subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as compared:
+        compared.stdout.close()
+        errors = compared.stderr.read().decode()
+    assert compared.returncode == 141 and not errors  # not 1, which says that they differ
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'lightning': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "sys.argv = ['train.py', 'model=tiny']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, "", "interrupted")
 
 
 @pytest.mark.training

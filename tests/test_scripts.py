@@ -575,7 +575,7 @@ def test_a_look_at_test_is_logged_though_it_is_interrupted_or_its_pipe_closes(ru
     kept.unlink()
     with open(writing, "w", closefd=True) as closed, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", closed)
-        assert evaluate.main(line) == 1
+        assert evaluate.main(line) == 141
     assert modes() == [None, None, "chunk", None, "chunk"] and kept.is_file()
     assert "opened 2 times before" in capsys.readouterr().err
     assert evaluate.main(line) == 0

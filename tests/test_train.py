@@ -3,6 +3,7 @@
 import datetime
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -968,10 +969,51 @@ def test_what_a_run_began_with_need_not_be_said_again(text, tmp_path):
     ended = weights(folder)["state_dict"]
     fit(text, tmp_path, "max_steps=8", f"resume={checkpoint}")
     record = json.loads((folder / "run.json").read_text())
-    assert "resumed_with" not in record and record["identity"]["init_from"] == str(source)
+    assert "resumed_with" not in record and record["identity"]["init_from"] == hashed(source / "checkpoints/best.ckpt")
     assert all(torch.equal(ended[name], value) for name, value in weights(folder)["state_dict"].items())
     assert load_config(folder).init_from == str(source)
     fit(text, tmp_path, "max_steps=8", f"resume={folder}", "test=true")
+
+
+def hashed(path):
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_is_found_by_the_weights_that_it_began_with_wherever_they_are(text, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    source = fit(text, tmp_path / "source", "max_steps=4")
+    line = [f"init_from={source}", "resume=auto"]
+    folder = fit(text, tmp_path, *line, "max_steps=1")
+    monkeypatch.chdir(tmp_path)
+    assert fit(text, tmp_path, "init_from=source/run", "resume=auto", "max_steps=2") == folder
+    kept = source.rename(tmp_path / "elsewhere")
+    assert fit(text, tmp_path, f"init_from={kept}", "resume=auto", "max_steps=3") == folder
+    assert fit(text, tmp_path, *line, "max_steps=4") == folder  # they are gone: by the path
+    assert read_results(folder).last("step") == 4 and not (tmp_path / "run-2").exists()
+
+    fit(text, tmp_path / "source", "max_steps=4", "lr=0.01")  # others, under the same path
+    caplog.clear()
+    fit(text, tmp_path, *line, "max_steps=4")
+    assert f"{folder} is the same but for the bytes of a file that it began with" in caplog.text
+    other = tmp_path / "run-2"
+    assert read_results(other).last("step") == 4 and read_results(folder).last("step") == 4
+    identities = [json.loads((run / "run.json").read_text())["identity"] for run in (folder, other)]
+    assert identities[0].pop("init_from") == hashed(kept / "checkpoints/best.ckpt")
+    assert identities[1].pop("init_from") == hashed(source / "checkpoints/best.ckpt")
+    assert identities[0] == identities[1]
+
+
+def test_rates_that_are_repeated_are_told_apart_by_their_bytes(text, tmp_path):
+    rates = tmp_path / "rates.csv"
+    rates.write_text("step,lr_fraction\n1,1.0\n2,0.5\n")
+    line = [f"optimizer.rates={rates}", "max_steps=2", "resume=auto"]
+    folder = fit(text, tmp_path, *line)
+    fit(text, tmp_path, *line)
+    assert not (tmp_path / "run-2").exists()
+    assert json.loads((folder / "run.json").read_text())["identity"]["optimizer.rates"] == hashed(rates)
+    rates.write_text("step,lr_fraction\n1,1.0\n2,0.25\n")
+    fit(text, tmp_path, *line)
+    assert [float(row["train/lr"]) for row in metrics(tmp_path / "run-2") if row["train/lr"]][-1] == 0.25e-3
 
 
 def test_a_resumed_run_keeps_where_its_weights_came_from(text, tmp_path, monkeypatch):
@@ -1003,6 +1045,9 @@ def test_an_origin_that_an_earlier_version_lost_is_found_again(text, tmp_path, c
     stored = load_config(folder)
     stored.init_from = None
     OmegaConf.save(stored, folder / "config.yaml")
+    record = json.loads((folder / "run.json").read_text())
+    record["identity"]["init_from"] = str(source)  # as they had it
+    (folder / "run.json").write_text(json.dumps(record))
     fit(text, tmp_path, f"resume={folder}")
     assert load_config(folder).init_from == str(source) and "init_from was" not in caplog.text
 
@@ -1119,10 +1164,12 @@ def test_a_checkpoint_elsewhere_in_a_run_is_refused(text, tmp_path):
 @pytest.mark.parametrize("rate", ["1e3", "1e30"])  # by the first learned scales get to exp(-1000)
 def test_divergence_is_marked_and_raised(text, tmp_path, rate):
     with pytest.raises(DivergedError, match="the gradient's norm is"):
-        fit(text, tmp_path, f"lr={rate}", "trainer.clip_norm=null", "max_steps=60")
+        fit(text, tmp_path, f"lr={rate}", "trainer.clip_norm=null", "max_steps=60", "trainer.log_every=1")
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["status"] == "diverged"
     assert "nan" in record["error"] or "inf" in record["error"]
+    logged = [int(row["step"]) for row in metrics(tmp_path / "run") if row["train/grad_norm"]]
+    assert int(re.search(r"at step (\d+)", record["error"])[1]) == 1 + max(logged, default=0)
 
 
 def test_a_validation_that_is_not_finite_stops_before_its_checkpoint(text, tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from conf.schema import typed
+
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
@@ -217,7 +219,11 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         folder = path.parent
         kept = (folder / CHECKPOINT_FOLDER / LAST_CHECKPOINT).exists()
-        on = f"resume={folder} goes on from the last checkpoint" if kept else "there is no checkpoint yet to go on from"
+        on = (
+            f"{typed('resume', folder)} goes on from the last checkpoint"
+            if kept
+            else "there is no checkpoint yet to go on from"
+        )
         raise OSError(f"{path} could not be written ({error.strerror or error}); {on}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.earlier import ADDED
-from conf.schema import COPIES
+from conf.schema import COPIES, typed
 from models.training.run_files import load_config, read_record
 
 # Keys that do not change what a run computes: neither compared when it is resumed nor told in its name.
@@ -59,7 +59,10 @@ FOUND_BY = (
 MODEL_KEYS = ("seq_len", "model", "attention", "norm")
 MODEL_KEYS_THAT_MAY_CHANGE = ("model.dropout", "attention.backend")
 LENGTH_KEYS = ("max_steps", "optimizer.max_steps")  # they stretch a schedule, but for one that goes by time
+# Keys that name a file: what a run computes depends on its bytes, wherever they are.
+BY_BYTES = ("init_from", "optimizer.rates")
 RESUMED_WITH = "resumed_with"  # the entry of run.json that says which keys were changed, and at which steps
+HASH = "sha256:"
 LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 
 
@@ -102,6 +105,34 @@ def identity_of(config: DictConfig, corpus_sha256: str | None) -> dict[str, Any]
     values = flat(OmegaConf.to_container(config, resolve=True))
     kept = {key: value for key, value in values.items() if not is_one_of(key, (*INCIDENTAL, *CONTINUABLE))}
     return {**_without_added(dict(sorted(kept.items()))), "corpus": corpus_sha256}
+
+
+def by_bytes(identity: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    """An identity with the hash of files in place of their paths.
+
+    Args:
+        identity: see ``identity_of``.
+        files: those that are there, by key of ``BY_BYTES``.
+    """
+    return {**identity, **{key: HASH + _sha256(path) for key, path in files.items()}}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def is_hash(value: Any) -> bool:
+    """Whether an identity has the hash of a file's bytes, and not its path."""
+    return isinstance(value, str) and value.startswith(HASH)
+
+
+def differing_keys(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """The keys that two identities have different values of."""
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
 def apart(config: DictConfig, swept: Sequence[str]) -> dict[str, Any]:
@@ -199,12 +230,12 @@ def refuse_another(folder: Path, config: DictConfig, identity: dict[str, Any]) -
     if model := say(MODEL_KEYS, MODEL_KEYS_THAT_MAY_CHANGE):
         raise ValueError(
             f"the run in {str(folder)!r} has another model: {model}; give the same keys again, or take its weights "
-            f"alone into a new run: init_from={folder}"
+            f"alone into a new run: {typed('init_from', folder)}"
         )
     if kind := say(("optimizer.kind",)):
         raise ValueError(
             f"the run in {str(folder)!r} has another optimizer, whose state is of no use here: {kind}; give the same "
-            f"option again, or take its weights alone into a new run: init_from={folder}"
+            f"option again, or take its weights alone into a new run: {typed('init_from', folder)}"
         )
     sha256 = (read_record(folder).get("corpus") or {}).get("sha256")
     if sha256 not in (None, identity["corpus"]):

@@ -110,7 +110,7 @@ def load_weights(gpt: GPT, source: str | Path) -> list[str]:
         ValueError: source is neither, or its weights are of another width or depth. Of what shapes do not say, such as
             the number of heads, see ``meant_otherwise``.
     """
-    (weights, _), own = _read_weights(_source_checkpoint(source)), gpt.state_dict()
+    (weights, _), own = _read_weights(source_checkpoint(source)), gpt.state_dict()
     # What an attention has of its own, and a table of absolute positions, belong to the old attention and length.
     special = tuple(name for name in {*weights, *own} if ".inner." in name or name.startswith("positions."))
     wrong = [
@@ -151,7 +151,7 @@ def meant_otherwise(source: str | Path, config: DictConfig) -> list[str]:
         ValueError: source is no run or checkpoint, or its weights would mean something else altogether: with the same
             shapes, but other heads, or another head of the model.
     """
-    path = _source_checkpoint(source)
+    path = source_checkpoint(source)
     folder = path.parent.parent
     if path.parent.name != CHECKPOINT_FOLDER or not (folder / CONFIG_FILE).is_file():
         return []
@@ -187,7 +187,8 @@ def _used_as(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def _source_checkpoint(source: str | Path) -> Path:
+def source_checkpoint(source: str | Path) -> Path:
+    """The checkpoint that init_from means: of a run's folder its best one. ValueError: there is none."""
     path = Path(source)
     path = find_checkpoint(path, "best") if path.is_dir() else path
     if not path.is_file():

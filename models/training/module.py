@@ -90,7 +90,7 @@ class GPTModule(lightning.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), max_norm)
         if self.grad_norm.device.type == "cpu" and not math.isfinite(self.grad_norm):
             # at once where reading it is free; on a GPU at the next log step or validation
-            raise DivergedError(f"the gradient's norm is {self.grad_norm.item()} at step {self.global_step}")
+            raise DivergedError(f"the gradient's norm is {self.grad_norm.item()} at step {self.global_step + 1}")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, scheduler = self.optimizer.build(self.gpt)

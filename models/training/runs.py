@@ -20,6 +20,7 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.schema import typed
 from models.training.checkpoint_files import (
     CHECKPOINT_FOLDER,
     LAST_CHECKPOINT,
@@ -34,18 +35,24 @@ from models.training.checkpoint_files import (
 from models.training.devices import uses_cuda
 from models.training.environment import command, environment, utc_now
 from models.training.identity import (
+    BY_BYTES,
     LENGTH_KEYS,
     RESUMED_WITH,
     apart,
+    by_bytes,
     changes_of,
     changing_numbers,
     default_name,
+    differing_keys,
+    flat,
     identity_of,
+    is_hash,
     recorded_identity,
     refuse_another,
     resumed_with,
     was_stretched,
 )
+from models.training.load import source_checkpoint
 from models.training.locks import Lock, holder, try_lock
 from models.training.module import DivergedError
 from models.training.places import hold, places, take
@@ -61,6 +68,7 @@ from models.training.run_files import (
     read_csv,
     read_record,
 )
+from models.training.schedule import rates_file
 from models.training.started import RUN_VARIABLE
 from models.training.stopping import Interrupted, exit_code
 
@@ -130,7 +138,7 @@ class Run:
             ValueError: resume names no run, one of another model or corpus, or one that another process owns.
             Skipped: in a sweep, such a run is finished, or another process is at it.
         """
-        self.identity = identity = identity_of(self.config, corpus_sha256)
+        self.identity = identity = by_bytes(identity_of(self.config, corpus_sha256), self._files())
         if RUN_VARIABLE in os.environ:
             folder, checkpoint, error = json.loads(os.environ[RUN_VARIABLE])
         else:
@@ -206,6 +214,16 @@ class Run:
             self._store(self._note({}))
             self.update()
 
+    def _files(self) -> dict[str, Path]:
+        """The files that the keys of BY_BYTES name, where they are there."""
+        found, rates = {}, self.config.optimizer.get("rates")
+        if self.config.init_from is not None:
+            with suppress(ValueError, OSError):  # gone, which matters to a new run alone
+                found["init_from"] = source_checkpoint(self.config.init_from)
+        if isinstance(rates, str) and rates_file(rates).is_file():
+            found["optimizer.rates"] = rates_file(rates)
+        return found
+
     @property
     def _is_timed(self) -> bool:
         return self.config.trainer.budget_minutes is not None
@@ -216,13 +234,10 @@ class Run:
         Raises:
             ValueError: another init_from is given, which only a new run would read.
         """
-        origin, given = load_config(self.folder).get("init_from"), self.config.init_from
-        origin = origin or (self.record.get("identity") or {}).get("init_from")  # lost by earlier versions
-        # By the words, in a folder that was moved, or by where they led when the run began
-        same = origin is not None and (
-            given == origin or Path(given or origin).resolve() == Path(self.record.get(ORIGIN) or origin).resolve()
-        )
-        if given is not None and not same:
+        origin, given = _value_of(self.folder, self.record, "init_from"), self.config.init_from
+        recorded = (self.record.get("identity") or {}).get("init_from")
+        same = is_hash(recorded) and recorded == self.identity.get("init_from")
+        if given is not None and not same and not self._names_the_same("init_from", self.folder, self.record):
             began = "without other weights" if origin is None else f"with the weights of {str(origin)!r}"
             raise ValueError(
                 f"init_from is read where a run begins, got {str(given)!r}, and the run in {str(self.folder)!r} began "
@@ -237,7 +252,8 @@ class Run:
         if self.trained_s is None:
             raise ValueError(
                 f"trainer.budget_minutes={budget:g} counts from a run's first step, and the run in "
-                f"{str(self.folder)!r} counted no time; give null, or take its weights alone: init_from={self.folder}"
+                f"{str(self.folder)!r} counted no time; give null, or take its weights alone: "
+                f"{typed('init_from', self.folder)}"
             )
         before = load_config(self.folder).trainer.budget_minutes
         if before is not None and budget < before and 60 * budget < self.trained_s:
@@ -306,7 +322,39 @@ class Run:
         pattern = re.compile(rf"{re.escape(given)}(-[1-9]\d{{0,5}})?") if given else re.compile(".*")
         found = [path.parent for path in root.glob(f"*/{RECORD_FILE}") if pattern.fullmatch(path.parent.name)]
         found.sort(key=lambda folder: -(folder / RECORD_FILE).stat().st_mtime_ns)
-        return [folder for folder in found if recorded_identity(folder) == identity]
+        runs = [folder for folder in found if self._is_of(folder, identity)]
+        if not runs and (others := [folder for folder in found if self._is_of(folder, identity, any_bytes=True)]):
+            log.warning(
+                "the run in %s is the same but for the bytes of a file that it began with (%s), and is passed over; "
+                "python train.py %s goes on with it",
+                *(others[0], " or ".join(BY_BYTES), typed("resume", others[0])),
+            )
+        return runs
+
+    def _is_of(self, folder: Path, identity: dict[str, Any], *, any_bytes: bool = False) -> bool:
+        """Whether a run has this identity. Files are told apart by their bytes; where those are not known, by path.
+
+        Args:
+            any_bytes: by path in any case.
+        """
+        recorded = recorded_identity(folder)
+        if recorded is None or not (differing := differing_keys(recorded, identity)) <= set(BY_BYTES):
+            return False
+        known = {key for key in differing if is_hash(recorded.get(key)) and is_hash(identity.get(key))}
+        if known and not any_bytes:
+            return False
+        return all(self._names_the_same(key, folder, read_record(folder)) for key in differing)
+
+    def _names_the_same(self, key: str, folder: Path, record: dict[str, Any]) -> bool:
+        """Whether a key names the file that it named where a run began.
+
+        By the words, in a folder that was moved, or by where they lead and led then.
+        """
+        given, before = flat(OmegaConf.to_container(self.config)).get(key), _value_of(folder, record, key)
+        if given is None or before is None:
+            return given == before
+        led_to = record.get(ORIGIN) if key == "init_from" else None
+        return given == before or Path(given).resolve() == Path(led_to or before).resolve()
 
     def _find_own(self, runs: Sequence[Path]) -> None:
         """Goes on with the first of several runs, if there is one."""
@@ -551,9 +599,9 @@ def open_run(
         run.end("interrupted")
         if processes.is_first:
             log.warning(
-                "interrupted by %s; the checkpoint of step %d is kept. To go on: python train.py resume=%s, with the "
-                "same keys",
-                *(stopped, stopped.step, run.folder),
+                "interrupted by %s; the checkpoint of step %d is kept. To go on, with the same keys: "
+                "python train.py %s",
+                *(stopped, stopped.step, typed("resume", run.folder)),
             )
         # Those that the first process started report through it: it would take any other code for a crash
         raise SystemExit(0 if processes.is_started_by_first else exit_code(stopped)) from None
@@ -582,6 +630,14 @@ def leave_mark(root: Path, name: str, status: str, **entries: Any) -> Path:
     finally:
         mark.close()
     return mark.folder
+
+
+def _value_of(folder: Path, record: dict[str, Any], key: str) -> Any:
+    """A key of a run's configuration. init_from was lost by earlier versions, but for the record."""
+    value = flat(OmegaConf.to_container(load_config(folder))).get(key)
+    if value is None and not is_hash(recorded := (record.get("identity") or {}).get(key)):
+        return recorded
+    return value
 
 
 def _apart_in(folder: Path, swept: Sequence[str]) -> dict[str, Any] | None:
@@ -670,6 +726,6 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path]:
         read_checkpoint(path)
     except ValueError as error:
         other, _ = newest_good(path.parent)
-        hint = f"; the newest sound one is {other}: resume={other}" if other else ""
+        hint = f"; the newest sound one is {other}: {typed('resume', other)}" if other else ""
         raise ValueError(f"{error}{hint}") from error
     return folder, path

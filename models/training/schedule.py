@@ -93,6 +93,11 @@ class TimedFractions:
         return self.schedule.decayed((seconds - self.warmed_up_s) / left if left > 0 else 1.0)
 
 
+def rates_file(source: str | Path) -> Path:
+    """The path of a run's rates.csv, given that or its folder."""
+    return Path(source) / RATES_FILE if Path(source).is_dir() else Path(source)
+
+
 def read_rates(source: str | Path) -> list[float]:
     """The fraction of every optimizer step, from the first, that a run by time logged.
 
@@ -102,7 +107,7 @@ def read_rates(source: str | Path) -> list[float]:
     Raises:
         ValueError: there is no such file, or it is not one of these, whole from step 1 on.
     """
-    path = Path(source) / RATES_FILE if Path(source).is_dir() else Path(source)
+    path = rates_file(source)
     if not path.is_file():
         raise ValueError(
             f"optimizer.rates must be null, the {RATES_FILE} of a run with trainer.budget_minutes, or that run's "

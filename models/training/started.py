@@ -26,6 +26,24 @@ def signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_on_interrupt() -> None:
+    """From here on a Ctrl-C ends the process, in one line: a KeyboardInterrupt would show the inside of an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_on_interrupt() -> None:
+    """From here on a Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(signum: int, _frame: object) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\ninterrupted\n")
+    os._exit(128 + signum)
+
+
 def follow_the_first() -> None:
     """In a process that another started: ends with that one, and leaves signals to it until training begins.
 

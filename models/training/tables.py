@@ -74,9 +74,16 @@ class _ToAReader(io.RawIOBase):
             return len(data)
 
 
+class _Console(Console):
+    """Leaves a pipe whose reader has gone to the program; rich's own ends it there, with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # what is being handled where rich calls this
+
+
 def console() -> Console:
     """Where reports are printed: as wide as the terminal; in a file or a pipe lines of text break at 120."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return _Console(width=None if sys.stdout.isatty() else 120)
 
 
 def fits(table: Table, *, names: int = 1) -> bool:
@@ -111,7 +118,7 @@ def show(table: Table, *, names: int = 1) -> None:
         for cells in part.rows:
             shown.add_row(*cells)
         # Wider than the terminal where not even one column fits: its lines break, and still nothing is lost.
-        Console(width=max(out.width, part.width)).print(shown)
+        _Console(width=max(out.width, part.width)).print(shown)
     for line in layout.legend:
         print_line(line)
 
