@@ -175,6 +175,7 @@ def fit(
             check_parts(block.attention)
         if config.init_from is not None:
             start_from(module, config)
+            run.note_files()
     validated = run.resume_step is not None and run.resume_step == run.validated_step
     if validated and length_of(config, run).is_reached(run.resume_step):
         return repeat(config, run, module, data, stop, gpu), corpus

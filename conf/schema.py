@@ -252,7 +252,8 @@ def shown(value: Any) -> str:
 def typed(key: str, value: Any) -> str:
     """KEY=VALUE as it is typed in a shell, whatever characters the value has."""
     text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9_./@%+-]+", text):
+    plain = re.fullmatch(r"[A-Za-z0-9_./@%+-]+", text)
+    if plain and ("/" in text or (text[0].isalpha() and text.lower() not in ("null", "true", "false", "inf", "nan"))):
         return f"{key}={text}"
     escaped = re.sub(r'(\\*)("|\Z)', lambda match: 2 * match[1] + ('\\"' if match[2] else ""), text)
     return shlex.quote(f'{key}="{escaped}"')

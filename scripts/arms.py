@@ -98,9 +98,10 @@ def arms_of(runs: Sequence[Results]) -> list[Arm]:
     arms: dict[Any, Arm] = {}
     precisions = [run.precision for run in runs if run.precision is not None]
     usual = max(precisions, key=precisions.count) if precisions else None
+    hashes = _hashes_by_path(runs)
     for run in runs:
         config = flat(run.configuration or {"run": run.name})
-        settings = _settings(run, config)
+        settings = _settings(run, config, hashes)
         if run.configuration is not None:  # null is float32 on a CPU; a run that logged nothing is as most are
             settings[PRECISION] = run.precision or usual
         key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
@@ -114,14 +115,31 @@ class _File(str):
 
     def __new__(cls, path: str, identity: str):
         text = super().__new__(cls, f"{path} ({identity.removeprefix(HASH)[:8]})")
-        text.identity = identity
+        text.path, text.identity = path, identity
         return text
 
     def __repr__(self) -> str:
         return self.identity
 
 
-def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
+def _hash_of(run: Results, key: str) -> str | None:
+    identity = run.record.get("identity")
+    value = identity.get(key) if isinstance(identity, dict) else None
+    return value if is_hash(value) else None
+
+
+def _hashes_by_path(runs: Sequence[Results]) -> dict[tuple[str, Any], str]:
+    """The hash of what stood under each key and path, where the runs know one alone: others recorded the path only."""
+    found: dict[tuple[str, Any], set[str]] = {}
+    for run in runs:
+        config = flat(run.configuration or {})
+        for key in BY_BYTES:
+            if digest := _hash_of(run, key):
+                found.setdefault((key, config.get(key)), set()).add(digest)
+    return {place: hashes.pop() for place, hashes in found.items() if len(hashes) == 1}
+
+
+def _settings(run: Results, config: dict[str, Any], hashes: dict[tuple[str, Any], str]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
@@ -131,10 +149,9 @@ def _settings(run: Results, config: dict[str, Any]) -> dict[str, Any]:
         and not is_one_of(key, INCIDENTAL)
         and not key.endswith(".kind")
     }
-    identity = run.record.get("identity") or {}
     for key in BY_BYTES:
-        if kept.get(key) is not None and is_hash(identity.get(key)):
-            kept[key] = _File(kept[key], identity[key])
+        if kept.get(key) is not None and (found := _hash_of(run, key) or hashes.get((key, kept[key]))):
+            kept[key] = _File(kept[key], found)
     choices = run.record.get("choices") or {}
     options = {group: choices[group] for group in GROUPS if choices.get(group) and group not in ("logger", "data")}
     changed = "; ".join(map(_change, resumed_with(run.record)))

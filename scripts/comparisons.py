@@ -229,7 +229,7 @@ def _same(value: Any, text: str) -> bool:
     if value is None or isinstance(value, bool):
         return text in (shown(value), str(value))
     if not is_number(value):
-        return str(value) == text
+        return text in (str(value), getattr(value, "path", None))  # of a file, see arms.py, its path will do
     try:
         return float(text) == value
     except ValueError:

@@ -105,6 +105,12 @@ def test_where_weights_came_from_is_told_by_their_bytes(make, tmp_path, capsys):
         ["runs/a (11111111)", "1", "3.0000", "2,000", "1.50"],
         ["runs/b", "1", "4.0000", "2,000", "1.50"],
     ]
+    # of an earlier version, which recorded the path: it is the file that others had under it, if that was one
+    make(seed=4, loss=3.0, config={"init_from": "../runs/a"}, identity={"init_from": "../runs/a"})
+    make(seed=5, loss=9.0, config={"init_from": "runs/a"}, identity=[])
+    out = compared(capsys, tmp_path / "runs", "--baseline", "init_from=runs/b").out
+    rows = {row[0]: row[1] for row in cells_of(out)[:4]}
+    assert rows == {"runs/a (00000000)": "3", "runs/a (11111111)": "1", "runs/a": "1", "runs/b": "1"}
 
 
 @pytest.mark.usefixtures("undrawn")

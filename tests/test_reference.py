@@ -583,6 +583,11 @@ def test_nested_tensors_are_refused(backend, layout):
     nested = torch.nested.nested_tensor([torch.ones(5, 4, 16), torch.ones(3, 4, 16)], layout=layout)
     with pytest.raises(TypeError, match="q must not be a nested tensor: .*flash_cosine_sim_attention_varlen"):
         attend(backend, *[nested.transpose(1, 2)] * 3)
+    with pytest.raises(TypeError, match="k must not be a nested tensor"):
+        attend(backend, Q, *[nested.transpose(1, 2)] * 2)
+    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+    with pytest.raises(TypeError, match="q must not be a nested tensor"):
+        flash_cosine_sim_attention_varlen(*[nested] * 3, bounds, bounds, 5, 5)
     for door in (scaled_dot_product_attention, flash_attn_func):
         with pytest.raises(TypeError, match="(q|query) must not be a nested tensor"):
             door(*[nested] * 3)

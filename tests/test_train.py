@@ -46,6 +46,7 @@ from models.training.metrics import metric_of
 from models.training.module import DivergedError, GPTModule
 from models.training.report import read_results
 from models.training.run_files import is_owned, load_config, read_csv, read_samples
+from models.training.runs import Run
 from models.training.stopping import NOTED, Interrupted
 from models.training.tables import decode
 from scripts import benchmark_training
@@ -1003,6 +1004,35 @@ def test_a_run_is_found_by_the_weights_that_it_began_with_wherever_they_are(text
     assert identities[0] == identities[1]
 
 
+def test_weights_that_were_replaced_while_a_run_waited_are_recorded_as_they_were_read(text, tmp_path, monkeypatch):
+    source = fit(text, tmp_path / "source", "max_steps=4")
+    found = hashed(source / "checkpoints/best.ckpt")
+    take = Run.take_devices
+
+    def wait(run, **options):
+        monkeypatch.setattr(Run, "take_devices", take)
+        fit(text, tmp_path / "source", "max_steps=4", "lr=0.01", f"run_root={tmp_path / 'other'}")
+        source.rename(tmp_path / "before")
+        (tmp_path / "other/run").rename(source)
+        return take(run, **options)
+
+    monkeypatch.setattr(Run, "take_devices", wait)
+    folder = fit(text, tmp_path, f"init_from={source}", "max_steps=1")
+    recorded = json.loads((folder / "run.json").read_text())["identity"]["init_from"]
+    assert recorded == hashed(source / "checkpoints/best.ckpt") != found
+
+
+def test_a_mark_of_a_refused_job_is_no_run(text, tmp_path):
+    identity = {"identity": {"init_from": "nowhere"}, "status": "refused"}
+    source = fit(text, tmp_path / "source", "max_steps=4")
+    folder = fit(text, tmp_path, f"init_from={source}", "max_steps=1")
+    record = json.loads((folder / "run.json").read_text())["identity"]
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2/run.json").write_text(json.dumps(identity | {"identity": record | {"init_from": str(source)}}))
+    fit(text, tmp_path, f"init_from={source}", "max_steps=2", "resume=auto")
+    assert read_results(folder).last("step") == 2
+
+
 def test_rates_that_are_repeated_are_told_apart_by_their_bytes(text, tmp_path):
     rates = tmp_path / "rates.csv"
     rates.write_text("step,lr_fraction\n1,1.0\n2,0.5\n")
@@ -1011,7 +1041,14 @@ def test_rates_that_are_repeated_are_told_apart_by_their_bytes(text, tmp_path):
     fit(text, tmp_path, *line)
     assert not (tmp_path / "run-2").exists()
     assert json.loads((folder / "run.json").read_text())["identity"]["optimizer.rates"] == hashed(rates)
-    rates.write_text("step,lr_fraction\n1,1.0\n2,0.25\n")
+    elsewhere = [f"optimizer.rates={rates.rename(tmp_path / 'same.csv')}", *line[1:]]
+    fit(text, tmp_path, *elsewhere, "test=true")  # the same under another path
+    assert not (tmp_path / "run-2").exists() and load_config(folder).optimizer.rates == str(rates)
+    rates.write_text("step,lr_fraction\n1,1.0\n2,0.25\n3,0.25\n")
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="optimizer.rates=.* has other bytes than when the run"):
+        fit(text, tmp_path, line[0], "max_steps=3", f"resume={folder}")
+    assert (folder / "run.json").read_bytes() == before
     fit(text, tmp_path, *line)
     assert [float(row["train/lr"]) for row in metrics(tmp_path / "run-2") if row["train/lr"]][-1] == 0.25e-3
 

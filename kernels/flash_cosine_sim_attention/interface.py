@@ -458,6 +458,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_not_nested(name, tensor)
         if tensor.ndim not in (3, 4):
             raise ValueError(
                 f"{name} must be (batch, heads, seq_len, head_dim) or, merged or single-head, (batch, "
@@ -475,13 +476,13 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_not_nested(name, tensor)
         if tensor.ndim != 3:
             raise ValueError(f"packed {name} must be (total, heads, head_dim), got {tuple(tensor.shape)}")
     _check_alike(q, k, v)
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_not_nested("q", q)
     dtype = q.dtype
     if not (k.dtype is dtype and v.dtype is dtype and dtype in ANY_DTYPES):
         _refuse_dtypes(q, k, v)

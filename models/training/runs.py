@@ -169,6 +169,7 @@ class Run:
                 )
             self._check_budget()
             self._keep_origin()
+            self._keep_rates()
         else:
             self.record["identity"] = identity
         # wandb takes ids of up to 64 characters
@@ -224,6 +225,11 @@ class Run:
             found["optimizer.rates"] = rates_file(rates)
         return found
 
+    def note_files(self) -> None:
+        """Records the files of BY_BYTES as they are now, when a new run has read them: while it waited for a device
+        they may have been replaced."""
+        self.identity = self.record["identity"] = by_bytes(self.identity, self._files())
+
     @property
     def _is_timed(self) -> bool:
         return self.config.trainer.budget_minutes is not None
@@ -244,6 +250,24 @@ class Run:
                 f"{began} and goes on with its own: leave init_from out, or start a new run with it"
             )
         self.config.init_from = origin
+
+    def _keep_rates(self) -> None:
+        """The file of optimizer.rates may be found under another path, and must be what it was under its own.
+
+        Raises:
+            ValueError: it has other bytes than when the run began.
+        """
+        now, began = self.identity.get("optimizer.rates"), (self.record.get("identity") or {}).get("optimizer.rates")
+        if not (is_hash(now) and is_hash(began)):
+            return
+        before = _value_of(self.folder, self.record, "optimizer.rates")
+        if now == began:
+            self.config.optimizer.rates = before
+        elif self.config.optimizer.rates == before:
+            raise ValueError(
+                f"optimizer.rates={before!r} has other bytes than when the run in {str(self.folder)!r} began: give the "
+                "file that it was, or start a new run"
+            )
 
     def _check_budget(self) -> None:
         budget = self.config.trainer.budget_minutes
@@ -325,9 +349,8 @@ class Run:
         runs = [folder for folder in found if self._is_of(folder, identity)]
         if not runs and (others := [folder for folder in found if self._is_of(folder, identity, any_bytes=True)]):
             log.warning(
-                "the run in %s is the same but for the bytes of a file that it began with (%s), and is passed over; "
-                "python train.py %s goes on with it",
-                *(others[0], " or ".join(BY_BYTES), typed("resume", others[0])),
+                "the run in %s is the same but for the bytes of a file that it began with (%s), and is passed over",
+                *(others[0], " or ".join(BY_BYTES)),
             )
         return runs
 
@@ -343,7 +366,10 @@ class Run:
         known = {key for key in differing if is_hash(recorded.get(key)) and is_hash(identity.get(key))}
         if known and not any_bytes:
             return False
-        return all(self._names_the_same(key, folder, read_record(folder)) for key in differing)
+        try:
+            return all(self._names_the_same(key, folder, read_record(folder)) for key in differing)
+        except (ValueError, OSError, OmegaConfBaseException):  # a mark that a job left has no configuration
+            return False
 
     def _names_the_same(self, key: str, folder: Path, record: dict[str, Any]) -> bool:
         """Whether a key names the file that it named where a run began.
