@@ -1023,12 +1023,12 @@ def test_weights_that_were_replaced_while_a_run_waited_are_recorded_as_they_were
 
 
 def test_a_mark_of_a_refused_job_is_no_run(text, tmp_path):
-    identity = {"identity": {"init_from": "nowhere"}, "status": "refused"}
+    """Which asked for weights that were not there yet: its record has their path, and it has no configuration."""
     source = fit(text, tmp_path / "source", "max_steps=4")
     folder = fit(text, tmp_path, f"init_from={source}", "max_steps=1")
-    record = json.loads((folder / "run.json").read_text())["identity"]
+    identity = json.loads((folder / "run.json").read_text())["identity"] | {"init_from": str(source)}
     (tmp_path / "run-2").mkdir()
-    (tmp_path / "run-2/run.json").write_text(json.dumps(identity | {"identity": record | {"init_from": str(source)}}))
+    (tmp_path / "run-2/run.json").write_text(json.dumps({"status": "refused", "identity": identity}))
     fit(text, tmp_path, f"init_from={source}", "max_steps=2", "resume=auto")
     assert read_results(folder).last("step") == 2
 
